@@ -1,0 +1,168 @@
+"""Figure 2 of Auto-Encoding Variational Bayes (arXiv 1312.6114): the bound against training samples seen.
+
+The paper's networks: one tanh hidden layer, 500 units for MNIST (dynamically binarised, Bernoulli) and 200 for Frey
+(Normal with a sigmoid mean and a scale predicted from z); batch 100, one draw, the analytic KL, Adagrad, weights from
+N(0, 0.01^2), a standard normal prior on the weights. The step size, of 0.01, 0.02 and 0.1, is the one with the best
+validation bound after 300,000 samples. A row's test set is scored once, with the weights at the best validation bound
+and at the end of training. One run per row: no interval over seeds.
+
+    python benchmarks/aevb.py                  # all rows, up to 1e7 samples each; rows that are done are kept
+    python benchmarks/aevb.py --rows mnist-3 frey-2
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from functools import partial
+from pathlib import Path
+
+import matplotlib
+import torch
+from common import record
+from pyro.infer import TraceMeanField_ELBO
+
+from pyro_vae import evaluate, fit, load_dataset
+from pyro_vae.guides import AmortizedGuide
+from pyro_vae.models import VAE
+from pyro_vae.models.likelihoods import Bernoulli, Normal
+from pyro_vae.models.linear import LinearVAE
+from pyro_vae.nn import MLP
+from pyro_vae.svi import NonFiniteLossError
+
+HERE = Path(__file__).parent
+LATENTS = {"mnist": (3, 5, 10, 20, 200), "frey": (2, 5, 10, 20)}
+HIDDEN = {"mnist": 500, "frey": 200}
+STEP_SIZES = (0.01, 0.02, 0.1)
+SELECTION_SAMPLES = 300_000
+
+
+def pair(name: str, event_shape: torch.Size, latent_dim: int) -> tuple[VAE, AmortizedGuide]:
+    torch.manual_seed(0)
+    network = MLP(hidden=(HIDDEN[name],), activation="tanh")
+    likelihood = Bernoulli() if name == "mnist" else Normal("predicted", mean="sigmoid")
+    model = VAE(event_shape, latent_dim, likelihood=likelihood, decoder=network)
+    guide = AmortizedGuide(model, encoder=network)
+    for parameter in (*model.parameters(), *guide.parameters()):
+        torch.nn.init.normal_(parameter, std=0.01)
+    return model, guide
+
+
+def train(name, dataset, latent_dim, step_size, samples, **arguments):
+    model, guide = pair(name, dataset.event_shape, latent_dim)
+    best = {"valid": -float("inf"), "epoch": 0, "weights": {}}
+
+    def keep_best(run):
+        last = run.history[-1]
+        if last["valid"] > best["valid"]:
+            weights = [{k: v.clone() for k, v in part.state_dict().items()} for part in (model, guide)]
+            best.update(valid=last["valid"], epoch=last["epoch"], weights=weights)
+
+    run = fit(
+        model,
+        guide,
+        dataset.train,
+        valid=dataset.valid,
+        loss=TraceMeanField_ELBO(),
+        optimizer=partial(torch.optim.Adagrad, lr=step_size, weight_decay=100 / len(dataset.train)),
+        epochs=max(1, round(samples / len(dataset.train))),
+        callbacks=[keep_best],
+        progress=False,
+        overwrite=True,
+        **arguments,
+    )
+    return run, best
+
+
+def row(name: str, latent_dim: int, samples: int, root: str | None, out: Path) -> dict:
+    dataset = load_dataset(
+        {"mnist": "mnist", "frey": "freyfaces"}[name], binarize="dynamic" if name == "mnist" else "none", root=root
+    )
+    begin = time.monotonic()
+    selection = {}
+    for step_size in STEP_SIZES:
+        try:
+            run, _ = train(name, dataset, latent_dim, step_size, SELECTION_SAMPLES, out=out / "selection")
+            selection[step_size] = run.history[-1]["valid"]
+        except NonFiniteLossError:
+            selection[step_size] = -float("inf")
+    step_size = max(selection, key=selection.__getitem__)
+    run, best = train(name, dataset, latent_dim, step_size, samples, out=out)
+    test = {"last": evaluate(run.model, run.guide, dataset.test, num_samples=500, progress=False)}
+    for part, weights in zip((run.model, run.guide), best["weights"], strict=True):
+        part.load_state_dict(weights)
+    test["best"] = evaluate(run.model, run.guide, dataset.test, num_samples=500, progress=False)
+    thinned = [r for i, r in enumerate(run.history) if i < 10 or i % max(1, len(run.history) // 200) == 0]
+    result = {
+        "latent_dim": latent_dim,
+        "step_size": step_size,
+        "selection": {str(key): round(value, 3) for key, value in selection.items()},
+        "best_epoch": best["epoch"],
+        "seconds": round(time.monotonic() - begin, 1),
+        "curve": [
+            {"samples": r["epoch"] * len(dataset.train), "train": round(r["bound"], 3), "valid": round(r["valid"], 3)}
+            for r in (*thinned, run.history[-1])
+        ],
+    }
+    for which, scores in test.items():
+        result[f"test_{which}"] = {
+            "bound": round(float(scores.elbo), 3),
+            "log_evidence_500": round(float(scores.log_evidence), 3),
+            "standard_error_over_data": round(scores.log_evidence.standard_error, 3),
+        }
+    if name == "frey":
+        pca = LinearVAE.maximum_likelihood(dataset.train.x.double(), latent_dim)
+        with torch.no_grad():
+            result["probabilistic_pca_test"] = round(pca.log_evidence(dataset.test.x.double()).mean().item(), 3)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    every = [f"{name}-{latent_dim}" for name, dims in LATENTS.items() for latent_dim in dims]
+    parser.add_argument("--rows", nargs="+", default=every, choices=every)
+    parser.add_argument("--samples", type=float, default=1e7)
+    parser.add_argument("--root", default=None, help="folder of the data (default: PYRO_VAE_DATA)")
+    parser.add_argument("--results", type=Path, default=HERE / "aevb.json")
+    arguments = parser.parse_args()
+    rows = json.loads(arguments.results.read_text())["rows"] if arguments.results.exists() else {}
+    for key in arguments.rows:
+        if key in rows:
+            continue
+        name, latent_dim = key.split("-")
+        rows[key] = row(name, int(latent_dim), int(arguments.samples), arguments.root, Path("runs") / f"aevb-{key}")
+        record(arguments.results, {"what": "nats per datum; one run per row, seed 0", "rows": rows})
+        print(key, {k: v for k, v in rows[key].items() if k != "curve"}, flush=True)
+    draw(arguments.results, arguments.results.with_suffix(".png"))
+
+
+def draw(source: Path, target: Path) -> None:
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = json.loads(source.read_text())["rows"]
+    columns = max(len(dims) for dims in LATENTS.values())
+    figure, grid = plt.subplots(2, columns, figsize=(3 * columns, 6), layout="constrained", sharey="row")
+    for axes_of_row, (name, dims) in zip(grid, LATENTS.items(), strict=True):
+        for axes, latent_dim in zip(axes_of_row, dims, strict=False):
+            result = rows.get(f"{name}-{latent_dim}")
+            if result is None:
+                continue
+            samples = [point["samples"] for point in result["curve"]]
+            axes.plot(samples, [point["train"] for point in result["curve"]], "C1--", label="train")
+            axes.plot(samples, [point["valid"] for point in result["curve"]], "C1", label="validation")
+            if "probabilistic_pca_test" in result:
+                axes.axhline(result["probabilistic_pca_test"], color="grey", linestyle=":", label="pPCA, test")
+            axes.plot(samples[-1], result["test_last"]["bound"], "ko", label="test, once")
+            axes.set(xscale="log", title=f"{name}, $N_z$ = {latent_dim}", xlabel="training samples")
+            axes.set_ylim((-170, -90) if name == "mnist" else (0, 1500))
+        for axes in axes_of_row[len(dims) :]:
+            axes.axis("off")
+        axes_of_row[0].set_ylabel("bound, nats per datum")
+        axes_of_row[0].legend(frameon=False, fontsize=8)
+    figure.savefig(target, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

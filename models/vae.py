@@ -1,0 +1,65 @@
+"""The variational autoencoder's generative half, p(z) p(x | z)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from ..config import Configured
+from ..nn import MLP, bind
+from .likelihoods import Bernoulli, Likelihood
+from .priors import StandardNormal
+
+__all__ = ["VAE"]
+
+
+class VAE(Configured, PyroModule):
+    """``z ~ p(z)``, ``x ~ p(x | decoder(z))``, independently for each datum (arXiv 1312.6114).
+
+    Sites ``"z"`` and ``"x"`` in the plate ``"data"``. The arguments are components: `prior` is a module that returns
+    p(z), `likelihood` one that turns the decoder's output, ``(*batch, num_parameters, *event_shape)``, into p(x|z), and
+    `decoder` any module from z to that shape. Components declared without sizes are bound to the shapes at hand.
+    ``latent_dim=16`` is short for ``prior=StandardNormal(16)``.
+
+    Raises:
+        ValueError: an event shape without positive sizes; both `latent_dim` and `prior`.
+
+    Example:
+        >>> model = VAE(event_shape=(1, 8, 8), latent_dim=4)
+        >>> model(num_data=3).shape
+        torch.Size([3, 1, 8, 8])
+    """
+
+    def __init__(
+        self,
+        event_shape: Sequence[int],
+        latent_dim: int | None = None,
+        prior: nn.Module | None = None,
+        likelihood: Likelihood | None = None,
+        decoder: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        if not event_shape or any(size < 1 for size in event_shape):
+            raise ValueError(f"expected event_shape to hold positive sizes, got {tuple(event_shape)}")
+        if prior is not None and latent_dim is not None:
+            raise ValueError("expected latent_dim or prior, got both: the prior has a size of its own")
+        self.event_shape = torch.Size(event_shape)
+        self.prior = prior or StandardNormal(16 if latent_dim is None else latent_dim)
+        self.likelihood = bind(likelihood or Bernoulli(), event_shape)
+        self.decoder = bind(decoder or MLP(), self.prior().event_shape, (self.likelihood.num_parameters, *event_shape))
+
+    def observation(self, z: Tensor) -> dist.Distribution:
+        """``p(x | z)`` for z of shape ``(*batch, *latent_shape)``."""
+        return self.likelihood(self.decoder(z))
+
+    def forward(self, x: Tensor | None = None, *, num_data: int | None = None) -> Tensor:
+        if x is None and num_data is None:
+            raise ValueError("expected data x, or num_data=... to draw some, got neither")
+        with pyro.plate("data", num_data if x is None else x.shape[0]):
+            z = pyro.sample("z", self.prior())
+            return pyro.sample("x", self.observation(z), obs=x)

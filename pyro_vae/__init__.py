@@ -1,0 +1,74 @@
+"""Variational autoencoders as Pyro programs.
+
+A model is a Pyro program p(x, z), a guide is a Pyro program q(z | x), an estimator turns the pair into a
+number.
+The names below are imported when first used: ``import pyro_vae`` alone imports neither torch nor pyro.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import guides, models
+    from .data import Dataset, load_dataset
+    from .evaluation import Evaluation, evaluate
+    from .svi import SVI
+    from .training import Run, fit, load_run
+
+    __version__: str
+
+__all__ = [
+    "SVI",
+    "Dataset",
+    "Evaluation",
+    "Run",
+    "evaluate",
+    "fit",
+    "guides",
+    "load_dataset",
+    "load_run",
+    "models",
+]
+
+_MODULE_OF = {
+    "Dataset": "data",
+    "load_dataset": "data",
+    "Evaluation": "evaluation",
+    "evaluate": "evaluation",
+    "SVI": "svi",
+    "Run": "training",
+    "fit": "training",
+    "load_run": "training",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE_OF:
+        value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+    elif name in __all__:
+        value = importlib.import_module(f".{name}", __name__)
+    elif name == "__version__":
+        value = _version()
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})
+
+
+def _version() -> str:
+    import importlib.metadata
+
+    try:
+        return importlib.metadata.version("pyro_vae")
+    except importlib.metadata.PackageNotFoundError:  # run straight from the checkout
+        import tomllib
+        from pathlib import Path
+
+        text = Path(__file__).parent.with_name("pyproject.toml").read_text(encoding="utf-8")
+        return tomllib.loads(text)["project"]["version"]

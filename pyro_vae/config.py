@@ -1,0 +1,183 @@
+"""Components remember how they were made, so that a run can be made again from a readable file."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["Configured", "build", "describe", "import_object"]
+
+
+class Configured:
+    """Base of everything that a configuration file can name: it records its constructor's arguments.
+
+    Example:
+        >>> class Box(Configured):
+        ...     def __init__(self, width: int, depth: int = 2):
+        ...         self.area = width * depth
+        >>> Box(3).init_args
+        {'width': 3}
+    """
+
+    init_args: dict[str, Any] = {}  # of a class without a constructor of its own; never changed
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" not in cls.__dict__:
+            return
+        init = cls.__init__
+
+        @functools.wraps(init)
+        def recording(self: Configured, *args: Any, **kwargs: Any) -> None:
+            if "init_args" not in self.__dict__:
+                given = inspect.signature(init).bind(self, *args, **kwargs).arguments
+                given.pop(next(iter(given)))
+                given.update(given.pop("kwargs", {}))
+                self.__dict__["init_args"] = given
+            init(self, *args, **kwargs)
+
+        cls.__init__ = recording  # type: ignore[assignment, method-assign]
+
+
+def describe(objects: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration that `build` turns into equal objects: plain numbers, strings, lists and tables.
+
+    An object becomes ``{"class_path": ..., "init_args": {...}}``, its second appearance
+    ``{"reference": path of the first}``, and an object that no import path leads to ``{"object": repr}``:
+    the file stays readable, and `build` says what it lacks. ``None`` is left out, as TOML has no word for it.
+
+    Example:
+        >>> describe({"optimizer": functools.partial(torch.optim.Adam, lr=0.1)})
+        {'optimizer': {'class_path': 'torch.optim.adam.Adam', 'init_args': {'lr': 0.1}}}
+    """
+    seen: dict[int, str] = {}
+
+    def value_of(value: Any, path: str) -> Any:
+        arguments: dict[str, Any] | None
+        if isinstance(value, bool | int | float | str):
+            return value
+        if isinstance(value, Path | torch.device):
+            return str(value)
+        if isinstance(value, list | tuple):
+            return [value_of(item, f"{path}.{i}") for i, item in enumerate(value)]
+        if isinstance(value, Mapping):
+            return table_of(value, path)
+        if id(value) in seen:
+            return {"reference": seen[id(value)]}
+        seen[id(value)] = path
+        if isinstance(value, functools.partial) and not value.args:
+            target, arguments = value.func, dict(value.keywords)
+        elif inspect.isroutine(value) or inspect.isclass(value):
+            target, arguments = value, {}
+        else:
+            target, arguments = type(value), _arguments_of(value)
+        name = f"{target.__module__}.{target.__qualname__}"
+        if arguments is None or not _is_importable(name, target):
+            return {"object": repr(value).splitlines()[0]}
+        return {"class_path": name, "init_args": table_of(arguments, path)}
+
+    def table_of(table: Mapping[str, Any], path: str) -> dict[str, Any]:
+        named = {str(k): (v, f"{path}.{k}" if path else str(k)) for k, v in table.items() if v is not None}
+        return {key: value_of(value, where) for key, (value, where) in named.items()}
+
+    return table_of(objects, "")
+
+
+def _arguments_of(value: Any) -> dict[str, Any] | None:
+    """The constructor's arguments of an object: as recorded, or read back from attributes of their names."""
+    if isinstance(value, Configured) or "init_args" in getattr(value, "__dict__", {}):
+        return value.init_args
+    if dataclasses.is_dataclass(value):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, torch.nn.Module) and (value.state_dict() or not _is_of_torch(value)):
+        return None
+    try:
+        parameters = inspect.signature(type(value)).parameters
+    except ValueError:
+        return None
+    arguments = {}
+    for name, parameter in parameters.items():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        if not hasattr(value, name):
+            if parameter.default is parameter.empty:
+                return None
+        elif getattr(value, name) != parameter.default:
+            arguments[name] = getattr(value, name)
+    return arguments
+
+
+def _is_of_torch(value: Any) -> bool:
+    return type(value).__module__.startswith("torch.nn.")
+
+
+def _is_importable(name: str, target: Any) -> bool:
+    try:
+        return not name.startswith("__main__.") and import_object(name) is target
+    except ValueError:
+        return False
+
+
+def import_object(path: str) -> Any:
+    """The object at an import path such as ``pyro_vae.models.VAE``.
+
+    Raises:
+        ValueError: no module or no attribute of that name.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"expected an import path like package.module.Name, got {path!r}: {error}") from None
+
+
+def build(config: Mapping[str, Any], **given: Any) -> dict[str, Any]:
+    """The objects that `describe` described; `given` ones are taken as they are and can be referred to.
+
+    Raises:
+        ValueError: an entry that holds only an object's name, or a class that refuses its arguments.
+    """
+    built: dict[str, Any] = dict(given)
+
+    def made(value: Any, path: str) -> Any:
+        if path in given:
+            return given[path]
+        if isinstance(value, list):
+            return [made(item, f"{path}.{i}") for i, item in enumerate(value)]
+        if not isinstance(value, Mapping):
+            return value
+        if "reference" in value:
+            return built[value["reference"]]
+        if "object" in value:
+            raise ValueError(
+                f"{path} was {value['object']}, which no import path leads to: hand it over, as in "
+                f"load_run(path, {path.split('.')[0]}=...)"
+            )
+        arguments = {
+            key: made(item, f"{path}.{key}")
+            for key, item in value.get("init_args", value if "class_path" not in value else {}).items()
+        }
+        if "class_path" not in value:
+            return arguments
+        target = import_object(value["class_path"])
+        if not inspect.isclass(target) or issubclass(target, torch.optim.Optimizer):
+            built[path] = functools.partial(target, **arguments) if arguments else target
+            return built[path]
+        try:
+            built[path] = target(**arguments)
+        except TypeError as error:
+            raise ValueError(f"{path}: {value['class_path']} does not take these arguments: {error}") from None
+        if isinstance(built[path], torch.nn.Module):
+            built[path].__dict__.setdefault("init_args", arguments)  # a class of the user's own can be described too
+        return built[path]
+
+    for key, value in config.items():
+        built[key] = made(value, key)
+    return built

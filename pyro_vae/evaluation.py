@@ -1,0 +1,363 @@
+"""`evaluate`: bounds on log p(x), and what goes with them, in bounded memory whatever the number of draws."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .data import as_data
+
+__all__ = ["Estimate", "Evaluation", "evaluate", "generalized_pareto_shape", "log_weights"]
+
+MAX_ELEMENTS = 4_000_000  # of one tensor of decoded data: about 16 MB in float32
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over data, in nats per datum unless it says otherwise.
+
+    `standard_error` is over data; `standard_error_draws`, apart, is what other draws would change.
+    """
+
+    value: float
+    standard_error: float
+    standard_error_draws: float = math.nan
+
+    def __float__(self) -> float:
+        return self.value
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} ± {self.standard_error:.2f}"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    r"""Scores of a pair on data; `float()` gives an estimate's value.
+
+    Attributes:
+        elbo: ``E_q[log p(x, z) - log q(z|x)]``.
+        log_evidence: ``E log 1/K sum_k p(x, z_k) / q(z_k|x) <= log p(x)`` (arXiv 1509.00519), K = `num_samples`.
+        kl: ``KL(q(z|x) || p(z))``, from the draws.
+        kl_per_dim: its parts per latent dimension where prior and posterior factorise, shape (D,); otherwise None.
+        active_units: how many latent dimensions have ``Var_x E_q[z] > 0.01``.
+        ess: effective sample size of the K importance weights, 1 to K.
+        khat: shape of the weights' Pareto tail; above 0.7 the weights cannot be trusted (arXiv 1507.02646).
+        per_datum: each score's values, shape (N,): rank data by them.
+    """
+
+    elbo: Estimate
+    log_evidence: Estimate
+    kl: Estimate
+    kl_per_dim: Tensor | None
+    active_units: int
+    ess: Estimate
+    khat: Estimate
+    num_samples: int
+    num_data: int
+    per_datum: dict[str, Tensor]
+
+    def table(self) -> dict[str, Estimate]:
+        return {name: getattr(self, name) for name in ("elbo", "log_evidence", "kl", "ess", "khat")}
+
+    def __str__(self) -> str:
+        rows = [f"{name:>13}  {estimate}" for name, estimate in self.table().items()]
+        rows.append(f"{'active_units':>13}  {self.active_units}")
+        return "\n".join([f"{self.num_data} data, {self.num_samples} draws each; nats per datum", *rows])
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Log-weights of draws from q, and the parts that they are made of; each (K, B)."""
+
+    log_weight: Tensor
+    kl: Tensor
+    sites: Mapping[str, tuple[Any, Any, Tensor]]  # name: (q, p, draws)
+
+
+def log_weights(
+    model: Callable, guide: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], num_samples: int
+) -> Weights:
+    """``log p(x_b, z_kb) - log q(z_kb | x_b)``, shape (K, B), in one vectorised call of guide and model.
+
+    Raises:
+        ValueError: a site outside the plate ``"data"`` (its log-weight belongs to no datum), or data outside the
+            support.
+
+    Example:
+        >>> from pyro_vae.guides import AmortizedGuide
+        >>> from pyro_vae.models import VAE
+        >>> model = VAE((4,), latent_dim=2)
+        >>> log_weights(model, AmortizedGuide(model), (torch.ones(5, 4),), {}, 3).log_weight.shape
+        torch.Size([3, 5])
+    """
+    nesting = _plate_nesting(model, guide, args, kwargs)
+    with pyro.plate("draws", num_samples, dim=-1 - nesting):
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        model_trace = poutine.trace(poutine.replay(model, guide_trace)).get_trace(*args, **kwargs)
+    log_weight = kl = torch.zeros(())
+    sites = {}
+    for sign, trace in ((1.0, model_trace), (-1.0, guide_trace)):
+        for name, site in samples(trace):
+            if site["is_observed"]:
+                check_support(name, site["fn"], site["value"])
+            log_prob = sign * log_prob_per_datum(name, site, nesting)
+            log_weight = log_weight + log_prob
+            if not site["is_observed"]:
+                kl = kl - log_prob
+                sites[name] = (guide_trace.nodes[name]["fn"], model_trace.nodes[name]["fn"], site["value"])
+    return Weights(log_weight, kl, sites)
+
+
+def samples(trace: poutine.Trace) -> Iterator[tuple[str, Any]]:
+    """The sample sites of a trace, without those that plates make."""
+    for name, site in trace.nodes.items():
+        if site["type"] == "sample" and type(site["fn"]).__name__ != "_Subsample":
+            yield name, site
+
+
+def check_support(name: str, distribution: Any, x: Tensor) -> None:
+    """Raises ValueError where observed values lie outside the distribution's support."""
+    if bool(distribution.support.check(x).all()):
+        return
+    kind = type(distribution)
+    while hasattr(distribution, "base_dist"):
+        distribution = distribution.base_dist
+        kind = type(distribution)
+    raise ValueError(
+        f'expected values of site "{name}" in the support of its {kind.__name__} likelihood, {distribution.support}, '
+        f"got values from {x.min().item():.4g} to {x.max().item():.4g}: binarise the data (binarize='static' or "
+        "'dynamic'), or take a likelihood for such values (ContinuousBernoulli for [0, 1], Binomial for counts, Normal "
+        "for real numbers)"
+    )
+
+
+def _plate_nesting(model: Callable, guide: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    with torch.random.fork_rng(), poutine.block():
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        model_trace = poutine.trace(poutine.replay(model, guide_trace)).get_trace(*args, **kwargs)
+    frames = [f for t in (guide_trace, model_trace) for _, site in samples(t) for f in site["cond_indep_stack"]]
+    return -min((frame.dim for frame in frames if frame.vectorized), default=-1)
+
+
+def log_prob_per_datum(name: str, site: Any, nesting: int) -> Tensor:
+    """The site's log-probability, masked and summed over all plates but draws and data: (K, B) or (1, B)."""
+    data = next((frame for frame in site["cond_indep_stack"] if frame.name == "data"), None)
+    if data is None:
+        raise ValueError(
+            f'expected every site inside the plate "data", got "{name}" outside: its weight belongs to no single datum'
+        )
+    log_prob = site["fn"].log_prob(site["value"])
+    if site["mask"] is not None:
+        log_prob = torch.where(torch.as_tensor(site["mask"]), log_prob, log_prob.new_zeros(()))
+    plates = {frame.dim: frame.size for frame in site["cond_indep_stack"] if frame.vectorized}
+    shape = [plates.get(dim, 1) for dim in range(-1 - nesting, 0)]
+    others = [dim for dim in range(-nesting, 0) if dim != data.dim]
+    log_prob = log_prob.expand(torch.broadcast_shapes(log_prob.shape, tuple(shape)))
+    return (log_prob.sum(others, keepdim=True) if others else log_prob).reshape(-1, data.size)
+
+
+class _Sums:
+    """Running sums over draws for B data, each weight relative to the largest log-weight so far."""
+
+    def __init__(self, rows: int, tail: int) -> None:
+        self.shift = torch.full((rows,), -math.inf, dtype=torch.float64)
+        self.first = torch.zeros(rows, dtype=torch.float64)  # sum w
+        self.second = torch.zeros(rows, dtype=torch.float64)  # sum w^2
+        self.sums = torch.zeros(3, rows, dtype=torch.float64)  # of log w, (log w)^2, KL
+        self.largest = torch.empty(0, rows, dtype=torch.float64)
+        self.tail = tail
+
+    def add(self, weights: Weights) -> None:
+        log_weight, kl = weights.log_weight.double().cpu(), weights.kl.double().cpu()
+        shift = torch.maximum(self.shift, log_weight.amax(0))
+        decay = (self.shift - shift).exp().nan_to_num(0.0)
+        relative = (log_weight - shift).exp()
+        self.first = self.first * decay + relative.sum(0)
+        self.second = self.second * decay.square() + relative.square().sum(0)
+        self.shift = shift
+        self.sums += torch.stack([log_weight.sum(0), log_weight.square().sum(0), kl.sum(0)])
+        candidates = torch.cat([self.largest, log_weight])
+        self.largest = candidates.topk(min(self.tail, len(candidates)), dim=0).values
+
+
+def evaluate(
+    model: Callable,
+    guide: Callable,
+    data: Any,
+    *,
+    num_samples: int = 100,
+    seed: int = 0,
+    progress: bool = True,
+) -> Evaluation:
+    """Score a pair on data with K = `num_samples` draws per datum, in eval mode, on the device that the model is on.
+
+    Args:
+        data: a tensor; a tuple of tensors, optionally ending in a dict of keyword tensors; or a split of a data set,
+            whose standardisation is undone: scores are those of the original units.
+
+    Raises:
+        ValueError: data outside the likelihood's support (grey values under a Bernoulli are no log-likelihood), or a
+            site outside the plate ``"data"``.
+
+    Example:
+        >>> from pyro_vae.guides import AmortizedGuide
+        >>> from pyro_vae.models import VAE
+        >>> model = VAE((4,), latent_dim=2)
+        >>> scores = evaluate(model, AmortizedGuide(model), torch.ones(20, 4), num_samples=10)
+        >>> float(scores.elbo) <= float(scores.log_evidence)
+        True
+    """
+    if num_samples < 1:
+        raise ValueError(f"expected num_samples >= 1, got {num_samples}: give a positive number")
+    device = next((p.device for p in _parameters(model, guide)), torch.device("cpu"))
+    data = as_data(data).to(device)
+    event = max(tensor[:1].numel() for tensor in data.args)
+    rows = max(1, min(len(data), MAX_ELEMENTS // (event * num_samples)))
+    draws = max(1, min(num_samples, MAX_ELEMENTS // (event * rows)))
+    tail = min(num_samples // 5, math.ceil(3 * math.sqrt(num_samples))) + 1
+    parts: dict[str, list[Tensor]] = {}
+    with isolated(model, guide), tqdm(total=len(data), unit="datum", disable=None if progress else True) as bar:
+        torch.manual_seed(seed)
+        generator = torch.Generator(device).manual_seed(seed)
+        for index in torch.arange(len(data), device=device).split(rows):
+            args, kwargs = data.batch(index, generator)
+            sums = _Sums(len(index), tail)
+            for begin in range(0, num_samples, draws):
+                weights = log_weights(model, guide, args, kwargs, min(draws, num_samples - begin))
+                sums.add(weights)
+            for name, value in {**_scores(sums, num_samples), **_moments(weights)}.items():
+                parts.setdefault(name, []).append(value)
+            bar.update(len(index))
+    return _summary({name: torch.cat(values) for name, values in parts.items()}, num_samples, data.log_jacobian)
+
+
+def _scores(sums: _Sums, K: int) -> dict[str, Tensor]:
+    elbo = sums.sums[0] / K
+    ess = sums.first.square() / sums.second
+    return {
+        "elbo": elbo,
+        "log_evidence": sums.shift + sums.first.log() - math.log(K),
+        "kl": sums.sums[2] / K,
+        "ess": ess,
+        "khat": generalized_pareto_shape(sums.largest),
+        "elbo_variance": (sums.sums[1] / K - elbo.square()).clamp(min=0) / max(K - 1, 1),
+        "log_evidence_variance": (1 / ess - 1 / K).clamp(min=0),
+    }
+
+
+def _moments(weights: Weights) -> dict[str, Tensor]:
+    """Per latent dimension, (B, D): the posterior's mean, and the KL where prior and posterior factorise."""
+    means, divergences = [], []
+    for q, p, z in weights.sites.values():
+        try:
+            mean = q.mean.mean(0)
+        except NotImplementedError:
+            mean = z.mean(0)
+        means.append(mean.reshape(z.shape[1], -1))
+        if isinstance(q, torch.distributions.Independent) and isinstance(p, torch.distributions.Independent):
+            kl = q.base_dist.log_prob(z) - p.base_dist.log_prob(z)
+            with contextlib.suppress(NotImplementedError):
+                kl = torch.distributions.kl_divergence(q.base_dist, p.base_dist)
+            divergences.append(kl.expand(z.shape).mean(0).reshape(z.shape[1], -1))
+    moments = {"mean": torch.cat(means, dim=1).double().cpu()}
+    if len(divergences) == len(means):
+        moments["kl_per_dim"] = torch.cat(divergences, dim=1).double().cpu()
+    return moments
+
+
+def _summary(scores: dict[str, Tensor], K: int, log_jacobian: float) -> Evaluation:
+    N = len(scores["elbo"])
+    for name in ("elbo", "log_evidence"):
+        scores[name] = scores[name] + log_jacobian
+
+    def estimate(name: str) -> Estimate:
+        variance = scores.get(f"{name}_variance")
+        draws = math.nan if variance is None or K == 1 else variance.sum().sqrt().item() / N
+        error = scores[name].std().item() / math.sqrt(N) if N > 1 else math.nan
+        return Estimate(scores[name].mean().item(), error, draws)
+
+    return Evaluation(
+        **{name: estimate(name) for name in ("elbo", "log_evidence", "kl", "ess", "khat")},
+        kl_per_dim=scores["kl_per_dim"].mean(0) if "kl_per_dim" in scores else None,
+        active_units=int((scores["mean"].var(0) > 0.01).sum()),
+        num_samples=K,
+        num_data=N,
+        per_datum={name: scores[name] for name in ("elbo", "log_evidence", "kl", "ess", "khat")},
+    )
+
+
+def generalized_pareto_shape(largest: Tensor) -> Tensor:
+    """khat: the shape of a generalised Pareto distribution fitted to the tail of importance weights.
+
+    `largest` holds the M + 1 largest log-weights of each datum in falling order, shape (M + 1, B); the last one is the
+    threshold. The fit is Zhang and Stephens' (2009) with the weak prior of arXiv 1507.02646; (B,), NaN for M < 5.
+
+    Example:
+        >>> uniform = torch.linspace(1, 1e-3, 1000, dtype=torch.float64)[:, None]
+        >>> bool((generalized_pareto_shape(-0.5 * uniform.flip(0).log())[0] - 0.5).abs() < 0.1)
+        True
+    """
+    M = len(largest) - 1
+    if M < 5:
+        return torch.full(largest.shape[1:], math.nan, dtype=largest.dtype)
+    scaled = (largest - largest[0]).exp()
+    x = (scaled[:-1] - scaled[-1]).flip(0).clamp(min=torch.finfo(scaled.dtype).tiny)  # (M, B), rising
+    grid = 30 + int(math.sqrt(M))
+    steps = torch.arange(1, grid + 1, dtype=x.dtype)[:, None]
+    quartile = x[int(M / 4 + 0.5) - 1]
+    theta = 1 / x[-1] + (1 - (grid / (steps - 0.5)).sqrt()) / (3 * quartile)  # (grid, B)
+
+    def shape(theta: Tensor) -> Tensor:
+        return torch.log1p(-theta[:, None] * x).mean(1)
+
+    k = shape(theta)
+    profile = M * ((-theta / k).log() - k - 1)
+    theta = (theta * profile.nan_to_num(-math.inf).softmax(0)).sum(0)
+    return (M * shape(theta[None])[0] + 5) / (M + 10)
+
+
+def _parameters(*programs: Any) -> Iterator[Tensor]:
+    for program in programs:
+        if isinstance(program, nn.Module):
+            yield from program.parameters()
+
+
+@contextlib.contextmanager
+def isolated(*programs: Any) -> Iterator[None]:
+    """Eval mode, no gradients, and nothing left behind in random state or parameter store.
+
+    Plain functions see the store's values; modules, which hold their own, are kept from another's under the
+    same name.
+    """
+    modules = [program for program in programs if isinstance(program, nn.Module)]
+    store = pyro.get_param_store()
+    with (
+        evaluating(*modules),
+        torch.random.fork_rng(),
+        torch.no_grad(),
+        store.scope(None if len(modules) == len(programs) else store.get_state()),
+        pyro.validation_enabled(False),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """In this context the modules are in eval mode; afterwards in the mode that each was in."""
+    modes = [(submodule, submodule.training) for module in modules for submodule in module.modules()]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for submodule, training in modes:
+            submodule.training = training

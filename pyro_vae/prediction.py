@@ -1,0 +1,444 @@
+"""What a trained pair is for: draws, codes, reconstructions, paths between data, scores, and draws for ArviZ.
+
+Each function takes any pair of Pyro programs with an observation site ``"x"`` in the plate ``"data"``, runs
+it in eval mode on the device that its parameters are on, one batch of data at a time, and returns tensors on
+the CPU. Random state and Pyro's parameter store are afterwards what they were. Data are in the units that the
+model sees: for the original units of a standardised table call ``dataset.restore`` on the result.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+
+from .data import as_data
+from .evaluation import (
+    MAX_ELEMENTS,
+    check_support,
+    evaluate,
+    isolated,
+    log_prob_per_datum,
+    samples,
+)
+
+__all__ = [
+    "Encoding",
+    "decode",
+    "denoise",
+    "encode",
+    "encodings",
+    "interpolate",
+    "reconstruct",
+    "sample",
+    "scores",
+    "to_arviz",
+]
+
+OBSERVATION = "x"
+MOMENT_DRAWS = 100  # where the moments of q(z_i | x) have no closed form
+
+
+@dataclass(frozen=True, eq=False)
+class Encoding:
+    """q(z | x) of N data.
+
+    Attributes:
+        mean: ``E_q[z]``, (N, *latent_shape).
+        scale: the standard deviation of each coordinate under q, (N, *latent_shape); None where q tells none.
+        draws: ``z ~ q(z | x)``, (K, N, *latent_shape); None unless asked for.
+    """
+
+    mean: Tensor
+    scale: Tensor | None
+    draws: Tensor | None
+
+
+def sample(model: Callable, num_samples: int, *, seed: int = 0, mean: bool = False) -> Tensor:
+    """Draws ``x ~ p(x)``, shape ``(num_samples, *event_shape)``; with `mean`, ``E[x | z]`` at ``z ~ p(z)``.
+
+    The units are the model's: ``dataset.restore`` leads back to those of a standardised table.
+
+    Raises:
+        ValueError: fewer than one draw, no site ``"x"``, or `mean` where p(x | z) has none in closed form.
+
+    Example:
+        >>> from pyro_vae.models import VAE
+        >>> sample(VAE((1, 8, 8), latent_dim=2), 3).unique()
+        tensor([0., 1.])
+    """
+    if num_samples < 1:
+        raise ValueError(f"expected num_samples >= 1, got {num_samples}: give a positive number")
+    with isolated(model):
+        rows = _rows(_observation(_drawn(model, 1))["value"].numel())
+        torch.manual_seed(seed)
+        parts = []
+        for begin in range(0, num_samples, rows):
+            site = _observation(_drawn(model, min(rows, num_samples - begin)))
+            parts.append((_mean(site) if mean else _by_datum(site, site["value"])).cpu())
+    return torch.cat(parts)
+
+
+def decode(model: Callable, z: Tensor | Mapping[str, Tensor], *, seed: int = 0) -> Tensor:
+    """``E[x | z]``, shape ``(N, *event_shape)``, for z of shape ``(N, *latent_shape)``.
+
+    Args:
+        z: a tensor; or, for a model with several latent sites, a dict from site to tensor. Sites left out
+            are drawn in the model's order, with `seed`.
+
+    Raises:
+        ValueError: sites or shapes that are not the model's.
+
+    Example:
+        >>> from pyro_vae.models import VAE
+        >>> decode(VAE((1, 8, 8), latent_dim=2), torch.zeros(5, 2)).shape
+        torch.Size([5, 1, 8, 8])
+    """
+    with isolated(model):
+        trace = _drawn(model, 1)
+        sites = {name: site for name, site in samples(trace) if name != OBSERVATION}
+        latents = _named(z, sites)
+        N = len(next(iter(latents.values())))
+        torch.manual_seed(seed)
+        parts = []
+        for index in torch.arange(N).split(_rows(_observation(trace)["value"].numel())):
+            given = {name: _in_plates(sites[name], value[index]) for name, value in latents.items()}
+            parts.append(_mean(_observation(_drawn(poutine.condition(model, data=given), len(index)))).cpu())
+    return torch.cat(parts)
+
+
+def encodings(guide: Callable, data: Any, *, num_samples: int | None = None, seed: int = 0) -> dict[str, Encoding]:
+    """The `Encoding` of each latent site, with `num_samples` draws if given.
+
+    Mean and scale of a single site are those of q(z | x). With several sites they are moments over draws of
+    the earlier ones, ``E_q E[z_i | z_<i]`` and ``(E_q Var[z_i | z_<i] + Var_q E[z_i | z_<i])^{1/2}``; where q
+    has no mean in closed form, as with flows, the mean is that of draws. Both take `num_samples`, or 100.
+
+    Raises:
+        ValueError: fewer than one draw, or a latent site outside the plate ``"data"``.
+
+    Example:
+        >>> from pyro_vae.guides import AmortizedGuide
+        >>> from pyro_vae.models import VAE
+        >>> list(encodings(AmortizedGuide(VAE((4,), latent_dim=2)), torch.ones(5, 4)))
+        ['z']
+    """
+    if num_samples is not None and num_samples < 1:
+        raise ValueError(f"expected num_samples >= 1, got {num_samples}: give a positive number")
+    parts: dict[str, list[Encoding]] = {}
+    with isolated(guide):
+        torch.manual_seed(seed)
+        for args, kwargs in _batches(data, seed, guide):
+            traces = [_latents(poutine.trace(guide).get_trace(*args, **kwargs))]
+            sites = list(traces[0].values())
+            closed = len(sites) == 1 and _moment(sites[0], "mean") is not None
+            for _ in range(1, num_samples or (1 if closed else MOMENT_DRAWS)):
+                traces.append(_latents(poutine.trace(guide).get_trace(*args, **kwargs)))
+            for name in traces[0]:
+                draws = torch.stack([_by_datum(trace[name], trace[name]["value"]) for trace in traces]).cpu()
+                means = _stack([_moment(trace[name], "mean") for trace in traces])
+                variances = _stack([_moment(trace[name], "variance") for trace in traces])
+                scale = None
+                if means is not None and variances is not None:
+                    scale = (variances.mean(0) + means.var(0, correction=0)).sqrt()
+                mean = (draws if means is None else means).mean(0)
+                parts.setdefault(name, []).append(Encoding(mean, scale, draws if num_samples else None))
+    return {name: _joined(batches) for name, batches in parts.items()}
+
+
+def encode(guide: Callable, data: Any, *, num_samples: int | None = None, seed: int = 0) -> Encoding:
+    """q(z | x) of a guide with one latent site: its mean and scale, and `num_samples` draws if given.
+
+    Raises:
+        ValueError: several latent sites (`encodings` is for them), or as `encodings`.
+
+    Example:
+        >>> from pyro_vae.guides import AmortizedGuide
+        >>> from pyro_vae.models import VAE
+        >>> encoding = encode(AmortizedGuide(VAE((4,), latent_dim=2)), torch.ones(5, 4), num_samples=10)
+        >>> encoding.mean.shape, encoding.draws.shape
+        (torch.Size([5, 2]), torch.Size([10, 5, 2]))
+    """
+    encoded = encodings(guide, data, num_samples=num_samples, seed=seed)
+    if len(encoded) != 1:
+        raise ValueError(f"expected a guide with one latent site, got {sorted(encoded)}: call encodings(...)")
+    return next(iter(encoded.values()))
+
+
+def reconstruct(model: Callable, guide: Callable, data: Any, *, num_samples: int = 1, seed: int = 0) -> Tensor:
+    """``E_q[E[x | z]]``, shape ``(N, *event_shape)``, with `num_samples` draws z ~ q(z | x) per datum.
+
+    Raises:
+        ValueError: fewer than one draw, or no site ``"x"`` with a mean in closed form.
+
+    Example:
+        >>> from pyro_vae.guides import AmortizedGuide
+        >>> from pyro_vae.models import VAE
+        >>> model = VAE((4,), latent_dim=2)
+        >>> reconstruct(model, AmortizedGuide(model), torch.ones(5, 4)).shape
+        torch.Size([5, 4])
+    """
+    if num_samples < 1:
+        raise ValueError(f"expected num_samples >= 1, got {num_samples}: give a positive number")
+    parts = []
+    with isolated(model, guide):
+        torch.manual_seed(seed)
+        for args, kwargs in _batches(data, seed, model, guide):
+            total = torch.zeros(())
+            for _ in range(num_samples):
+                total = total + _mean(_observation(_traces(model, guide, args, kwargs)[1]))
+            parts.append((total / num_samples).cpu())
+    return torch.cat(parts)
+
+
+def denoise(model: Callable, guide: Callable, corrupted: Any, *, num_samples: int = 1, seed: int = 0) -> Tensor:
+    """`reconstruct` of a corrupted input: ``E_q[E[x | z]]`` looks like what the model was trained on.
+
+    The input is encoded as it is and never scored, so that it need not lie in the likelihood's support: a
+    Bernoulli takes noisy grey values.
+
+    Example:
+        >>> from pyro_vae.guides import AmortizedGuide
+        >>> from pyro_vae.models import VAE
+        >>> model = VAE((4,), latent_dim=2)
+        >>> denoise(model, AmortizedGuide(model), torch.ones(5, 4) + 0.1 * torch.randn(5, 4)).shape
+        torch.Size([5, 4])
+    """
+    return reconstruct(model, guide, corrupted, num_samples=num_samples, seed=seed)
+
+
+def interpolate(model: Callable, guide: Callable, a: Tensor, b: Tensor, *, steps: int = 9, seed: int = 0) -> Tensor:
+    """``E[x | z_t]`` on the line ``z_t = (1 - t) E_q[z | a] + t E_q[z | b]``, t from 0 to 1, shape
+    ``(steps, *event_shape)``, for two data of shape `event_shape`.
+
+    Raises:
+        ValueError: fewer than two steps, or two data of different shapes.
+
+    Example:
+        >>> from pyro_vae.guides import AmortizedGuide
+        >>> from pyro_vae.models import VAE
+        >>> model = VAE((4,), latent_dim=2)
+        >>> interpolate(model, AmortizedGuide(model), torch.zeros(4), torch.ones(4), steps=5).shape
+        torch.Size([5, 4])
+    """
+    if steps < 2:
+        raise ValueError(f"expected steps >= 2, the two ends, got {steps}")
+    if a.shape != b.shape:
+        raise ValueError(f"expected two data of one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
+    line = {}
+    for name, encoding in encodings(guide, torch.stack([a, b]), seed=seed).items():
+        start, end = encoding.mean
+        t = torch.linspace(0, 1, steps, dtype=start.dtype).reshape(-1, *[1] * start.ndim)
+        line[name] = torch.lerp(start, end, t)
+    return decode(model, line, seed=seed)
+
+
+def scores(model: Callable, guide: Callable, data: Any, *, num_samples: int = 100, seed: int = 0) -> Tensor:
+    """``log 1/K sum_k p(x, z_k) / q(z_k | x) <= log p(x)`` in nats, shape (N,), with K = `num_samples` draws.
+
+    Low scores mark anomalies. A split's standardisation is undone, as in `evaluate`.
+
+    Raises:
+        ValueError: data outside the likelihood's support, or a site outside the plate ``"data"``.
+
+    Example:
+        >>> from pyro_vae.guides import AmortizedGuide
+        >>> from pyro_vae.models import VAE
+        >>> model = VAE((4,), latent_dim=2)
+        >>> scores(model, AmortizedGuide(model), torch.ones(5, 4), num_samples=10).argsort().shape
+        torch.Size([5])
+    """
+    evaluation = evaluate(model, guide, data, num_samples=num_samples, seed=seed, progress=False)
+    return evaluation.per_datum["log_evidence"]
+
+
+def to_arviz(model: Callable, guide: Callable, data: Any, *, num_samples: int = 100, seed: int = 0) -> Any:
+    """Draws of the pair for ArviZ: an ``InferenceData`` (ArviZ 0.x), or a ``DataTree`` (ArviZ 1.x).
+
+    Groups ``prior`` and ``prior_predictive`` (z ~ p(z), x ~ p(x | z)), ``posterior`` and
+    ``posterior_predictive`` (z ~ q(z | x), a new x ~ p(x | z)), ``log_likelihood`` (log p(x | z) of the
+    posterior's draws, in nats, in the units that the model sees) and ``observed_data``. Dimensions ``chain``
+    (1), ``draw`` (`num_samples`), ``datum`` (N), then ``z_dim_0`` and so on. All draws are kept,
+    ``num_samples * N`` data twice: hand over a part of a large data set.
+
+    Raises:
+        ValueError: fewer than one draw, data outside the likelihood's support, or a site outside the plate
+            ``"data"``.
+
+    Example:
+        >>> from pyro_vae.guides import AmortizedGuide
+        >>> from pyro_vae.models import VAE
+        >>> model = VAE((4,), latent_dim=2)
+        >>> inference = to_arviz(model, AmortizedGuide(model), torch.ones(5, 4), num_samples=10)
+        >>> dict(inference["posterior"].sizes)
+        {'chain': 1, 'draw': 10, 'datum': 5, 'z_dim_0': 2}
+    """
+    if num_samples < 1:
+        raise ValueError(f"expected num_samples >= 1, got {num_samples}: give a positive number")
+    drawn: dict[str, dict[str, list[Tensor]]] = {}  # group, site: a tensor (K, B, ...) per batch
+    observed = []
+    with isolated(model, guide):
+        torch.manual_seed(seed)
+        for args, kwargs in _batches(data, seed, model, guide):
+            draws = [_draw_groups(model, guide, args, kwargs) for _ in range(num_samples)]
+            for group, sites in draws[0].items():
+                for name in sites:
+                    stacked = torch.stack([draw[group][name].cpu() for draw in draws])
+                    drawn.setdefault(group, {}).setdefault(name, []).append(stacked)
+            site = _observation(_traces(model, guide, args, kwargs)[1])
+            observed.append(_by_datum(site, site["value"]).cpu())
+    groups = {
+        group: {name: torch.cat(batches, dim=1)[None] for name, batches in sites.items()}
+        for group, sites in drawn.items()
+    }
+    return _inference_data({**groups, "observed_data": {OBSERVATION: torch.cat(observed)}})
+
+
+def _draw_groups(
+    model: Callable, guide: Callable, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
+) -> dict[str, dict[str, Tensor]]:
+    """One draw per datum of each of ArviZ's groups."""
+    guide_trace, model_trace = _traces(model, guide, args, kwargs)
+    prior_trace = _drawn(model, len(args[0]), kwargs)
+    latents, posterior = _latents(guide_trace), _observation(model_trace)
+    check_support(OBSERVATION, posterior["fn"], posterior["value"])
+    depth = -min(frame.dim for frame in posterior["cond_indep_stack"])
+    prior = {name: _by_datum(site, site["value"]) for name, site in samples(prior_trace)}
+    return {
+        "prior": {name: prior[name] for name in latents},
+        "prior_predictive": {OBSERVATION: prior[OBSERVATION]},
+        "posterior": {name: _by_datum(site, site["value"]) for name, site in latents.items()},
+        "posterior_predictive": {OBSERVATION: _by_datum(posterior, posterior["fn"].sample())},
+        "log_likelihood": {OBSERVATION: log_prob_per_datum(OBSERVATION, posterior, depth)[0]},
+    }
+
+
+def _inference_data(groups: Mapping[str, Mapping[str, Tensor]]) -> Any:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"\s*ArviZ is undergoing a major refactor", FutureWarning)
+        import arviz
+    import xarray
+
+    datasets: dict[str, Any] = {}
+    for group, sites in groups.items():
+        leading = ["datum"] if group == "observed_data" else ["chain", "draw", "datum"]
+        variables = {}
+        for name, value in sites.items():
+            own = [f"{name}_dim_{i}" for i in range(value.ndim - len(leading))]
+            variables[name] = ([*leading, *own], value.numpy())
+        dataset = xarray.Dataset(variables)
+        datasets[group] = dataset.assign_coords({dim: range(size) for dim, size in dataset.sizes.items()})
+    if "InferenceData" in vars(arviz):
+        return arviz.InferenceData(**datasets)
+    return xarray.DataTree.from_dict(datasets)
+
+
+def _batches(data: Any, seed: int, *programs: Any) -> Iterator[tuple[tuple[Tensor, ...], dict[str, Tensor]]]:
+    """The data in order, as calls of a program, on the device that the programs' parameters are on."""
+    modules = (program for program in programs if isinstance(program, nn.Module))
+    data = as_data(data)
+    device = next((p.device for module in modules for p in module.parameters()), data.device)
+    data = data.to(device)
+    generator = torch.Generator(device).manual_seed(seed)
+    elements = max(tensor[0].numel() for tensor in data.args)
+    for index in torch.arange(len(data), device=device).split(_rows(elements)):
+        yield data.batch(index, generator)
+
+
+def _rows(elements: int) -> int:
+    return max(1, MAX_ELEMENTS // elements)
+
+
+def _drawn(model: Callable, num_data: int, kwargs: Mapping[str, Any] | None = None) -> poutine.Trace:
+    return poutine.trace(model).get_trace(num_data=num_data, **kwargs or {})
+
+
+def _traces(
+    model: Callable, guide: Callable, args: tuple[Tensor, ...], kwargs: Mapping[str, Any]
+) -> tuple[poutine.Trace, poutine.Trace]:
+    """Of one draw z ~ q(z | x), and of the model at it."""
+    guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    return guide_trace, poutine.trace(poutine.replay(model, guide_trace)).get_trace(*args, **kwargs)
+
+
+def _observation(trace: poutine.Trace) -> Any:
+    sites = dict(samples(trace))
+    if OBSERVATION not in sites:
+        raise ValueError(f'expected the site "{OBSERVATION}", got the sites {sorted(sites)}: name it so')
+    return sites[OBSERVATION]
+
+
+def _latents(trace: poutine.Trace) -> dict[str, Any]:
+    return {
+        name: site for name, site in samples(trace) if not site["is_observed"] and not site["infer"].get("is_auxiliary")
+    }
+
+
+def _plate_dim(site: Any) -> int:
+    """Of the plate ``"data"`` in the site's values, from the right."""
+    for frame in site["cond_indep_stack"]:
+        if frame.name == "data":
+            return frame.dim - len(site["fn"].event_shape)
+    raise ValueError(f'expected site "{site["name"]}" inside the plate "data", got it outside')
+
+
+def _by_datum(site: Any, value: Tensor) -> Tensor:
+    """A value or a moment of the site, with its data on dimension 0."""
+    return value.movedim(_plate_dim(site), 0)
+
+
+def _in_plates(site: Any, value: Tensor) -> Tensor:
+    """A value with its data on dimension 0 as the site has it."""
+    return value.movedim(0, _plate_dim(site)).to(site["value"])
+
+
+def _moment(site: Any, name: str) -> Tensor | None:
+    """The distribution's mean or variance, data first; None where it has no closed form."""
+    try:
+        return _by_datum(site, getattr(site["fn"], name))
+    except NotImplementedError:
+        return None
+
+
+def _mean(site: Any) -> Tensor:
+    mean = _moment(site, "mean")
+    if mean is None:
+        raise ValueError(f"expected p(x | z) with a mean in closed form, got {site['fn']}: use sample(...)")
+    return mean
+
+
+def _named(z: Tensor | Mapping[str, Tensor], sites: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The latent values by site, checked against the model's own."""
+    if isinstance(z, Tensor):
+        if len(sites) != 1:
+            raise ValueError(f"expected a dict of latent values from some of {sorted(sites)}, got one tensor")
+        z = {next(iter(sites)): z}
+    if not z or not z.keys() <= sites.keys():
+        raise ValueError(f"expected latent values for some of the sites {sorted(sites)}, got {sorted(z)}")
+    for name, value in z.items():
+        shape = _by_datum(sites[name], sites[name]["value"]).shape[1:]
+        if value.ndim == 0 or len(value) == 0 or value.shape[1:] != shape:
+            raise ValueError(f'expected "{name}" with shape {("N", *shape)}, got {tuple(value.shape)}')
+    if len({len(value) for value in z.values()}) != 1:
+        raise ValueError(f"expected as many values of each site, got { {n: len(v) for n, v in z.items()} }")
+    return dict(z)
+
+
+def _stack(values: list[Tensor | None]) -> Tensor | None:
+    present = [value for value in values if value is not None]
+    return torch.stack(present).cpu() if len(present) == len(values) else None
+
+
+def _joined(batches: list[Encoding]) -> Encoding:
+    scales = [batch.scale for batch in batches if batch.scale is not None]
+    draws = [batch.draws for batch in batches if batch.draws is not None]
+    return Encoding(
+        mean=torch.cat([batch.mean for batch in batches]),
+        scale=torch.cat(scales) if scales else None,
+        draws=torch.cat(draws, dim=1) if draws else None,
+    )

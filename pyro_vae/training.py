@@ -1,0 +1,457 @@
+"""`fit`: the training loop, and `Run`, what it leaves behind."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import Trace_ELBO
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from . import checkpoint, prediction
+from .config import build, describe
+from .data import Data, Dataset, Split, as_data, load_dataset
+from .evaluation import Evaluation, check_support, evaluate, evaluating, samples
+from .schedules import Schedule
+from .svi import SVI, Optimizer, get_random_state, latent_scale, load_modules, set_random_state
+
+__all__ = ["Run", "fit", "load_run", "select_device"]
+
+Callback = Callable[["Run"], Any]
+SAVE_EVERY = 10.0  # seconds between checkpoints
+
+
+class Run:
+    """A trained pair and its directory.
+
+    `path` holds ``config.toml`` as resolved, ``metrics.jsonl`` (a line per epoch), ``checkpoints/`` and
+    ``model.safetensors``; `history` is the list of those lines: ``epoch``, ``steps``, ``bound`` and ``valid`` (nats per
+    datum, higher is better), ``kl_weight``, ``learning_rate``, ``seconds``.
+    """
+
+    def __init__(self, model: Any, guide: Any, path: Path, config: dict[str, Any]) -> None:
+        self.model, self.guide, self.path, self.config = model, guide, path, config
+        self.history: list[dict[str, Any]] = []
+
+    def __repr__(self) -> str:
+        last = f", bound {self.history[-1]['bound']:.2f}" if self.history else ""
+        return f"Run({str(self.path)!r}, {len(self.history)} epochs{last})"
+
+    def dataset(self) -> Dataset:
+        """The data set that the run was trained on, loaded again.
+
+        Raises:
+            ValueError: the run was trained on tensors, whose source it does not know.
+        """
+        source = self.config.get("data")
+        if not source:
+            raise ValueError(f"expected a data set's name in {self.path / 'config.toml'}, found none: pass the data")
+        return load_dataset(**source)
+
+    def evaluate(self, data: Any, **options: Any) -> Evaluation:
+        """`pyro_vae.evaluate` of this pair."""
+        return evaluate(self.model, self.guide, data, **options)
+
+    def sample(self, num_samples: int, **options: Any) -> Tensor:
+        """`pyro_vae.prediction.sample` of this model."""
+        return prediction.sample(self.model, num_samples, **options)
+
+    def encode(self, data: Any, **options: Any) -> prediction.Encoding:
+        """`pyro_vae.prediction.encode` by this guide."""
+        return prediction.encode(self.guide, data, **options)
+
+    def decode(self, z: Any, **options: Any) -> Tensor:
+        """`pyro_vae.prediction.decode` by this model."""
+        return prediction.decode(self.model, z, **options)
+
+    def reconstruct(self, data: Any, **options: Any) -> Tensor:
+        """`pyro_vae.prediction.reconstruct` by this pair."""
+        return prediction.reconstruct(self.model, self.guide, data, **options)
+
+    def denoise(self, corrupted: Any, **options: Any) -> Tensor:
+        """`pyro_vae.prediction.denoise` by this pair."""
+        return prediction.denoise(self.model, self.guide, corrupted, **options)
+
+    def interpolate(self, a: Tensor, b: Tensor, **options: Any) -> Tensor:
+        """`pyro_vae.prediction.interpolate` by this pair."""
+        return prediction.interpolate(self.model, self.guide, a, b, **options)
+
+    def scores(self, data: Any, **options: Any) -> Tensor:
+        """`pyro_vae.prediction.scores` by this pair."""
+        return prediction.scores(self.model, self.guide, data, **options)
+
+    def to_arviz(self, data: Any, **options: Any) -> Any:
+        """`pyro_vae.prediction.to_arviz` of this pair."""
+        return prediction.to_arviz(self.model, self.guide, data, **options)
+
+
+def fit(
+    model: Callable,
+    guide: Callable,
+    train: Any,
+    *,
+    valid: Any = None,
+    loss: Any = None,
+    optimizer: Optimizer | None = None,
+    learning_rate: Schedule | None = None,
+    kl_weight: Schedule | None = None,
+    epochs: int = 100,
+    batch_size: int = 100,
+    clip_norm: float | None = None,
+    patience: int | None = None,
+    callbacks: Sequence[Callback] = (),
+    device: str = "auto",
+    seed: int = 0,
+    out: Path | str | None = None,
+    overwrite: bool = False,
+    resume: Path | str | None = None,
+    progress: bool = True,
+) -> Run:
+    """Train `model` and `guide` on `train` with Pyro's SVI; every epoch is scored on `valid`.
+
+    Args:
+        model, guide: Pyro programs: modules, or plain functions with ``pyro.param``.
+        train, valid: a tensor; a tuple of tensors, optionally ending in a dict of keyword tensors, all indexed
+            together; or a split of a data set.
+        loss: any ELBO of Pyro's form; ``Trace_ELBO()`` by default.
+        optimizer: one of ``pyro.optim``, or a callable from parameters to a torch optimiser; Adam at 1e-3 by default.
+        learning_rate, kl_weight: factors, pure functions of the epoch (`pyro_vae.schedules`). The KL weight scales
+            every latent site in model and guide.
+        patience: stop after this many epochs without a better validation bound, and return the best weights.
+        callbacks: each is called with the `Run` after every epoch; one that returns True ends the training.
+        device: ``"auto"`` is CUDA where there is one.
+        seed: of the draws and of the data's order. The user's own random state is left as it was.
+        out: the run's directory; ``runs/0001`` and so on by default.
+        resume: the directory of a run to go on with; on the same CPU it ends in the same bits as one never interrupted.
+
+    Raises:
+        ValueError, FileNotFoundError, FileExistsError: arguments that do not fit, with the mend.
+        NonFiniteLossError: before the weights take a NaN; the last checkpoint stays.
+        KeyboardInterrupt: after the state has been saved.
+
+    Example:
+        >>> import tempfile
+        >>> from pyro_vae.guides import AmortizedGuide
+        >>> from pyro_vae.models import VAE
+        >>> model = VAE((4,), latent_dim=2)
+        >>> guide = AmortizedGuide(model)
+        >>> run = fit(model, guide, torch.ones(100, 4), epochs=2, out=tempfile.mkdtemp(), progress=False)
+        >>> run.history[1]["bound"] > run.history[0]["bound"]
+        True
+    """
+    place = select_device(device)
+    data, held_out = as_data(train).to(place), None if valid is None else as_data(valid).to(place)
+    loss, optimizer = loss or Trace_ELBO(), optimizer or functools.partial(torch.optim.Adam, lr=1e-3, fused=True)
+    _check_arguments(data, epochs, batch_size, patience, held_out)
+    for program in (model, guide, loss):
+        if isinstance(program, nn.Module):
+            program.to(place)
+    settings: dict[str, Any] = {
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "clip_norm": clip_norm,
+        "patience": patience,
+    }
+    objects: dict[str, Any] = {"model": model, "guide": guide, "loss": loss, "optimizer": optimizer}
+    objects |= {"learning_rate": learning_rate, "kl_weight": kl_weight}
+    settings |= {"data": getattr(data, "source", None), "seed": seed, "device": place}
+    with _surroundings(seed), _interruptions() as interrupted:
+        svi = SVI(model, guide, optimizer, loss, clip_norm=clip_norm)
+        args, kwargs = data.batch(torch.arange(min(2, len(data)), device=place), _generator(place, seed))
+        try:
+            svi.initialize(*args, **kwargs)
+        finally:  # data outside the support fail in either; this says it better
+            _check_support(svi, data, *data.batch(torch.zeros(1, dtype=torch.long, device=place)))
+        path = Path(resume) if resume is not None else checkpoint.new_run(out, overwrite)
+        state = _State(svi, Run(model, guide, path, describe(settings | objects)), _generator(place, seed), data)
+        try:
+            state.resume() if resume is not None else state.begin()
+        except OSError:
+            if resume is None:
+                checkpoint.discard_run(path)
+            raise
+        steps_per_epoch = -(-len(data) // batch_size)
+        bar = tqdm(total=epochs * steps_per_epoch, initial=svi.steps, unit="step", disable=None if progress else True)
+        while state.epoch < epochs and not state.finished:
+            order = torch.randperm(len(data), generator=_generator("cpu", seed, state.epoch)).to(place)
+            for index in order.split(batch_size)[state.position :]:
+                now = svi.steps / steps_per_epoch
+                weight = kl_weight(now) if kl_weight else 1.0
+                if learning_rate:
+                    for group, settings_of_group in zip(svi.optimizer.param_groups, state.settings, strict=True):
+                        group["lr"] = settings_of_group["lr"] * learning_rate(now)
+                args, kwargs = data.batch(index, state.generator)
+                with latent_scale(weight, place) if kl_weight else contextlib.nullcontext():
+                    state.total = state.total + svi.step_async(*args, **kwargs)
+                state.position += 1
+                bar.update()
+                if interrupted.is_set() or time.monotonic() - state.saved > SAVE_EVERY:
+                    state.save()
+                if interrupted.is_set():
+                    bar.close()
+                    raise KeyboardInterrupt(f"saved at step {svi.steps}: go on with resume={str(path)!r}")
+            record: dict[str, Any] = {"epoch": state.epoch + 1, "steps": svi.steps}
+            record["bound"] = data.log_jacobian - float(state.total) / len(data)
+            if held_out is not None:
+                record["valid"] = _validation_bound(svi, held_out, 8 * batch_size, seed)
+            record |= {"kl_weight": weight, "learning_rate": svi.optimizer.param_groups[0].get("lr")}
+            state.end_epoch(record, patience)
+            shown = {key: f"{record[key]:.2f}" for key in ("bound", "valid") if key in record}
+            bar.set_postfix(epoch=f"{state.epoch}/{epochs}", **shown)
+            if any([callback(state.run) is True for callback in callbacks]):  # noqa: C419  each is called
+                state.finished = True
+        bar.close()
+        return state.end(best=patience is not None)
+
+
+def load_run(path: Path | str, *, model: Any = None, guide: Any = None, device: str = "cpu") -> Run:
+    """The run at `path`, with its model and guide made from ``config.toml`` and their trained weights.
+
+    Hand over `model` and `guide` where they are the user's own objects that no import path leads to.
+
+    Raises:
+        FileNotFoundError: no run there. ValueError: a truncated or foreign file, or another architecture.
+    """
+    path = Path(path)
+    config = checkpoint.load_config(path / "config.toml")
+    if not {"model", "guide"} <= config.keys():
+        raise ValueError(
+            f"expected the sections model and guide in {path / 'config.toml'}, found {sorted(config)}: "
+            "name a run's directory"
+        )
+    given = {name: value for name, value in (("model", model), ("guide", guide)) if value is not None}
+    with torch.random.fork_rng():
+        built = build({name: config[name] for name in ("model", "guide") if name not in given}, **given)
+    run = Run(built["model"], built["guide"], path, config)
+    weights = path / "model.safetensors"
+    if not weights.exists():
+        weights = path / "checkpoints" / "last.safetensors"
+    state = checkpoint.load(weights)
+    programs = {"model": run.model, "guide": run.guide}
+    load_modules({name: p for name, p in programs.items() if isinstance(p, nn.Module)}, state)
+    for program in programs.values():
+        if isinstance(program, nn.Module):
+            program.to(select_device(device)).eval()
+    run.model, run.guide = (_with_params(program, state["params"]) for program in programs.values())
+    metrics = path / "metrics.jsonl"
+    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
+    run.history = [json.loads(line) for line in lines if line.endswith("\n")]
+    return run
+
+
+class _State:
+    """All of a training that outlives its process."""
+
+    def __init__(self, svi: SVI, run: Run, generator: torch.Generator, data: Data) -> None:
+        self.svi, self.run, self.generator = svi, run, generator
+        self.epoch, self.position, self.finished = 0, 0, False
+        self.total: Tensor = torch.zeros((), dtype=torch.float64)
+        self.best, self.since_best = -float("inf"), 0
+        self.saved = self.started = time.monotonic()
+        groups = svi.optimizer.param_groups
+        self.settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+        self.data = {"rows": len(data), "shapes": [list(t.shape[1:]) for t in (*data.args, *data.kwargs.values())]}
+        self.folder = run.path / "checkpoints"
+
+    def begin(self) -> None:
+        self.folder.mkdir(exist_ok=True)
+        for old in (*self.folder.glob("*.safetensors"), self.run.path / "model.safetensors"):
+            old.unlink(missing_ok=True)
+        checkpoint.save_config(self.run.config, self.run.path / "config.toml")
+        self._write_history()
+        self.save()
+
+    def state_dict(self) -> dict[str, Any]:
+        counters = ("epoch", "position", "finished", "total", "best", "since_best", "data", "settings")
+        return {
+            **self.svi.state_dict(),
+            **{name: getattr(self, name) for name in counters},
+            "history": self.run.history,
+            "random": get_random_state(),
+            "generator": self.generator.get_state(),
+            "execution": {"threads": torch.get_num_threads(), "mode": "eager"},
+        }
+
+    def save(self) -> None:
+        checkpoint.save(self.state_dict(), self.folder / "last.safetensors")
+        self.saved = time.monotonic()
+
+    def resume(self) -> None:
+        state = checkpoint.load(self.folder / "last.safetensors")
+        if state["data"] != self.data:
+            raise ValueError(
+                f"expected the data that the run was trained on, {state['data']}, got {self.data}: name them"
+            )
+        torch.set_num_threads(state["execution"]["threads"])
+        self.svi.load_state_dict(state)
+        for group, now, then in zip(self.svi.optimizer.param_groups, self.settings, state["settings"], strict=True):
+            group.update({key: value for key, value in now.items() if value != then.get(key)})
+        for name in ("epoch", "position", "finished", "total", "best", "since_best"):
+            setattr(self, name, state[name])
+        self.run.history = state["history"]
+        self.generator.set_state(state["generator"])
+        set_random_state(state["random"])
+        self.started -= self.run.history[-1]["seconds"] if self.run.history else 0.0
+        checkpoint.save_config(self.run.config, self.run.path / "config.toml")
+        self._write_history()
+
+    def end_epoch(self, record: dict[str, Any], patience: int | None) -> None:
+        self.run.history.append({**record, "seconds": round(time.monotonic() - self.started, 3)})
+        self.epoch, self.position = self.epoch + 1, 0
+        self.total = torch.zeros_like(self.total)
+        self.since_best += 1
+        if record.get("valid", -float("inf")) > self.best:
+            self.best, self.since_best = record["valid"], 0
+        if self.svi.scheduler:
+            self.svi.scheduler.step()
+        if patience is not None:
+            self.finished = self.since_best >= patience
+            if self.since_best == 0:
+                checkpoint.save(self.svi.state_dict(), self.folder / "best.safetensors")
+        with (self.run.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(self.run.history[-1]) + "\n")
+
+    def end(self, best: bool) -> Run:
+        self.save()
+        if best:
+            self.svi.load_state_dict(checkpoint.load(self.folder / "best.safetensors"))
+        weights = {name: module.state_dict() for name, module in self.svi.modules.items()}
+        params = self.svi.state_dict()["params"]
+        checkpoint.save({**weights, "params": params}, self.run.path / "model.safetensors")
+        for module in self.svi.modules.values():
+            module.eval()
+        self.run.model, self.run.guide = (_with_params(p, params) for p in (self.run.model, self.run.guide))
+        return self.run
+
+    def _write_history(self) -> None:
+        with checkpoint.atomic(self.run.path / "metrics.jsonl") as temporary:
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in self.run.history))
+
+
+def _with_params(program: Any, params: dict[str, Tensor]) -> Any:
+    """A plain function with ``pyro.param``, run with these values; a module as it is."""
+    if isinstance(program, nn.Module) or not params:
+        return program
+
+    store = pyro.get_param_store()
+    own: dict[str, Any] = {}
+
+    @functools.wraps(program)
+    def scoped(*args: Any, **kwargs: Any) -> Any:
+        if not own:
+            with store.scope() as state, torch.random.fork_rng(), torch.no_grad(), poutine.block():
+                program(*args, **kwargs)
+                for name, parameter in store.named_parameters():
+                    parameter.copy_(params[name])
+            own.update(state)
+        with store.scope(own):
+            return program(*args, **kwargs)
+
+    return scoped
+
+
+def _validation_bound(svi: SVI, data: Data, batch_size: int, seed: int) -> float:
+    """The bound at KL weight 1, in eval mode, on a random stream of its own that is the same at each epoch."""
+    total = 0.0
+    with torch.random.fork_rng(), torch.no_grad(), evaluating(*svi.modules.values()):
+        torch.manual_seed(seed)
+        generator = _generator(data.args[0].device, seed)
+        for index in torch.arange(len(data), device=data.args[0].device).split(batch_size):
+            args, kwargs = data.batch(index, generator)
+            loss = svi.evaluate_loss(*args, **kwargs)
+            total += loss[0] if isinstance(loss, tuple) else loss
+    return data.log_jacobian - total / len(data)
+
+
+def select_device(device: str) -> torch.device:
+    """The torch device of a name; ``"auto"`` is CUDA where there is one.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"expected a device of this machine (auto, cpu, cuda), got {device!r}: {reason}") from None
+    return torch.device(device)
+
+
+def _generator(device: torch.device | str, *seeds: int) -> torch.Generator:
+    seed = functools.reduce(lambda a, b: a * 1_000_003 + b, seeds)
+    return torch.Generator(device).manual_seed(seed % 2**63)
+
+
+def _check_arguments(data: Data, epochs: int, batch_size: int, patience: int | None, valid: Data | None) -> None:
+    if epochs < 1:
+        raise ValueError(f"expected epochs >= 1, got {epochs}: give a positive number")
+    if not 1 <= batch_size <= len(data):
+        raise ValueError(f"expected a batch_size from 1 to {len(data)}, the number of data, got {batch_size}: choose within")
+    if patience is not None and (patience < 1 or valid is None):
+        raise ValueError(f"expected patience >= 1 beside validation data, got {patience}: pass valid=...")
+    for tensor in (*data.args, *data.kwargs.values()):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            count = int((~torch.isfinite(tensor)).sum())
+            raise ValueError(f"expected finite data, got {count} NaN or infinite values: drop or fill them")
+
+
+def _check_support(svi: SVI, data: Data, args: Any, kwargs: Any) -> None:
+    """Every datum lies in the support of the observed site that holds it; `args` and `kwargs` are a batch of one."""
+    with torch.random.fork_rng(), torch.no_grad(), pyro.validation_enabled(False), evaluating(*svi.modules.values()):
+        trace = poutine.trace(svi.model).get_trace(*args, **kwargs)
+    for name, site in samples(trace):
+        for given, observed in zip(args, (data.observed,) if isinstance(data, Split) else data.args, strict=True):
+            if site["is_observed"] and site["value"] is given:
+                check_support(name, site["fn"], observed)
+
+
+@contextlib.contextmanager
+def _surroundings(seed: int) -> Iterator[None]:
+    """Seeded draws, an empty parameter store and no validation of every step; all as before when it ends."""
+    threads = torch.get_num_threads()
+    with (
+        torch.random.fork_rng(),
+        pyro.get_param_store().scope(),
+        pyro.validation_enabled(False),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", "Encountered", UserWarning)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def _interruptions() -> Iterator[threading.Event]:
+    """An event that Ctrl-C sets, so that a step is never cut in two; the second Ctrl-C cuts."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupt(*_: Any) -> None:
+        event.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)

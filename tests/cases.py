@@ -1,0 +1,109 @@
+"""THE table of (model, guide, batch): every law of test_laws.py is checked on every row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from pyro_vae.guides import AmortizedGuide, families
+from pyro_vae.models import VAE, LinearVAE, likelihoods, priors
+from pyro_vae.nn import MLP, ConvolutionalDecoder, ConvolutionalEncoder
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    make: Callable[[], tuple[Any, Any]]
+    batch: Callable[[], Tensor]
+
+    def pair(self) -> tuple[Any, Any]:
+        """A fresh model and guide, the same at every call."""
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return self.make()
+
+    def data(self, rows: int = 6) -> Tensor:
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            return self.batch()[:rows]
+
+
+def vae(event_shape: tuple[int, ...], encoder: nn.Module | None = None, **components: Any) -> Any:
+    model = VAE(event_shape, **components)
+    return model, AmortizedGuide(model, encoder=encoder)
+
+
+class TwoSites(PyroModule):
+    """A user's own model: z_1 ~ N(0, I_2), z_2 | z_1 ~ N(z_1, I_2), x | z_2 ~ N(W z_2, 0.5^2 I_4)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.W = nn.Parameter(torch.randn(4, 2))
+
+    def forward(self, x: Tensor | None = None, *, num_data: int | None = None) -> Tensor:
+        with pyro.plate("data", num_data if x is None else len(x)):
+            one = self.W.new_ones(2)
+            first = pyro.sample("first", dist.Normal(0 * one, one).to_event(1))
+            second = pyro.sample("second", dist.Normal(first, one).to_event(1))
+            return pyro.sample("x", dist.Normal(second @ self.W.mT, 0.5 * one[0]).to_event(1), obs=x)
+
+
+def two_sites() -> tuple[Any, Any]:
+    model = TwoSites()
+    return model, AmortizedGuide(model, encoder=MLP((8,)))
+
+
+small = MLP(hidden=(12,), activation="tanh")
+CASES = [
+    Case(
+        "bernoulli", lambda: vae((1, 4, 4), small, latent_dim=3, decoder=small), lambda: torch.rand(20, 1, 4, 4).round()
+    ),
+    Case(
+        "binomial",
+        lambda: vae((5,), small, prior=priors.StandardNormal(2), likelihood=likelihoods.Binomial(16), decoder=small),
+        lambda: torch.randint(0, 17, (20, 5)).float(),
+    ),
+    Case(
+        "continuous_bernoulli",
+        lambda: vae((5,), small, latent_dim=2, likelihood=likelihoods.ContinuousBernoulli(), decoder=small),
+        lambda: torch.rand(20, 5),
+    ),
+    *(
+        Case(
+            f"normal_{scale}_{mean}",
+            lambda scale=scale, mean=mean: vae(
+                (5,), small, latent_dim=2, likelihood=likelihoods.Normal(scale, mean), decoder=small
+            ),
+            lambda: torch.rand(20, 5),
+        )
+        for scale, mean in (("shared", "identity"), ("per_dimension", "identity"), ("predicted", "sigmoid"))
+    ),
+    Case(
+        "convolutional",
+        lambda: vae(
+            (3, 9, 7),
+            ConvolutionalEncoder((4, 6), features=10),
+            latent_dim=2,
+            decoder=ConvolutionalDecoder((6, 4), features=10),
+        ),
+        lambda: torch.rand(20, 3, 9, 7).round(),
+    ),
+    Case(
+        "linear",
+        lambda: (model := LinearVAE((4,), latent_dim=2), AmortizedGuide(model, encoder=nn.Flatten())),
+        lambda: torch.randn(20, 4),
+    ),
+    Case(
+        "defaults",
+        lambda: (model := VAE((4,), latent_dim=2), AmortizedGuide(model, family=families.DiagonalNormal())),
+        lambda: torch.rand(20, 4).round(),
+    ),
+    Case("two_sites", two_sites, lambda: torch.randn(20, 4)),
+]

@@ -1,0 +1,38 @@
+"""Fixtures: where the real data are, and a random state that no test leaves changed."""
+
+import os
+from pathlib import Path
+
+import pyro
+import pytest
+import torch
+
+
+def data_root() -> Path:
+    return Path(os.environ.get("PYRO_VAE_DATA") or Path(__file__).parents[1] / ".." / "shared" / "data")
+
+
+def needed(file: str) -> Path:
+    if not (data_root() / file).exists():
+        pytest.skip(f"needs the data file {file}, looked for it in {data_root()}")
+    return data_root()
+
+
+@pytest.fixture
+def mnist_root() -> Path:
+    return needed("MNIST/raw/train-images-idx3-ubyte")
+
+
+@pytest.fixture(autouse=True)
+def fresh_state():
+    """Each test starts from the same seed, and must leave Pyro's parameter store as it found it."""
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    yield
+    pyro.clear_param_store()
+
+
+@pytest.fixture(autouse=True)
+def skip_without_cuda(request):
+    if request.node.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
