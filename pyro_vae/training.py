@@ -400,7 +400,9 @@ def _check_arguments(data: Data, epochs: int, batch_size: int, patience: int | N
     if epochs < 1:
         raise ValueError(f"expected epochs >= 1, got {epochs}: give a positive number")
     if not 1 <= batch_size <= len(data):
-        raise ValueError(f"expected a batch_size from 1 to {len(data)}, the number of data, got {batch_size}: choose within")
+        raise ValueError(
+            f"expected a batch_size from 1 to {len(data)}, the number of data, got {batch_size}: choose within"
+        )
     if patience is not None and (patience < 1 or valid is None):
         raise ValueError(f"expected patience >= 1 beside validation data, got {patience}: pass valid=...")
     for tensor in (*data.args, *data.kwargs.values()):

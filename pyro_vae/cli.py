@@ -1,0 +1,726 @@
+"""The command line: ``pyro-vae COMMAND ...``. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from .options import (
+    COMPONENTS,
+    TABLES,
+    Options,
+    Table,
+    check,
+    classes_help,
+    flat,
+    mend,
+    nested,
+    one_of,
+    parameters,
+    parse,
+    read_config,
+    resolved,
+)
+
+if TYPE_CHECKING:
+    from .data import Dataset, Split
+    from .training import Run
+
+__all__ = ["main"]
+
+HELP = {
+    "": """\
+usage: pyro-vae COMMAND ...
+
+Variational autoencoders as Pyro programs.
+
+  fit            train a model, score it, write a report
+  evaluate       score a run: bounds on log p(x), KL, effective sample size
+  sample         draw new data from a run's model
+  encode         q(z | x) of data: means, scales and draws
+  reconstruct    decode what a run's guide makes of data
+  report         write a run's report again
+  doctor         what this installation has, and what it lacks
+
+  --help         this page; pyro-vae COMMAND --help tells more
+  --version      the version
+
+examples:
+  pyro-vae fit                                     handwritten digits, in about half a minute
+  pyro-vae fit --data table.csv --data.label kind  your own data
+  pyro-vae evaluate runs/latest
+  pyro-vae sample runs/latest --num 100 --out samples.npz
+""",
+    "fit": """\
+usage: pyro-vae fit [OPTIONS]
+
+Train a model and its guide; the run's directory gets weights, scores and a report.
+
+data:
+  --data NAME|PATH     digits (default), mnist, fashion_mnist, freyfaces, or a .npy, .npz, .pt, .csv file or a
+                       folder of images
+  --data.binarize HOW  none (default), static, dynamic
+  --data.label COLUMN, --data.id COLUMN      columns of a .csv that are no features
+  --data.download      fetch a named data set          --data.root DIR   where the named data sets are
+  --data.split [0.8,0.1,0.1], --data.seed N  another division into train, valid and test
+
+what is trained (--model.help, --guide.help, ... list the classes and their options):
+  --model CLASS        VAE (default), LinearVAE, or your own: package.module.Class
+  --model.latent_dim N, --model.decoder MLP, --model.decoder.hidden [200,200], --model.prior CLASS
+  --model.likelihood auto|CLASS    auto (default) looks at the data
+  --guide CLASS        AmortizedGuide (default); --guide.encoder ConvolutionalEncoder, --guide.family CLASS
+  --loss CLASS         Trace_ELBO (default), TraceMeanField_ELBO, or your own
+  --optimizer CLASS    Adam (default); --optimizer.lr 1e-3
+  --learning_rate, --kl_weight CLASS     schedules, as in --kl_weight Warmup --kl_weight.epochs 20
+
+training:
+  --epochs N (200)     passes over the data            --batch_size N (100)
+  --patience N (30)    stop after N epochs without a better validation bound, keep the best; null: never
+  --clip_norm X        clip the gradient's norm        --seed N (0)
+  --device D (auto)    auto is CUDA where there is one
+  --evaluate.num_samples N (1000)        draws per datum for the test scores
+  --out DIR            the run's directory (runs/0001 and so on); --overwrite to write into a full one
+  --resume DIR         go on with a run; other options change its settings
+
+configuration:
+  --config FILE        TOML or YAML; a run's config.toml repeats the run; options go before the file, and what
+                       neither says is 100 epochs without patience
+  --print_config       print the configuration as TOML, and do nothing
+
+examples:
+  pyro-vae fit --model.latent_dim 2
+  pyro-vae fit --data mnist --data.binarize dynamic --data.download --model.decoder ConvolutionalDecoder
+  pyro-vae fit --data table.csv --data.label kind --model LinearVAE
+  pyro-vae fit --config runs/0001/config.toml --seed 1
+""",
+    "evaluate": """\
+usage: pyro-vae evaluate RUN [OPTIONS]
+
+Score a run's model and guide: nats per datum, higher is better but for kl.
+
+  RUN                the run's directory, such as runs/latest
+  --data NAME|PATH   other data than the run's         --split train|valid|test|all (test)
+  --num_samples N    draws per datum (1000)            --seed N (0), --device D (auto)
+  --out FILE.json    write the scores too              --overwrite
+
+example:
+  pyro-vae evaluate runs/latest --split valid --out scores.json
+""",
+    "sample": """\
+usage: pyro-vae sample RUN [OPTIONS]
+
+Draw x ~ p(x), in the data's original units.
+
+  RUN                the run's directory, such as runs/latest
+  --num N            how many (64)                     --mean   E[x | z] in the place of x
+  --out FILE         .npz or .csv (samples.npz)        --overwrite
+  --seed N (0), --device D (auto)
+
+example:
+  pyro-vae sample runs/latest --num 100 --out samples.csv
+""",
+    "encode": """\
+usage: pyro-vae encode RUN [OPTIONS]
+
+q(z | x): means and scales per datum, with ids and labels where the data have them.
+
+  RUN                the run's directory, such as runs/latest
+  --data NAME|PATH   other data than the run's         --split train|valid|test|all (test)
+  --num_samples K    K draws per datum too (.npz)      --seed N (0), --device D (auto)
+  --out FILE         .npz or .csv (codes.npz)          --overwrite
+
+example:
+  pyro-vae encode runs/latest --split all --out codes.csv
+""",
+    "reconstruct": """\
+usage: pyro-vae reconstruct RUN [OPTIONS]
+
+E[x' | z] for z ~ q(z | x), in the data's original units.
+
+  RUN                the run's directory, such as runs/latest
+  --data NAME|PATH   other data than the run's         --split train|valid|test|all (test)
+  --num_samples K    average over K draws (1)          --seed N (0), --device D (auto)
+  --out FILE         .npz or .csv (reconstructions.npz)   --overwrite
+
+example:
+  pyro-vae reconstruct runs/latest --out reconstructions.npz
+""",
+    "report": """\
+usage: pyro-vae report RUN [OPTIONS]
+
+Write report.html into a run's directory again.
+
+  RUN                the run's directory, such as runs/latest
+  --num_samples N    draws per datum (1000)            --seed N (0), --device D (auto)
+
+example:
+  pyro-vae report runs/latest
+""",
+    "doctor": """\
+usage: pyro-vae doctor
+
+Tell what this installation has, and what it lacks: versions, devices, a compiler, data.
+""",
+}
+
+Part = Literal["train", "valid", "test", "all"]
+
+DEFAULTS: Options = [
+    ("data.name_or_path", "digits"),
+    ("model", "VAE"),
+    ("guide", "AmortizedGuide"),
+    ("loss", "Trace_ELBO"),
+    ("optimizer", "Adam"),
+    ("optimizer.lr", 1e-3),
+    ("optimizer.fused", True),
+]
+FIRST_RUN: Options = [("epochs", 200), ("patience", 30)]  # where no configuration file is given
+NOT_ASKED = {
+    "model",
+    "guide",
+    "train",
+    "valid",
+    "loss",
+    "optimizer",
+    "learning_rate",
+    "kl_weight",
+    "callbacks",
+    "progress",
+}
+OUT = {
+    "evaluate": "x.json",
+    "sample": "samples.npz",
+    "encode": "codes.npz",
+    "reconstruct": "reconstructions.npz",
+}
+
+
+class Stop(Exception):
+    """Ends the command with a line on stderr and an exit code."""
+
+    def __init__(self, line: str, code: int) -> None:
+        super().__init__(line)
+        self.code = code
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``pyro-vae`` with these arguments (the process's by default); returns the exit code.
+
+    0: done. 2: bad input, with a line that says what was expected, what came, and the mend. 1: anything else
+    that went wrong, also in a line; ``PYRO_VAE_TRACEBACK=1`` shows where. 130: interrupted, the run is saved.
+
+    Example:
+        >>> main(["evaluate", "--help"])
+        usage: pyro-vae evaluate RUN [OPTIONS]
+        ...
+        0
+    """
+    try:
+        with _working_directory_importable():
+            return _dispatch(list(sys.argv[1:] if arguments is None else arguments))
+    except Stop as stop:
+        line, code = str(stop), stop.code
+    except KeyboardInterrupt:
+        line, code = "interrupted", 130
+    except Exception as error:
+        if os.environ.get("PYRO_VAE_TRACEBACK"):
+            raise
+        line, code = _explained(error)
+    print(f"pyro-vae: {' '.join(line.split())}", file=sys.stderr)
+    return code
+
+
+def _explained(error: Exception) -> tuple[str, int]:
+    """The line and the exit code of an error: the library's own messages say what was expected."""
+    message = str(error)
+    if isinstance(error, OSError) and error.errno is not None:
+        place = f" at {error.filename}" if error.filename else ""
+        mend = "free some space" if error.errno == errno.ENOSPC else "name another place"
+        return f"error: expected to read and write{place}, got {error.strerror!r}: {mend}", 2
+    if isinstance(error, ValueError | OSError | ImportError) and "expected" in message:
+        return f"error: {message}", 2
+    kind = type(error).__name__
+    return f"unexpected {kind}: {message} (PYRO_VAE_TRACEBACK=1 shows where)", 1
+
+
+def _dispatch(arguments: list[str]) -> int:
+    command = arguments[0] if arguments else "--help"
+    if command in ("--help", "-h", "help"):
+        print(HELP[""], end="")
+        return 0
+    if command == "--version":
+        from . import __version__
+
+        print(f"pyro-vae {__version__}")
+        return 0
+    if command not in COMMANDS:
+        raise ValueError(f"expected {one_of(COMMANDS)}, got {command!r}: {mend(command, COMMANDS, '--help')}")
+    if {"--help", "-h"} & set(arguments[1:]):
+        print(HELP[command], end="")
+        return 0
+    positional, options = parse(arguments[1:])
+    if command == "fit":
+        if positional:
+            raise ValueError(f"expected options, got {positional[0]!r}: data go by --data {positional[0]}")
+        return _fit(options)
+    if command == "doctor":
+        if positional or options:
+            raise ValueError(f"expected doctor alone, got {' '.join(arguments[1:])!r}: leave it out")
+        return _doctor()
+    if len(positional) != 1:
+        came = " ".join(positional) or "none"
+        raise ValueError(f"expected one RUN, got {came}: pyro-vae {command} runs/latest")
+    return _called(command, COMMANDS[command], Path(positional[0]), options)
+
+
+def _doctor() -> int:
+    from .doctor import report
+
+    text, works = report()
+    print(text)
+    return 0 if works else 1
+
+
+def _called(command: str, function: Callable[..., int], run: Path, options: Options) -> int:
+    """Call a command's function with a run and options, as far as its signature and the data's allow."""
+    from .data import load_dataset
+
+    names = set(inspect.signature(function).parameters) - {"run"}
+    tree: Table = {}
+    for path, value in options:
+        name, _, rest = path.partition(".")
+        if name not in names or (rest and name != "data"):
+            known = [f"--{each}" for each in sorted(names)]
+            raise ValueError(f"expected {one_of(known)}, got --{path}: {mend(f'--{path}', known, command, '--help')}")
+        if name == "data":
+            tree.setdefault("data", {})[rest or "name_or_path"] = value
+        else:
+            tree[name] = value
+    data = check(load_dataset, tree.pop("data", {}), "data")
+    if "out" in names:
+        _check_ending(Path(tree.get("out") or OUT[command]), (".json",) if command == "evaluate" else (".npz", ".csv"))
+    arguments = check(function, tree, "")
+    return function(run, **({"data": data} if "data" in names else {}), **arguments)
+
+
+# ------------------------------------------------------------ fit
+
+
+def _fit(options: Options) -> int:
+    from . import training
+    from .data import load_dataset
+    from .evaluation import evaluate
+
+    for option, _ in options:
+        if option.endswith(".help"):
+            print(classes_help(option.removesuffix(".help")))
+            return 0
+    tree, resume = _configuration(options)
+    settings = check(training.fit, {key: tree[key] for key in tree if key not in (*COMPONENTS, *TABLES)}, "", NOT_ASKED)
+    source = check(load_dataset, tree["data"], "data")
+    scoring = check(evaluate, tree.get("evaluate", {}), "evaluate", {"model", "guide", "data", "progress"})
+    components = {name: resolved(name, tree[name]) for name in COMPONENTS if tree.get(name) not in (None, "null")}
+    if "print_config" in dict(options):
+        print(_toml({"data": source, **components, **settings, "evaluate": scoring}), end="")
+        return 0
+    num_samples = scoring.pop("num_samples", 1000)
+    if num_samples < 1:
+        raise ValueError(f"expected --evaluate.num_samples >= 1, got {num_samples}: give a positive number")
+    device = training.select_device(settings.get("device") or "auto")
+
+    dataset = load_dataset(**source)
+    print(f"data     {dataset.name}: {dataset.description}")
+    sizes = ", ".join(f"{split.name} {len(split):,}" for split in (dataset.train, dataset.valid, dataset.test))
+    print(f"         {sizes}")
+    settings.setdefault("batch_size", min(100, len(dataset.train)))
+    programs, reason = _programs(components, dataset, settings.get("seed", 0))
+    print(f"model    {_name_of(programs['model'])}, {reason}")
+    print(f"device   {_device(device)}", flush=True)
+    try:
+        run = training.fit(train=dataset.train, valid=dataset.valid, resume=resume, **programs, **settings)
+    except KeyboardInterrupt as interrupt:
+        if not str(interrupt):
+            raise
+        path = resume or _newest(settings.get("out"))
+        saved = str(interrupt).partition(":")[0]
+        raise Stop(f"interrupted, {saved}; to go on: pyro-vae fit --resume {_quoted(path)}", 130) from None
+    except ArithmeticError as error:  # NonFiniteLossError
+        path = resume or _newest(settings.get("out"))
+        mend = f"pyro-vae fit --resume {_quoted(path)} --optimizer.lr 1e-4 --clip_norm 10"
+        raise Stop(f"error: {error}; to go on from the last checkpoint: {mend}", 1) from None
+
+    last = run.history[-1]
+    best = max(run.history, key=lambda record: record["valid"])
+    bound = f"best validation bound {best['valid']:.2f} nats, epoch {best['epoch']}"
+    print(f"trained  {last['epoch']} epochs in {last['seconds']:.0f} s; {bound}")
+    scores = evaluate(run.model, run.guide, dataset.test, num_samples=num_samples, **scoring)
+    print(f"run      {run.path}\n\ntest split: {scores}\n", flush=True)
+    from .report import summary_sentence, write_report
+
+    print(f"{summary_sentence(run.model, scores, dataset)}\n", flush=True)
+    report = write_report(run, dataset, evaluation=scores, seed=scoring.get("seed", 0))
+    print(f"report   {report.absolute().as_uri()}\n")
+    where = _quoted(run.path)
+    print("next     try:")
+    print(f"  pyro-vae sample {where} --num 100 --out samples.npz")
+    print(f"  pyro-vae encode {where} --split test --out codes.csv")
+    print(f"  pyro-vae fit --config {where}/config.toml --seed 1")
+    return 0
+
+
+def _configuration(options: Options) -> tuple[Table, Path | None]:
+    """All settings of `fit`: defaults, then files, then options; and the run to go on with, if any."""
+    from .checkpoint import load_config
+
+    paths = {path: value for path, value in options if path in ("config", "resume")}
+    resume = None
+    base = [*DEFAULTS, *FIRST_RUN]
+    for (
+        name,
+        value,
+    ) in paths.items():  # a file that leaves out the patience means none: a run's config.toml does
+        base = DEFAULTS
+        if value is True or not value:
+            raise ValueError(f"expected a path after --{name}, got none: --{name} PATH")
+    files = [read_config(Path(value)) for path, value in options if path == "config"]
+    if "resume" in paths:
+        resume = Path(paths["resume"])
+        files.append(flat(load_config(resume / "config.toml")))
+        if not (resume / "checkpoints" / "last.safetensors").is_file():
+            raise FileNotFoundError(f"expected a run's checkpoints in {resume}, found none: name a run's directory")
+    own = [(path, value) for path, value in options if path not in ("config", "resume", "print_config")]
+    own.sort(key=lambda option: option[0].count("."))
+    tree = nested([*base, *(option for file in files for option in file), *own])
+    if resume is not None and {"out", "overwrite"} & tree.keys():
+        raise ValueError("expected --resume without --out and --overwrite, got both: a run goes on where it is")
+    return tree, resume
+
+
+def _programs(components: Table, dataset: Dataset, seed: int) -> tuple[Table, str]:
+    """`fit`'s objects, completed from the data and from one another; and why this likelihood."""
+    import torch
+
+    from .config import build, describe, import_object
+    from .models import likelihoods
+
+    model, guide = components["model"], components["guide"]
+    reason = "as configured"
+    for node in (model, guide):
+        if "object" in node:
+            raise ValueError(
+                f"expected a class with an import path, got {node['object']}: name it, --model module.Class"
+            )
+    model_class, arguments = import_object(model["class_path"]), model["init_args"]
+    names = parameters(model_class)
+    shape = tuple(dataset.event_shape)
+    if tuple(arguments.get("event_shape", shape)) != shape:
+        raise ValueError(f"expected {list(shape)} as model.event_shape, got {arguments['event_shape']}: leave it out")
+    if "event_shape" in names:
+        arguments["event_shape"] = shape
+    if "likelihood" in names and arguments.get("likelihood", "auto") == "auto":
+        observed = torch.cat([split.observed for split in (dataset.train, dataset.valid, dataset.test)])
+        likelihood, why = likelihoods.fitting(observed)
+        arguments["likelihood"] = describe({"likelihood": likelihood})["likelihood"]
+        reason = f"{type(likelihood).__name__} likelihood because {why}"
+    elif isinstance(arguments.get("likelihood"), dict):
+        reason = f"{arguments['likelihood'].get('class_path', '').rpartition('.')[2]} likelihood as configured"
+    guide_class = import_object(guide["class_path"])
+    if inspect.isclass(guide_class) and "model" in parameters(guide_class):
+        guide["init_args"]["model"] = {"reference": "model"}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        built = build({name: components[name] for name in COMPONENTS if name in components})
+    return {name: built[name] for name in COMPONENTS if name in built}, reason
+
+
+def _name_of(program: Any) -> str:
+    return type(program).__name__ if not inspect.isroutine(program) else program.__name__
+
+
+def _device(device: Any) -> str:
+    import torch
+
+    if device.type == "cuda":
+        return f"{device}, {torch.cuda.get_device_name(device)}"
+    threads = torch.get_num_threads()
+    return f"{device}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def _newest(out: Any) -> Path:
+    return Path(out) if out else Path("runs") / os.readlink(Path("runs") / "latest")
+
+
+def _quoted(path: Any) -> str:
+    import shlex
+
+    return shlex.quote(str(path))
+
+
+def _toml(table: Table) -> str:
+    import tomli_w
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: plain(item) for key, item in value.items() if item is not None}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return value if isinstance(value, bool | int | float | str) else str(value)
+
+    simple = {key: item for key, item in plain(table).items() if not isinstance(item, dict)}
+    return tomli_w.dumps(simple | {key: item for key, item in plain(table).items() if isinstance(item, dict) and item})
+
+
+# ------------------------------------------------------------ the commands on a run
+
+
+def _evaluate(
+    run: Path,
+    data: Table,
+    split: Part = "test",
+    num_samples: int = 1000,
+    out: Path | None = None,
+    overwrite: bool = False,
+    device: str = "auto",
+    seed: int = 0,
+) -> int:
+    from .evaluation import evaluate
+
+    _check_out(out, overwrite)
+    loaded = _load(run, device)
+    part = _split(_dataset(loaded, data), split)
+    scores = evaluate(loaded.model, loaded.guide, part, num_samples=num_samples, seed=seed)
+    print(f"{split} split: {scores}")
+    if out is not None:
+        table: Table = {
+            name: {"value": each.value, "standard_error": each.standard_error} for name, each in scores.table().items()
+        }
+        table |= {
+            "active_units": scores.active_units,
+            "num_samples": scores.num_samples,
+            "num_data": scores.num_data,
+        }
+        _write(out, json.dumps({"split": split, **table}, indent=2).encode() + b"\n")
+    return 0
+
+
+def _sample(
+    run: Path,
+    num: int = 64,
+    mean: bool = False,
+    out: Path = Path("samples.npz"),
+    overwrite: bool = False,
+    device: str = "auto",
+    seed: int = 0,
+) -> int:
+    from .prediction import sample
+
+    _check_out(out, overwrite)
+    if num < 1:
+        raise ValueError(f"expected --num >= 1, got {num}: give a positive number")
+    loaded = _load(run, device)
+    x = sample(loaded.model, num, seed=seed, mean=mean)
+    dataset = _dataset(loaded, {}) if "data" in loaded.config else None
+    _write_data(out, dataset, None, {"x": x if dataset is None else dataset.restore(x)})
+    return 0
+
+
+def _encode(
+    run: Path,
+    data: Table,
+    split: Part = "test",
+    num_samples: int | None = None,
+    out: Path = Path("codes.npz"),
+    overwrite: bool = False,
+    device: str = "auto",
+    seed: int = 0,
+) -> int:
+    from .prediction import encodings
+
+    _check_out(out, overwrite)
+    loaded = _load(run, device)
+    dataset = _dataset(loaded, data)
+    part = _split(dataset, split)
+    arrays: dict[str, Any] = {}
+    for site, code in encodings(loaded.guide, part, num_samples=num_samples, seed=seed).items():
+        arrays |= {f"{site}_mean": code.mean, f"{site}_scale": code.scale}
+        if code.draws is not None and out.suffix == ".npz":
+            arrays[f"{site}_draws"] = code.draws
+    _write_data(out, dataset, part, {name: array for name, array in arrays.items() if array is not None})
+    return 0
+
+
+def _reconstruct(
+    run: Path,
+    data: Table,
+    split: Part = "test",
+    num_samples: int = 1,
+    out: Path = Path("reconstructions.npz"),
+    overwrite: bool = False,
+    device: str = "auto",
+    seed: int = 0,
+) -> int:
+    from .prediction import reconstruct
+
+    _check_out(out, overwrite)
+    loaded = _load(run, device)
+    dataset = _dataset(loaded, data)
+    part = _split(dataset, split)
+    x = reconstruct(loaded.model, loaded.guide, part, num_samples=num_samples, seed=seed)
+    _write_data(out, dataset, part, {"x": dataset.restore(x)})
+    return 0
+
+
+def _report(run: Path, num_samples: int = 1000, device: str = "auto", seed: int = 0) -> int:
+    from .report import write_report
+
+    loaded = _load(run, device)
+    path = write_report(loaded, _dataset(loaded, {}), num_samples=num_samples, seed=seed)
+    print(f"report   {path.absolute().as_uri()}")
+    return 0
+
+
+def _load(run: Path, device: str) -> Run:
+    from .training import load_run
+
+    return load_run(run, device=device)
+
+
+def _dataset(run: Run, options: Table) -> Dataset:
+    """The run's data set, or another one in the units that the model was trained in."""
+    from dataclasses import replace
+
+    from .data import load_dataset
+
+    source = run.config.get("data")
+    if source is None and "name_or_path" not in options:
+        raise ValueError(f"expected data that {run.path} was trained on, got tensors without a source: add --data PATH")
+    if source is None:
+        return load_dataset(**options)
+    trained = load_dataset(**source)
+    if not options:
+        return trained
+    same = options.get("name_or_path", source["name_or_path"]) == source["name_or_path"]
+    kept = source if same else {key: source[key] for key in ("binarize", "root") if key in source}
+    if str(options.get("name_or_path", "")).endswith(".csv"):
+        kept = kept | {key: source[key] for key in ("label", "id") if key in source}
+    other = load_dataset(**{**kept, **options})
+    if other.event_shape != trained.event_shape:
+        raise ValueError(
+            f"expected data of shape {tuple(trained.event_shape)}, as {run.path} was trained on, got "
+            f"{tuple(other.event_shape)} in {other.name}: name such data"
+        )
+    location, scale = trained.location, trained.scale
+    if location is None or scale is None:
+        if other.location is not None:
+            raise ValueError(
+                f"expected values like those of {trained.name}, got real values in {other.name}: convert them"
+            )
+        return other
+
+    def standardised(part: Split) -> Split:
+        x = (other.restore(part.x.double()) - location) / scale
+        return replace(part, args=(x.float(),), log_jacobian=trained.train.log_jacobian)
+
+    train, valid, test = map(standardised, (other.train, other.valid, other.test))
+    return replace(other, train=train, valid=valid, test=test, location=location, scale=scale)
+
+
+def _split(dataset: Dataset, name: Part) -> Split:
+    from dataclasses import replace
+
+    import numpy as np
+    import torch
+
+    parts = [dataset.train, dataset.valid, dataset.test]
+    for part in parts:
+        if part.name == name:
+            return part
+    labels = [part.labels for part in parts if part.labels is not None]
+    ids = [part.ids for part in parts if part.ids is not None]
+    return replace(
+        dataset.test,
+        args=(torch.cat([part.observed for part in parts]),),
+        labels=torch.cat(labels) if labels else None,
+        ids=np.concatenate(ids) if ids else None,
+        name="all",
+    )
+
+
+def _check_ending(out: Path, endings: Sequence[str]) -> None:
+    if out.suffix not in endings:
+        raise ValueError(f"expected --out to end in {' or '.join(endings)}, got {str(out)!r}: name such a file")
+
+
+def _check_out(out: Path | None, overwrite: bool) -> None:
+    if out is None:
+        return
+    if out.exists() and (not overwrite or out.is_dir()):
+        raise FileExistsError(f"expected a new file, got {str(out)!r}, which exists: name another, or add --overwrite")
+    if not out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"expected a folder at {str(out.parent)!r}, got none: make it, or name another --out")
+
+
+def _write(out: Path, content: bytes) -> None:
+    from .checkpoint import atomic
+
+    with atomic(out) as temporary:
+        temporary.write_bytes(content)
+    print(f"wrote    {out}")
+
+
+def _write_data(out: Path, dataset: Dataset | None, part: Split | None, arrays: Mapping[str, Any]) -> None:
+    """Arrays with rows per datum, with ids and labels, as .npz or as a .csv of a row per datum."""
+    import io
+
+    import numpy as np
+
+    arrays = {name: array.detach().cpu().numpy() for name, array in arrays.items()}
+    named: dict[str, Any] = {}
+    if part is not None and part.ids is not None:
+        named["id"] = part.ids
+    if part is not None and part.labels is not None:
+        labels = part.labels.cpu().numpy()
+        named["label"] = labels if dataset is None or dataset.classes is None else np.array(dataset.classes)[labels]
+    if out.suffix == ".npz":
+        file = io.BytesIO()
+        np.savez(file, **arrays, **{f"{name}s": values for name, values in named.items()})
+        _write(out, file.getvalue())
+        return
+    import pandas
+
+    columns = dict(named)
+    for name, array in arrays.items():
+        flat = array.reshape(len(array), -1)
+        own = dataset.columns if dataset is not None and name == "x" else None
+        names = own or [f"{name}_{i}" for i in range(flat.shape[1])]
+        columns |= dict(zip(names, flat.T, strict=True))
+    _write(out, pandas.DataFrame(columns).to_csv(index=False).encode())
+
+
+COMMANDS: dict[str, Callable[..., int]] = {
+    "fit": _fit,
+    "evaluate": _evaluate,
+    "sample": _sample,
+    "encode": _encode,
+    "reconstruct": _reconstruct,
+    "report": _report,
+    "doctor": _doctor,
+}
+
+
+@contextlib.contextmanager
+def _working_directory_importable() -> Iterator[None]:
+    """The user's own modules are found where the command is run."""
+    before = sys.path[:]
+    sys.path.insert(0, os.getcwd())
+    try:
+        yield
+    finally:
+        sys.path[:] = before

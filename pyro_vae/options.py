@@ -1,0 +1,366 @@
+"""Options and configuration files as one table, checked against the signatures of what will be called.
+
+Every option is a path into one table, ``--model.decoder.hidden [200,200]``, as is every entry of a
+configuration file; the later win. The signatures of functions and classes are the schema (jsonargparse reads
+them): nothing is declared twice. `config.build` makes the objects.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+__all__ = [
+    "Options",
+    "Table",
+    "check",
+    "classes_help",
+    "flat",
+    "mend",
+    "nested",
+    "one_of",
+    "parameters",
+    "parse",
+    "read_config",
+    "resolved",
+]
+
+Options = list[tuple[str, Any]]  # (a dotted path, a value: text from the command line, anything from a file)
+Table = dict[str, Any]
+
+FLAGS = {"overwrite", "data.download", "mean", "print_config"}
+WHERE = {  # the short names of a component's classes are those of this module
+    "model": "pyro_vae.models",
+    "guide": "pyro_vae.guides",
+    "loss": "pyro.infer",
+    "optimizer": "torch.optim",
+    "learning_rate": "pyro_vae.schedules",
+    "kl_weight": "pyro_vae.schedules",
+    "prior": "pyro_vae.models.priors",
+    "likelihood": "pyro_vae.models.likelihoods",
+    "family": "pyro_vae.guides.families",
+    "encoder": "pyro_vae.nn",
+    "decoder": "pyro_vae.nn",
+}
+COMPONENTS = ("model", "guide", "loss", "optimizer", "learning_rate", "kl_weight")
+USUAL = {
+    "model": "VAE",
+    "guide": "AmortizedGuide",
+    "loss": "Trace_ELBO",
+    "optimizer": "Adam",
+    "prior": "StandardNormal",
+    "family": "DiagonalNormal",
+    "encoder": "MLP",
+    "decoder": "MLP",
+}
+TABLES = ("data", "evaluate")
+FILLED = {"model": "event_shape", "guide": "model", "optimizer": "params"}  # what comes from the rest
+
+
+# ------------------------------------------------------------ options
+
+
+def parse(arguments: Sequence[str]) -> tuple[list[str], Options]:
+    """``--path value``, ``--path=value`` and ``--flag``, and what is none of them."""
+    positional: list[str] = []
+    options: Options = []
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            positional.append(word)
+            continue
+        path, equals, value = word[2:].partition("=")
+        if equals:
+            options.append((path, value))
+        elif path in FLAGS or path.endswith(".help"):
+            options.append((path, rest.pop(0) if rest and rest[0] in ("true", "false") else True))
+        elif not rest or rest[0].startswith("--"):
+            came = rest[0] if rest else "nothing"
+            raise ValueError(f"expected a value after {word}, got {came}: {word} VALUE")
+        else:
+            options.append((path, rest.pop(0)))
+    return positional, options
+
+
+def read_config(path: Path) -> Options:
+    """A TOML or YAML file's entries."""
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a TOML or YAML file, got {str(path)!r}, which is none: correct --config")
+    table: Any
+    if path.suffix in (".yaml", ".yml"):
+        import yaml
+
+        try:
+            table = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"expected YAML in {path}, got something else: mend {error}") from None
+    elif path.suffix == ".toml":
+        from .checkpoint import load_config
+
+        table = load_config(path)
+    else:
+        raise ValueError(f"expected a file ending in .toml, .yaml or .yml, got {str(path)!r}: rename it")
+    if not isinstance(table, dict) or not table:
+        came = f"{type(table).__name__}" if table else "an empty file"
+        raise ValueError(f"expected a table of settings in {path}, got {came}: write for instance epochs = 10")
+    return flat(table)
+
+
+def flat(table: Mapping[str, Any]) -> Options:
+    """The entries of a nested table by dotted path; a class comes before its arguments."""
+    options: Options = []
+
+    def walk(path: str, value: Any) -> None:
+        if not isinstance(value, Mapping) or {"reference", "object"} & value.keys():
+            options.append((path, value))
+            return
+        if "class_path" in value:
+            options.append((path, value["class_path"]))
+        for key, item in value.items():
+            if key == "init_args" and isinstance(item, Mapping):
+                for name, argument in item.items():
+                    walk(f"{path}.{name}", argument)
+            elif key != "class_path":
+                walk(f"{path}.{key}" if path else str(key), item)
+
+    walk("", table)
+    return options
+
+
+def nested(options: Options) -> Table:
+    """One nested table of all options, of which the later win; components hold class_path and init_args."""
+    tree: Table = {}
+    for path, value in options:
+        head, *rest = [part for part in path.split(".") if part != "init_args"]
+        if head in COMPONENTS:
+            if rest and rest[-1] == "class_path":
+                rest.pop()
+            _put(tree, [head, *rest], value)
+        elif head in ("data", "evaluate"):
+            name = ".".join(rest) or "name_or_path"
+            tree.setdefault(head, {})[name] = value
+        elif rest:
+            raise ValueError(
+                f"expected one of {', '.join(COMPONENTS)} before a dot, got --{path}: see pyro-vae fit --help"
+            )
+        else:
+            tree[head] = value
+    return tree
+
+
+def _put(tree: Table, path: Sequence[str], value: Any) -> None:
+    *parents, last = path
+    node = tree
+    for name in parents:
+        child = node.get(name)
+        if not isinstance(child, dict) or child.keys() & {"reference", "object"}:
+            child = {"class_path": child} if isinstance(child, str) else {}
+            node[name] = child
+        node = child.setdefault("init_args", {})
+    before = node.get(last)
+    if isinstance(before, dict) and isinstance(value, str) and _same_class(path, before.get("class_path"), value):
+        return
+    top = len(path) == 1 and not isinstance(value, Mapping)
+    node[last] = {"class_path": value, "init_args": {}} if top else value
+
+
+def _same_class(path: Sequence[str], before: str | None, now: str) -> bool:
+    where = ".".join(path)
+    return before is not None and _find(where, before, {})[0] is _find(where, now, {})[0]
+
+
+# ------------------------------------------------------------ signatures
+
+
+def check(target: Callable, arguments: Mapping[str, Any], where: str, hidden: Iterable[str] = ()) -> Table:
+    """The arguments, converted to the types of the target's signature; `hidden` ones are not for users."""
+    import jsonargparse
+
+    names = {name: parameter for name, parameter in parameters(target).items() if name not in hidden}
+    keywords = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(target).parameters.values())
+    unknown = [name for name in arguments if name not in names]
+    if unknown and not keywords:
+        path = _option(where, unknown[0])
+        known = [_option(where, name) for name in names if FILLED.get(where) != name]
+        if not where:
+            known += [f"--{name}" for name in (*COMPONENTS, *TABLES)]
+        wanted = one_of(known) if where else "an option"
+        raise ValueError(f"expected {wanted}, got {path}: {mend(path, known, 'fit', '--help')}")
+    given = {name: value for name, value in arguments.items() if value is not None and str(value) != "null"}
+    skip: set[str | int] = {*(name for name in parameters(target) if name not in given), *unknown}
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    add = parser.add_class_arguments if inspect.isclass(target) else parser.add_function_arguments
+    add(target, None, as_positional=False, fail_untyped=False, skip=skip)
+    checked: Table = {}
+    words = {name: value if isinstance(value, str) else json.dumps(value, default=str) for name, value in given.items()}
+    try:
+        parsed = parser.parse_args([f"--{name}={word}" for name, word in words.items() if name not in unknown])
+    except jsonargparse.ArgumentError as error:
+        found = re.search(r'Parser key "(\w+)"', str(error))
+        name = found.group(1) if found and found.group(1) in given else next(iter(given))
+        wanted = _in_words(_annotation(target, name))
+        raise ValueError(f"expected {wanted} for {_option(where, name)}, got {given[name]!r}: give {wanted}") from None
+    for name, value in given.items():
+        checked[name] = _loaded(value) if name in unknown else getattr(parsed, name)
+    return {name: None if name not in given else checked[name] for name in arguments}
+
+
+def _loaded(value: Any) -> Any:
+    """What a word of the command line means where no signature tells its type."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError:
+        return value
+
+
+def resolved(path: str, value: Any) -> Any:
+    """A component as `config.build` takes it: the class found, its arguments checked."""
+    node = {"class_path": value} if isinstance(value, str) else value
+    if not isinstance(node, dict):
+        raise ValueError(f"expected a class for --{path}, got {value!r}: name one, or see pyro-vae fit --{path}.help")
+    if {"reference", "object"} & node.keys():
+        return node
+    target, class_path = _find(path, node.get("class_path"), node.get("init_args", {}))
+    given = node.get("init_args", {})
+    names = parameters(target)
+    leaves, components = {}, {}
+    for name, argument in given.items():
+        nested = isinstance(argument, dict) or (name in names and _is_component(_annotation(target, name)))
+        if path in FILLED and FILLED[path] == name:
+            components[name] = argument
+        elif nested and name in names and argument not in (None, "null"):
+            components[name] = argument if argument == "auto" else resolved(f"{path}.{name}", argument)
+        else:
+            leaves[name] = argument
+    checked = {key: item for key, item in check(target, leaves, path).items() if item is not None}
+    for name, parameter in names.items():
+        needed = parameter.default is parameter.empty and parameter.kind is not parameter.VAR_POSITIONAL
+        if needed and name not in given and FILLED.get(path) != name and inspect.isclass(target):
+            option = f"--{path}.{name}"
+            raise ValueError(f"expected {option} for {target.__name__}, got none: add {option} VALUE")
+    return {"class_path": class_path, "init_args": {**checked, **components}}
+
+
+def _find(path: str, name: str | None, arguments: Mapping[str, Any]) -> tuple[Any, str]:
+    """The class or function of a short name or import path, and its import path."""
+    from .config import import_object
+
+    role = path.rpartition(".")[2]
+    if name is None and role not in USUAL:
+        raise ValueError(f"expected a class for --{path}, got only {', '.join(arguments)}: add --{path} CLASS")
+    name = name or USUAL[role]
+    if "." in str(name):
+        target = import_object(name)
+    else:
+        known = _classes(role)
+        if name not in known:
+            raise ValueError(
+                f"expected a class for --{path}, {one_of(known)} or an import path, got {name!r}: "
+                f"{mend(str(name), known, 'fit', f'--{path}.help')}"
+            )
+        target = known[name]
+    if not callable(target):
+        raise ValueError(
+            f"expected a class or function for --{path}, got {name!r}, a {type(target).__name__}: name one"
+        )
+    return target, f"{target.__module__}.{target.__qualname__}" if "." not in name else name
+
+
+def _classes(role: str) -> dict[str, Any]:
+    """The classes of a component by short name."""
+    import importlib
+
+    from torch import nn, optim
+
+    roles = [role] if role in WHERE else [each for each in WHERE if WHERE[each].startswith("pyro_vae.")]
+    found: dict[str, Any] = {}
+    for module in dict.fromkeys(WHERE[each] for each in roles):
+        names = vars(importlib.import_module(module))
+        public = names.get("__all__", [name for name in names if not name.startswith("_")])
+        found |= {name: names[name] for name in public if inspect.isclass(names.get(name))}
+    if role == "loss":
+        from pyro.infer import ELBO
+
+        found = {name: each for name, each in found.items() if issubclass(each, ELBO) and each is not ELBO}
+    if role == "optimizer":
+        found = {name: each for name, each in found.items() if issubclass(each, optim.Optimizer)}
+    bases = ("Prior", "Likelihood", "Family", "Declared", "Optimizer", "Configured")
+    if role in ("encoder", "decoder"):
+        other = "Decoder" if role == "encoder" else "Encoder"
+        found = {name: each for name, each in found.items() if issubclass(each, nn.Module) and other not in name}
+    return {name: each for name, each in found.items() if name not in bases}
+
+
+def parameters(target: Callable) -> dict[str, inspect.Parameter]:
+    parameters = inspect.signature(target).parameters
+    return {name: p for name, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+
+
+def _annotation(target: Any, name: str) -> Any:
+    function = target.__init__ if inspect.isclass(target) else target
+    try:
+        return get_type_hints(function).get(name, Any)
+    except Exception:  # names that only a type checker knows
+        return inspect.signature(target).parameters[name].annotation if name in parameters(target) else Any
+
+
+def _is_component(annotation: Any) -> bool:
+    """Whether values of this type are made from a class and arguments."""
+    if get_origin(annotation) is Callable:
+        return True
+    parts = [part for part in get_args(annotation) if part is not type(None)]
+    if parts and get_origin(annotation) is not Literal:
+        return all(map(_is_component, parts))
+    plain = ("builtins", "pathlib", "os", "typing")
+    return inspect.isclass(annotation) and annotation.__module__ not in plain
+
+
+def _in_words(annotation: Any) -> str:
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    words |= {Path: "a path", os.PathLike: "a path", Any: "a value"}
+    if get_origin(annotation) is Literal:
+        return f"one of {', '.join(map(str, get_args(annotation)))}"
+    if annotation in words:
+        return words[annotation]
+    if get_origin(annotation) in words:
+        return words[get_origin(annotation)]
+    parts = [part for part in get_args(annotation) if part is not Ellipsis]
+    if get_origin(annotation) in (list, tuple, Sequence, Iterable):
+        return f"a list, each {_in_words(parts[0])}" if parts else "a list"
+    if parts:
+        return " or ".join(dict.fromkeys(map(_in_words, parts)))
+    return getattr(annotation, "__name__", str(annotation))
+
+
+def _option(where: str, name: str) -> str:
+    return f"--{where}.{name}" if where else f"--{name}"
+
+
+def one_of(names: Iterable[str]) -> str:
+    names = list(names)
+    return names[0] if len(names) == 1 else f"one of {', '.join(names)}"
+
+
+def mend(came: str, known: Iterable[str], *command: str) -> str:
+    close = difflib.get_close_matches(came, list(known), n=1, cutoff=0.7)
+    return f"did you mean {close[0]}?" if close else f"see pyro-vae {' '.join(command)}"
+
+
+def classes_help(path: str) -> str:
+    """The classes of a component, and what their constructors take."""
+    role = path.rpartition(".")[2]
+    if role not in WHERE:
+        raise ValueError(f"expected {one_of(f'--{name}.help' for name in WHERE)}, got --{path}.help: choose one")
+    lines = [f"--{path} CLASS, or package.module.CLASS of your own; --{path}.NAME VALUE sets what it takes"]
+    for name, target in _classes(role).items():
+        summary = (inspect.getdoc(target) or "").split("\n\n")[0]
+        takes = [str(p) for n, p in parameters(target).items() if n != FILLED.get(role)]
+        lines += ["", f"{name}  {' '.join(summary.split())}", *(f"    {each}" for each in takes)]
+    return "\n".join(lines)

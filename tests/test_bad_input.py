@@ -1,0 +1,438 @@
+"""Bad input, one table: exit code 2, one line that says what was expected, what came and the mend, nothing written."""
+
+import errno
+import os
+import pickle
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pyro_vae.cli import main
+
+TINY = ["--model.decoder.hidden", "[4]", "--guide.encoder.hidden", "[4]", "--model.latent_dim", "2"]
+RUN = "runs/0001"
+
+
+class Payload:
+    """What a hostile file would run when it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ("payload-has-run",)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run, to be copied."""
+    before = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("trained"))
+    try:
+        status = main(["fit", "--epochs", "1", "--evaluate.num_samples", "5", "--out", "run", *TINY])
+        return Path("run").absolute() if status == 0 else pytest.fail("expected a run to spoil, got none")
+    finally:
+        os.chdir(before)
+
+
+def table(name="data.npy", change=lambda x: x, rows=40):
+    """Write a table of real values, changed."""
+    x = np.random.default_rng(0).normal(size=(rows, 3)).astype("float32")
+    np.save(name, change(x), allow_pickle=True)
+
+
+def cut(path, share=0.5):
+    content = Path(path).read_bytes()
+    Path(path).write_bytes(content[: int(share * len(content))])
+
+
+def npz():
+    np.savez("data.npz", x=np.zeros((40, 30)))
+    cut("data.npz")
+
+
+def pt(content=None):
+    torch.save(torch.zeros(40, 30) if content is None else content, "data.pt")
+
+
+def cut_pt():
+    pt()
+    cut("data.pt")
+
+
+def csv(text):
+    Path("data.csv").write_text(text)
+
+
+def rows(last="3,4", count=30):
+    return "a,b\n" + "1,2.5\n" * count + last + "\n"
+
+
+def idx(cls="MNIST"):
+    raw = Path("root", cls, "raw")
+    raw.mkdir(parents=True)
+    for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        (raw / f"{name}-ubyte").write_bytes(b"\0\0\x08\x03")
+
+
+def mat():
+    Path("root/freyfaces").mkdir(parents=True)
+    Path("root/freyfaces/frey_rawface.mat").write_bytes(b"MATLAB 5.0 MAT-file" + bytes(40))
+
+
+def config(text, name="config.toml"):
+    Path(name).write_text(text)
+
+
+def grey():
+    table(change=lambda x: np.random.default_rng(0).uniform(size=x.shape))
+
+
+def spoil(trained, name, how):
+    shutil.copytree(trained, RUN)
+    how(Path(RUN, name))
+
+
+def wider(path):
+    path.write_text(path.read_text().replace("4,", "5,"))
+
+
+def foreign(path):
+    from safetensors.torch import save_file
+
+    save_file({"weight": torch.zeros(3)}, path)
+
+
+def nothing(*_):
+    pass
+
+
+def keep(trained):
+    shutil.copytree(trained, RUN)
+
+
+def offline(monkeypatch):
+    import torchvision.datasets
+
+    def interrupted(self, root, *args, **kwargs):
+        folder = Path(root, "MNIST", "raw")
+        folder.mkdir(parents=True)
+        (folder / "train-images-idx3-ubyte").write_bytes(b"half")
+        raise ConnectionResetError("connection reset by peer")
+
+    Path("root").mkdir()
+    monkeypatch.setattr(torchvision.datasets.MNIST, "__init__", interrupted)
+
+
+def full_disk(monkeypatch):
+    def write_bytes(self, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+
+
+# name: (arguments, what the message says, how the bad input is made: nothing, or of the run or the monkeypatch)
+CASES = {
+    "unknown command": ("fitt", r"expected one of fit, .*, got 'fitt': did you mean fit\?", None),
+    "unknown option": ("fit --nosuch 3", r"an option, got --nosuch: see pyro-vae fit --help", None),
+    "misspelt option": ("fit --epoch 3", r"an option, got --epoch: did you mean --epochs\?", None),
+    "misspelt component": ("fit --modle.latent_dim 3", r"got --modle.latent_dim: see pyro-vae fit --help", None),
+    "unknown option of a command": (f"evaluate {RUN} --nun_samples 3", r"got --nun_samples: did you mean", None),
+    "unknown data option": ("fit --data.binarise static", r"got --data.binarise: did you mean --data.binarize", None),
+    "unknown argument": (
+        "fit --model.latent_dimm 3",
+        r"got --model.latent_dimm: did you mean --model.latent_dim\?",
+        None,
+    ),
+    "option without value": ("fit --epochs --seed 1", r"a value after --epochs, got --seed: --epochs VALUE", None),
+    "stray word": ("fit digits", r"expected options, got 'digits': data go by --data digits", None),
+    "no run": ("evaluate", r"expected one RUN, got none: pyro-vae evaluate runs/latest", None),
+    "two runs": ("evaluate a b", r"expected one RUN, got a b: pyro-vae evaluate", None),
+    "unknown class": ("fit --model VAEE", r"--model, one of VAE, LinearVAE.*, got 'VAEE': did you mean VAE\?", None),
+    "unknown module": ("fit --model nowhere.Net", r"an import path.*, got 'nowhere.Net': No module", None),
+    "unknown attribute": ("fit --model pyro_vae.models.Net", r"an import path.*got 'pyro_vae.models.Net'", None),
+    "no class": (
+        "fit --model.likelihood.total_count 3",
+        r"a class for --model.likelihood, got only total_count: add",
+        None,
+    ),
+    "missing argument": (
+        "fit --model.likelihood Binomial",
+        r"expected --model.likelihood.total_count.*got none: add",
+        None,
+    ),
+    "wrong type": ("fit --epochs many", r"a whole number for --epochs, got 'many': give", None),
+    "wrong fraction": ("fit --batch_size 1.5", r"a whole number for --batch_size, got '1.5': give", None),
+    "wrong type of an argument": (
+        "fit --model.latent_dim x",
+        r"a whole number or null for --model.latent_dim, got 'x'",
+        None,
+    ),
+    "wrong choice": (
+        "fit --data.binarize maybe",
+        r"one of none, static, dynamic for --data.binarize, got 'maybe'",
+        None,
+    ),
+    "unknown key in a config": (
+        "fit --config config.toml",
+        r"got --epoch: did you mean --epochs",
+        lambda: config("epoch = 3"),
+    ),
+    "unknown nested key": (
+        "fit --config config.toml",
+        r"got --model.width: see",
+        lambda: config('[model]\nclass_path = "VAE"\n[model.init_args]\nwidth = 3'),
+    ),
+    "wrong type in a config": (
+        "fit --config config.yaml",
+        r"a whole number for --epochs, got \[3\]: give",
+        lambda: config("epochs: [3]", "config.yaml"),
+    ),
+    "missing config": ("fit --config config.toml", r"a TOML or YAML file, got 'config.toml'", None),
+    "empty config": (
+        "fit --config config.toml",
+        r"a table of settings.*, got an empty file: write",
+        lambda: config(""),
+    ),
+    "no TOML": ("fit --config config.toml", r"expected TOML in config.toml, got", lambda: config("epochs = = 3")),
+    "no YAML": ("fit --config c.yaml", r"expected YAML in c.yaml, got", lambda: config("a: [1, 2", "c.yaml")),
+    "list as config": ("fit --config c.yaml", r"a table.*, got list: write", lambda: config("- 1\n- 2", "c.yaml")),
+    "config of another kind": (
+        "fit --config c.ini",
+        r"ending in .toml, .yaml or .yml, got",
+        lambda: config("a=1", "c.ini"),
+    ),
+    "missing data": ("fit --data ./data.npy", r"a path that exists, got './data.npy': correct", None),
+    "unknown data": ("fit --data mnits", r"one of digits, mnist,.*got 'mnits': correct", None),
+    "data of another kind": (
+        "fit --data d.txt",
+        r"a file ending in .npy.*got 'd.txt': convert",
+        lambda: config("1", "d.txt"),
+    ),
+    "named data not there": ("fit --data mnist --data.root .", r"four files of MNIST.*: pass download=True", None),
+    "empty file": (
+        "fit --data d.npy",
+        r"expected data in d.npy, got an empty file: write it",
+        lambda: config("", "d.npy"),
+    ),
+    "truncated npy": (
+        "fit --data data.npy",
+        r"a numeric array in data.npy, got a truncated.*: save",
+        lambda: (table(), cut("data.npy")),
+    ),
+    "truncated npz": (
+        "fit --data data.npz",
+        r"expected arrays in data.npz, got a foreign or truncated file: write",
+        npz,
+    ),
+    "truncated pt": (
+        "fit --data data.pt",
+        r"expected a tensor.*data.pt, got a truncated or foreign file: write",
+        cut_pt,
+    ),
+    "broken csv": (
+        "fit --data data.csv",
+        r"comma-separated text.*, got something else.*: export",
+        lambda: csv('a,b\n"1,2\n'),
+    ),
+    "truncated csv": ("fit --data data.csv", r"2 cells in row 30.*, got 1: mend that row", lambda: csv(rows("3"))),
+    "words in a csv": (
+        "fit --data data.csv",
+        r"numbers in column 'b'.*, got 'red'.*: name",
+        lambda: csv(rows("3,red")),
+    ),
+    "label not there": (
+        "fit --data data.csv --data.label kind",
+        r"one of the columns.*, got 'kind': correct",
+        lambda: csv(rows()),
+    ),
+    "label without csv": (
+        "fit --data data.npy --data.label kind",
+        r"a .csv file.*, got 'data.npy': leave label= out",
+        table,
+    ),
+    "truncated idx": (
+        "fit --data mnist --data.root root",
+        r"bytes in .*train-images.*, got 4 \(truncated.*: pass download",
+        idx,
+    ),
+    "truncated mat": (
+        "fit --data freyfaces --data.root root",
+        r"a MATLAB file.*, got a truncated or foreign one.*: delete",
+        mat,
+    ),
+    "wrong shape": ("fit --data data.npy", r"got shape \(40,\): reshape", lambda: table(change=lambda x: x[:, 0])),
+    "too few data": ("fit --data data.npy", r"at least 10 rows.*, got 4: add data", lambda: table(rows=4)),
+    "pickled npy": (
+        "fit --data data.npy",
+        r"a numeric array in data.npy, got pickled objects.*: save it anew",
+        lambda: table(change=lambda x: np.array([Payload()] * 40, dtype=object)),
+    ),
+    "pickled pt": ("fit --data data.pt", r"a tensor.*, got pickled objects: write", lambda: pt({"x": Payload()})),
+    "bare pickle": (
+        "fit --data data.pt",
+        r"a tensor.*data.pt, got a truncated or foreign file: write",
+        lambda: Path("data.pt").write_bytes(pickle.dumps(Payload())),
+    ),
+    "NaN": (
+        "fit --data data.npy",
+        r"finite.*got 3 missing, NaN.*row 7.*: fill",
+        lambda: table(change=lambda x: np.where(np.arange(40)[:, None] == 7, np.nan, x)),
+    ),
+    "infinity": ("fit --data data.csv", r"finite.*got 1 missing, NaN, infinite.*'b': fill", lambda: csv(rows("1,inf"))),
+    "grey under a Bernoulli": (
+        "fit --data data.npy --model.likelihood Bernoulli",
+        r'site "x" in the support of its Bernoulli likelihood.*, got values from 0.*: binarise',
+        grey,
+    ),
+    "grey to binarise": (
+        "fit --data data.npy --data.binarize static",
+        r"values in \[0, 1\] to binarise, got.*: pass",
+        table,
+    ),
+    "pictures from a table": (
+        "fit --data data.npy --model.decoder ConvolutionalDecoder",
+        r"pictures.*, got.*: use MLP",
+        table,
+    ),
+    "no latent dimension": ("fit --model.latent_dim 0", r"a positive whole number, got 0: ", None),
+    "no width": ("fit --model.decoder.hidden [0]", r"hidden to hold positive whole numbers, got \[0\]: ", None),
+    "negative epochs": ("fit --epochs -3", r"epochs >= 1, got -3: ", None),
+    "too large a batch": ("fit --batch_size 5000", r"batch_size from 1 to 1297.*, got 5000: ", None),
+    "no patience": ("fit --patience 0", r"patience >= 1.*, got 0: ", None),
+    "no gradient": ("fit --clip_norm -1", r"clip_norm > 0, got -1.0: ", None),
+    "negative learning rate": ("fit --optimizer.lr -1", r"optimiser.*, got Invalid learning rate: -1", None),
+    "no warmup": ("fit --kl_weight Warmup --kl_weight.epochs 0", r"epochs > 0, got 0.*: ", None),
+    "both prior and size": (
+        "fit --model.latent_dim 2 --model.prior.latent_dim 2",
+        r"latent_dim or prior, got both: ",
+        None,
+    ),
+    "another event shape": (
+        "fit --model.event_shape [3]",
+        r"\[1, 8, 8\] as model.event_shape, got \[3\]: leave it out",
+        None,
+    ),
+    "no test draws": ("fit --evaluate.num_samples 0", r"--evaluate.num_samples >= 1, got 0: give", None),
+    "unknown device": ("fit --device tpu9", r"a device of this machine.*, got 'tpu9': ", None),
+    "absent device": ("fit --device cuda", r"a device of this machine.*, got 'cuda': ", None),
+    "used directory": (
+        "fit --out full --epochs 1",
+        r"a new or empty directory, got full: name another",
+        lambda: (Path("full").mkdir(), config("1", "full/f")),
+    ),
+    "directory below a file": (
+        "fit --out file/run --epochs 1",
+        r"read and write at file.*, got 'Not a directory': name",
+        lambda: config("1", "file"),
+    ),
+    "full disk at the start": (
+        "fit --out run --epochs 1",
+        r"read and write at .*, got 'No space left.*: free",
+        full_disk,
+    ),
+    "interrupted download": (
+        "fit --data mnist --data.root root --data.download",
+        r"to download MNIST, got.*connection reset.*: try again",
+        offline,
+    ),
+    "resume without a run": (
+        "fit --resume nowhere",
+        r"a run's configuration at nowhere/config.toml, found none: name",
+        None,
+    ),
+    "resume elsewhere": (f"fit --resume {RUN} --out new", r"--resume without --out.*, got both: a run goes on", keep),
+    "resume another model": (
+        f"fit --resume {RUN} --model.latent_dim 3",
+        r"expected .* of shape .*, got .*another architecture; build",
+        keep,
+    ),
+    "resume other data": (
+        f"fit --resume {RUN} --data.split [0.6,0.2,0.2]",
+        r"expected the data.*'rows': 1297.*, got.*: ",
+        keep,
+    ),
+    "resume a truncated checkpoint": (
+        f"fit --resume {RUN}",
+        r"a pyro_vae checkpoint, got .*last.safetensors, which is truncated or foreign.*: use another",
+        lambda trained: spoil(trained, "checkpoints/last.safetensors", cut),
+    ),
+    "no run there": ("evaluate nowhere", r"a run's configuration at nowhere/config.toml, found none: name", None),
+    "config that is no run's": (
+        f"evaluate {RUN}",
+        r"the sections model and guide in .*, found \['a'\]: ",
+        lambda: (Path(RUN).mkdir(parents=True), config("a = 1", f"{RUN}/config.toml")),
+    ),
+    "other architecture": (
+        f"evaluate {RUN}",
+        r"expected .* weight .* of shape .*, got .* in the checkpoint: it belongs to another architecture",
+        lambda trained: spoil(trained, "config.toml", wider),
+    ),
+    "truncated weights": (
+        f"evaluate {RUN}",
+        r"a pyro_vae checkpoint, got .*model.safetensors, which is truncated or foreign",
+        lambda trained: spoil(trained, "model.safetensors", cut),
+    ),
+    "foreign weights": (
+        f"sample {RUN}",
+        r"a pyro_vae checkpoint, got .*model.safetensors, which is truncated or foreign",
+        lambda trained: spoil(trained, "model.safetensors", foreign),
+    ),
+    "no draws": (f"evaluate {RUN} --num_samples 0", r"num_samples >= 1, got 0: ", keep),
+    "no samples": (f"sample {RUN} --num 0", r"--num >= 1, got 0: give", keep),
+    "no codes": (f"encode {RUN} --num_samples 0", r"num_samples >= 1, got 0: ", keep),
+    "unknown split": (f"evaluate {RUN} --split tset", r"one of train, valid, test, all for --split, got 'tset'", keep),
+    "unknown ending": (f"sample {RUN} --out a.xlsx", r"--out to end in .npz or .csv, got 'a.xlsx': name", keep),
+    "unknown ending of scores": (f"evaluate {RUN} --out a.txt", r"--out to end in .json, got 'a.txt': name", keep),
+    "file that exists": (
+        f"sample {RUN} --out {RUN}/a.csv",
+        r"a new file, got .*exists: name another, or add --overwrite",
+        lambda trained: spoil(trained, "a.csv", Path.touch),
+    ),
+    "no such folder": (f"encode {RUN} --out no/codes.npz", r"a folder at 'no', got none: make it", keep),
+    "folder that is a file": (
+        f"encode {RUN} --out {RUN}/config.toml/codes.npz",
+        r"a folder at .*, got none: make it",
+        keep,
+    ),
+    "full disk": (
+        f"sample {RUN}",
+        r"read and write at .*, got 'No space left on device': free some space",
+        lambda trained, monkeypatch: (keep(trained), full_disk(monkeypatch)),
+    ),
+    "other data's shape": (
+        f"evaluate {RUN} --data data.npy",
+        r"data of shape \(1, 8, 8\).*, got \(3,\) in data: name",
+        lambda trained: (keep(trained), table()),
+    ),
+}
+
+
+def tree():
+    return {path: path.read_bytes() if path.is_file() else None for path in Path.cwd().rglob("*")}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input(name, request, tmp_path, monkeypatch, capsys):
+    arguments, message, make = CASES[name]
+    if name == "absent device" and torch.cuda.is_available():
+        pytest.skip("expected a machine without CUDA, found one with it")
+    monkeypatch.chdir(tmp_path)
+    if make is not None:
+        wanted = make.__code__.co_varnames[: make.__code__.co_argcount]
+        make(*(request.getfixturevalue(fixture) for fixture in wanted if fixture in ("trained", "monkeypatch")))
+    before = tree()
+    capsys.readouterr()
+    arguments = arguments.split()
+    tiny = TINY if arguments[0] == "fit" and "--resume" not in arguments and "model" not in str(arguments) else []
+    status = main([*arguments, *tiny])
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    error = capsys.readouterr().err
+    assert status == 2, error
+    assert error.count("\n") == 1 and error.endswith("\n")
+    assert "Traceback" not in error
+    assert re.match(r"pyro-vae: error: expected .+(, got|, found) .+: .+", error), error
+    assert re.search(message, error), error
+    assert tree() == before
