@@ -218,8 +218,9 @@ def evaluate(
     """
     if num_samples < 1:
         raise ValueError(f"expected num_samples >= 1, got {num_samples}: give a positive number")
-    device = next((p.device for p in _parameters(model, guide)), torch.device("cpu"))
-    data = as_data(data).to(device)
+    data = as_data(data)
+    device = next((p.device for p in _parameters(model, guide)), data.device)
+    data = data.to(device)
     event = max(tensor[:1].numel() for tensor in data.args)
     rows = max(1, min(len(data), MAX_ELEMENTS // (event * num_samples)))
     draws = max(1, min(num_samples, MAX_ELEMENTS // (event * rows)))

@@ -50,7 +50,7 @@ def x(model) -> torch.Tensor:
 def guide(model) -> AmortizedGuide:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return AmortizedGuide(VAE((D,), latent_dim=K)).double()
+        return AmortizedGuide(model)
 
 
 def exact_guide(model):
