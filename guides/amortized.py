@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyro
@@ -53,11 +55,10 @@ class AmortizedGuide(Configured, PyroModule):
         self._encoder_inputs = encoder_inputs
         self.heads: Any = nn.ModuleDict()
         if example is None:
-            try:
-                with _untouched(), poutine.block():
-                    drawn = model(num_data=2)
-            except TypeError:
+            if "num_data" not in inspect.signature(getattr(model, "forward", model)).parameters:
                 return
+            with _untouched(model), poutine.block():
+                drawn = model(num_data=2)
             example = (drawn if isinstance(drawn, tuple) else (drawn,), {})
         self._build(*example)
 
@@ -66,8 +67,8 @@ class AmortizedGuide(Configured, PyroModule):
         inputs = self.encoded(*args, **kwargs)
         like = inputs if inputs.is_floating_point() else torch.empty(0, device=inputs.device)
         encoder = bind(MLP() if encoder is None else encoder, inputs.shape[1:]).to(like)
-        with _untouched(), torch.no_grad():
-            trace = poutine.trace(poutine.block(model, hide_types=["param"])).get_trace(*args, **kwargs)
+        with _untouched(model, encoder), poutine.block(), torch.no_grad():
+            trace = poutine.trace(model).get_trace(*args, **kwargs)
             features = encoder(inputs).shape[-1]
         self.encoder = encoder
         for name, site in trace.nodes.items():
@@ -126,14 +127,16 @@ def _check_site(name: str, site: Mapping[str, Any]) -> None:
         raise ValueError(f'expected latent site "{name}" to have real support, got {support}')
 
 
-class _untouched:
-    """Random state and Pyro's parameter store are after the block what they were before it."""
-
-    def __enter__(self) -> None:
-        self.contexts = (torch.random.fork_rng(), pyro.get_param_store().scope())
-        for context in self.contexts:
-            context.__enter__()
-
-    def __exit__(self, *exception: Any) -> None:
-        for context in reversed(self.contexts):
-            context.__exit__(*exception)
+@contextlib.contextmanager
+def _untouched(*programs: Any) -> Iterator[None]:
+    """Random state, Pyro's parameter store and the modules' modes are after the block what they were before it."""
+    submodules = [m for program in programs if isinstance(program, nn.Module) for m in program.modules()]
+    modes = [(submodule, submodule.training) for submodule in submodules]
+    with torch.random.fork_rng(), pyro.get_param_store().scope():
+        for submodule in submodules:
+            submodule.training = False
+        try:
+            yield
+        finally:
+            for submodule, training in modes:
+                submodule.training = training

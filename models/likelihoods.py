@@ -31,6 +31,12 @@ class Likelihood(Declared):
         raise NotImplementedError
 
     def unpacked(self, parameters: Tensor) -> tuple[Tensor, ...]:
+        expected = (self.num_parameters, *self.event_shape)
+        if parameters.shape[-len(expected) :] != expected:
+            raise ValueError(
+                f"expected a decoder's output of shape (*batch, {', '.join(map(str, expected))}), got "
+                f"{tuple(parameters.shape)}: let it end in (num_parameters, *event_shape), as with nn.Unflatten"
+            )
         return parameters.unbind(dim=-1 - len(self.event_shape))
 
 

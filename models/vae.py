@@ -49,9 +49,13 @@ class VAE(Configured, PyroModule):
         if prior is not None and latent_dim is not None:
             raise ValueError("expected latent_dim or prior, got both: the prior has a size of its own")
         self.event_shape = torch.Size(event_shape)
-        self.prior = prior or StandardNormal(16 if latent_dim is None else latent_dim)
-        self.likelihood = bind(likelihood or Bernoulli(), event_shape)
-        self.decoder = bind(decoder or MLP(), self.prior().event_shape, (self.likelihood.num_parameters, *event_shape))
+        self.prior = StandardNormal(16 if latent_dim is None else latent_dim) if prior is None else prior
+        self.likelihood = bind(Bernoulli() if likelihood is None else likelihood, event_shape)
+        self.decoder = bind(
+            MLP() if decoder is None else decoder,
+            self.prior().event_shape,
+            (self.likelihood.num_parameters, *event_shape),
+        )
 
     def observation(self, z: Tensor) -> dist.Distribution:
         """``p(x | z)`` for z of shape ``(*batch, *latent_shape)``."""

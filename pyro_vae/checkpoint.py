@@ -77,7 +77,12 @@ def load(path: Path, device: torch.device | str = "cpu") -> Any:
             return [restored(item) for item in content]
         return {restored(key): restored(item) for key, item in content}
 
-    return restored(structure)
+    try:
+        return restored(structure)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"expected a pyro_vae checkpoint, got {path}, which is foreign ({error!r}): use another"
+        ) from None
 
 
 @contextlib.contextmanager

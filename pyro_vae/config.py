@@ -37,9 +37,12 @@ class Configured:
         @functools.wraps(init)
         def recording(self: Configured, *args: Any, **kwargs: Any) -> None:
             if "init_args" not in self.__dict__:
-                given = inspect.signature(init).bind(self, *args, **kwargs).arguments
+                signature = inspect.signature(init)
+                given = signature.bind(self, *args, **kwargs).arguments
                 given.pop(next(iter(given)))
-                given.update(given.pop("kwargs", {}))
+                for name, parameter in signature.parameters.items():
+                    if parameter.kind is parameter.VAR_KEYWORD:
+                        given.update(given.pop(name, {}))
                 self.__dict__["init_args"] = given
             init(self, *args, **kwargs)
 
@@ -138,6 +141,15 @@ def import_object(path: str) -> Any:
         raise ValueError(f"expected an import path like package.module.Name, got {path!r}: {error}") from None
 
 
+def _is_component(target: type) -> bool:
+    """Whether the class is one of modules, dataclasses or callable objects such as losses and schedules."""
+    return (
+        issubclass(target, torch.nn.Module | Configured)
+        or dataclasses.is_dataclass(target)
+        or "__call__" in dir(target)
+    )
+
+
 def build(config: Mapping[str, Any], **given: Any) -> dict[str, Any]:
     """The objects that `describe` described; `given` ones are taken as they are and can be referred to.
 
@@ -154,7 +166,7 @@ def build(config: Mapping[str, Any], **given: Any) -> dict[str, Any]:
         if not isinstance(value, Mapping):
             return value
         if "reference" in value:
-            return built[value["reference"]]
+            return looked_up(value["reference"])
         if "object" in value:
             raise ValueError(
                 f"{path} was {value['object']}, which no import path leads to: hand it over, as in "
@@ -170,6 +182,10 @@ def build(config: Mapping[str, Any], **given: Any) -> dict[str, Any]:
         if not inspect.isclass(target) or issubclass(target, torch.optim.Optimizer):
             built[path] = functools.partial(target, **arguments) if arguments else target
             return built[path]
+        if not _is_component(target):
+            raise ValueError(
+                f"expected a component at {path}, got {value['class_path']}: name a module, loss or schedule"
+            )
         try:
             built[path] = target(**arguments)
         except TypeError as error:
@@ -177,6 +193,12 @@ def build(config: Mapping[str, Any], **given: Any) -> dict[str, Any]:
         if isinstance(built[path], torch.nn.Module):
             built[path].__dict__.setdefault("init_args", arguments)  # a class of the user's own can be described too
         return built[path]
+
+    def looked_up(path: str) -> Any:
+        if path in built:
+            return built[path]
+        owner, _, name = path.rpartition(".")
+        return looked_up(owner).init_args[name]
 
     for key, value in config.items():
         built[key] = made(value, key)

@@ -856,7 +856,9 @@ def _intensities(x: Tensor, name: str) -> Tensor:
 
 
 def _is_real_table(x: Tensor) -> bool:
-    return x.ndim == 2 and not bool((x == x.round()).all()) and not bool(((x >= 0) & (x <= 1)).all())
+    """A table that is neither of counts up to 255 nor within [0, 1]: a Normal is its likelihood."""
+    counts = bool((x == x.round()).all()) and x.min().item() >= 0 and x.max().item() <= 255
+    return x.ndim == 2 and not counts and not bool(((x >= 0) & (x <= 1)).all())
 
 
 def _standardisation(

@@ -80,7 +80,7 @@ class Weights:
 
     log_weight: Tensor
     kl: Tensor
-    sites: Mapping[str, tuple[Any, Any, Tensor]]  # name: (q, p, draws)
+    sites: Mapping[str, tuple[Any, Any, Tensor, int]]  # name: (q, p, draws, the draws' data dimension)
 
 
 def log_weights(
@@ -113,7 +113,9 @@ def log_weights(
             log_weight = log_weight + log_prob
             if not site["is_observed"]:
                 kl = kl - log_prob
-                sites[name] = (guide_trace.nodes[name]["fn"], model_trace.nodes[name]["fn"], site["value"])
+            if name in guide_trace.nodes and name in model_trace.nodes:
+                q, p, z = guide_trace.nodes[name]["fn"], model_trace.nodes[name]["fn"], site["value"]
+                sites[name] = (q, p, z, z.dim() - q.event_dim + _data_frame(name, site).dim)
     return Weights(log_weight, kl, sites)
 
 
@@ -128,12 +130,11 @@ def check_support(name: str, distribution: Any, x: Tensor) -> None:
     """Raises ValueError where observed values lie outside the distribution's support."""
     if bool(distribution.support.check(x).all()):
         return
-    kind = type(distribution)
     while hasattr(distribution, "base_dist"):
         distribution = distribution.base_dist
-        kind = type(distribution)
+    kind, support = type(distribution).__name__, type(distribution.support).__name__.strip("_")
     raise ValueError(
-        f'expected values of site "{name}" in the support of its {kind.__name__} likelihood, {distribution.support}, '
+        f'expected values of site "{name}" in the support of its {kind} likelihood, {support}, '
         f"got values from {x.min().item():.4g} to {x.max().item():.4g}: binarise the data (binarize='static' or "
         "'dynamic'), or take a likelihood for such values (ContinuousBernoulli for [0, 1], Binomial for counts, Normal "
         "for real numbers)"
@@ -148,13 +149,18 @@ def _plate_nesting(model: Callable, guide: Callable, args: Sequence[Any], kwargs
     return -min((frame.dim for frame in frames if frame.vectorized), default=-1)
 
 
-def log_prob_per_datum(name: str, site: Any, nesting: int) -> Tensor:
-    """The site's log-probability, masked and summed over all plates but draws and data: (K, B) or (1, B)."""
-    data = next((frame for frame in site["cond_indep_stack"] if frame.name == "data"), None)
-    if data is None:
+def _data_frame(name: str, site: Any) -> Any:
+    frame = next((frame for frame in site["cond_indep_stack"] if frame.name == "data"), None)
+    if frame is None:
         raise ValueError(
             f'expected every site inside the plate "data", got "{name}" outside: its weight belongs to no single datum'
         )
+    return frame
+
+
+def log_prob_per_datum(name: str, site: Any, nesting: int) -> Tensor:
+    """The site's log-probability, masked and summed over all plates but draws and data: (K, B) or (1, B)."""
+    data = _data_frame(name, site)
     log_prob = site["fn"].log_prob(site["value"])
     if site["mask"] is not None:
         log_prob = torch.where(torch.as_tensor(site["mask"]), log_prob, log_prob.new_zeros(()))
@@ -172,7 +178,8 @@ class _Sums:
         self.shift = torch.full((rows,), -math.inf, dtype=torch.float64)
         self.first = torch.zeros(rows, dtype=torch.float64)  # sum w
         self.second = torch.zeros(rows, dtype=torch.float64)  # sum w^2
-        self.sums = torch.zeros(3, rows, dtype=torch.float64)  # of log w, (log w)^2, KL
+        self.sums = torch.zeros(4, rows, dtype=torch.float64)  # of log w, (log w)^2, KL, KL^2
+        self.moments: dict[str, Tensor] = {}
         self.largest = torch.empty(0, rows, dtype=torch.float64)
         self.tail = tail
 
@@ -180,11 +187,13 @@ class _Sums:
         log_weight, kl = weights.log_weight.double().cpu(), weights.kl.double().cpu()
         shift = torch.maximum(self.shift, log_weight.amax(0))
         decay = (self.shift - shift).exp().nan_to_num(0.0)
-        relative = (log_weight - shift).exp()
+        relative = (log_weight - shift).exp().nan_to_num(0.0)  # -inf - -inf: no weight at all
         self.first = self.first * decay + relative.sum(0)
         self.second = self.second * decay.square() + relative.square().sum(0)
         self.shift = shift
-        self.sums += torch.stack([log_weight.sum(0), log_weight.square().sum(0), kl.sum(0)])
+        self.sums += torch.stack([part.sum(0) for part in (log_weight, log_weight.square(), kl, kl.square())])
+        for name, value in _moments(weights).items():
+            self.moments[name] = self.moments.get(name, 0.0) + value
         candidates = torch.cat([self.largest, log_weight])
         self.largest = candidates.topk(min(self.tail, len(candidates)), dim=0).values
 
@@ -221,10 +230,10 @@ def evaluate(
     data = as_data(data)
     device = next((p.device for p in _parameters(model, guide)), data.device)
     data = data.to(device)
-    event = max(tensor[:1].numel() for tensor in data.args)
+    event = max(1_000, *(tensor[:1].numel() for tensor in data.args))  # at least: networks have hidden layers too
     rows = max(1, min(len(data), MAX_ELEMENTS // (event * num_samples)))
     draws = max(1, min(num_samples, MAX_ELEMENTS // (event * rows)))
-    tail = min(num_samples // 5, math.ceil(3 * math.sqrt(num_samples))) + 1
+    tail = min(math.ceil(num_samples / 5), math.ceil(3 * math.sqrt(num_samples))) + 1
     parts: dict[str, list[Tensor]] = {}
     with isolated(model, guide), tqdm(total=len(data), unit="datum", disable=None if progress else True) as bar:
         torch.manual_seed(seed)
@@ -235,43 +244,50 @@ def evaluate(
             for begin in range(0, num_samples, draws):
                 weights = log_weights(model, guide, args, kwargs, min(draws, num_samples - begin))
                 sums.add(weights)
-            for name, value in {**_scores(sums, num_samples), **_moments(weights)}.items():
+            for name, value in _scores(sums, num_samples).items():
                 parts.setdefault(name, []).append(value)
             bar.update(len(index))
     return _summary({name: torch.cat(values) for name, values in parts.items()}, num_samples, data.log_jacobian)
 
 
 def _scores(sums: _Sums, K: int) -> dict[str, Tensor]:
-    elbo = sums.sums[0] / K
+    elbo, kl = sums.sums[0] / K, sums.sums[2] / K
     ess = sums.first.square() / sums.second
     return {
         "elbo": elbo,
         "log_evidence": sums.shift + sums.first.log() - math.log(K),
-        "kl": sums.sums[2] / K,
+        "kl": kl,
         "ess": ess,
         "khat": generalized_pareto_shape(sums.largest),
         "elbo_variance": (sums.sums[1] / K - elbo.square()).clamp(min=0) / max(K - 1, 1),
+        "kl_variance": (sums.sums[3] / K - kl.square()).clamp(min=0) / max(K - 1, 1),
         "log_evidence_variance": (1 / ess - 1 / K).clamp(min=0),
+        **{name: total / K for name, total in sums.moments.items()},
     }
 
 
 def _moments(weights: Weights) -> dict[str, Tensor]:
-    """Per latent dimension, (B, D): the posterior's mean, and the KL where prior and posterior factorise."""
+    """Sums over draws per latent dimension, (B, D): the posterior's mean, its square, the KL where both factorise."""
     means, divergences = [], []
-    for q, p, z in weights.sites.values():
+    for q, p, z, data_dim in weights.sites.values():
+
+        def by_datum(x: Tensor, z: Tensor = z, data_dim: int = data_dim) -> Tensor:
+            return x.expand(z.shape)[..., None].movedim(data_dim, 1).flatten(start_dim=2).double().cpu()
+
         try:
-            mean = q.mean.mean(0)
+            mean = q.mean
         except NotImplementedError:
-            mean = z.mean(0)
-        means.append(mean.reshape(z.shape[1], -1))
+            mean = z
+        means.append(by_datum(mean))
         if isinstance(q, torch.distributions.Independent) and isinstance(p, torch.distributions.Independent):
             kl = q.base_dist.log_prob(z) - p.base_dist.log_prob(z)
             with contextlib.suppress(NotImplementedError):
                 kl = torch.distributions.kl_divergence(q.base_dist, p.base_dist)
-            divergences.append(kl.expand(z.shape).mean(0).reshape(z.shape[1], -1))
-    moments = {"mean": torch.cat(means, dim=1).double().cpu()}
+            divergences.append(by_datum(kl))
+    mean = torch.cat(means, dim=2)
+    moments = {"mean": mean.sum(0), "square": mean.square().sum(0)}
     if len(divergences) == len(means):
-        moments["kl_per_dim"] = torch.cat(divergences, dim=1).double().cpu()
+        moments["kl_per_dim"] = torch.cat(divergences, dim=2).sum(0)
     return moments
 
 
@@ -286,10 +302,11 @@ def _summary(scores: dict[str, Tensor], K: int, log_jacobian: float) -> Evaluati
         error = scores[name].std().item() / math.sqrt(N) if N > 1 else math.nan
         return Estimate(scores[name].mean().item(), error, draws)
 
+    noise = (scores["square"] - scores["mean"].square()).clamp(min=0) / K  # of a posterior mean that is itself of draws
     return Evaluation(
         **{name: estimate(name) for name in ("elbo", "log_evidence", "kl", "ess", "khat")},
         kl_per_dim=scores["kl_per_dim"].mean(0) if "kl_per_dim" in scores else None,
-        active_units=int((scores["mean"].var(0) > 0.01).sum()),
+        active_units=int((scores["mean"].var(0) - noise.mean(0) > 0.01).sum()),
         num_samples=K,
         num_data=N,
         per_datum={name: scores[name] for name in ("elbo", "log_evidence", "kl", "ess", "khat")},

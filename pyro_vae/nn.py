@@ -20,17 +20,32 @@ Activation = Literal["relu", "leaky_relu", "elu", "gelu", "silu", "softplus", "t
 class Declared(Configured, nn.Module):
     """A module that is written down without sizes: `bind` returns a copy that has them.
 
-    A subclass keeps its settings in the constructor and makes its parameters in `build`.
+    A subclass keeps its settings in the constructor and makes its parameters in `build`. A bound one that is handed
+    over again is shared.
     """
+
+    _sizes: tuple[Any, ...] | None = None
 
     def build(self, *shapes: Any) -> None:
         """Make the parameters for these shapes."""
 
     def bind(self, *shapes: Any) -> Self:
-        """A copy of this declaration with parameters for these shapes."""
-        bound = copy.deepcopy(self)
-        bound.build(*shapes)
-        return bound
+        """A copy of this declaration with parameters for these shapes; itself where it has them already.
+
+        Raises:
+            ValueError: it has parameters for other shapes.
+        """
+        sizes = tuple(tuple(shape) if isinstance(shape, Sequence) else shape for shape in shapes)
+        if self._sizes is None:
+            bound = copy.deepcopy(self)
+            bound._sizes = sizes
+            bound.build(*shapes)
+            return bound
+        if self._sizes != sizes:
+            raise ValueError(
+                f"expected {type(self).__name__} bound to {sizes}, got one bound to {self._sizes}: declare another"
+            )
+        return self
 
 
 def bind(component: nn.Module, *shapes: Any) -> Any:

