@@ -18,13 +18,13 @@ help:
 	@echo '                                      see the PyTorch site for their URL; PyPI is the extra index'
 
 run: .venv/.installed
-	.venv/bin/pyro-vae fit $(if $(DATA),--data "$(DATA)") $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv/bin/pyro-vae fit $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 test: .venv/.installed
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m ruff format --check .
 	.venv/bin/python -m mypy
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --doctest-modules pyro_vae tests $(ARGS)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -rs --doctest-modules pyro_vae tests $(ARGS)
 
 install:
 	@sh scripts/install.sh

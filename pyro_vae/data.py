@@ -451,7 +451,8 @@ def _mnist(class_name: str, noun: str) -> Callable[[Path, bool], _Source]:
         if missing:
             raise FileNotFoundError(
                 f"expected the four files of {class_name} in {folder}, got no {', no '.join(missing)}: pass "
-                f"download=True, or root= the folder that holds {class_name}/raw"
+                f"download=True (--data.download), or root= (--data.root, or PYRO_VAE_DATA) the folder that holds "
+                f"{class_name}/raw"
             )
         for problem in _idx_problems(folder):
             raise ValueError(f"{problem}: pass download=True to fetch it anew")
@@ -523,8 +524,8 @@ def _freyfaces(root: Path, download: bool) -> _Source:
         _download_frey(path)
     if not path.is_file():
         raise FileNotFoundError(
-            f"expected frey_rawface.mat in {path.parent}, got no such file: pass download=True, or root= the "
-            "folder that holds freyfaces/"
+            f"expected frey_rawface.mat in {path.parent}, got no such file: pass download=True "
+            "(--data.download), or root= (--data.root, or PYRO_VAE_DATA) the folder that holds freyfaces/"
         )
     try:
         frames = loadmat(path)["ff"]
@@ -675,11 +676,13 @@ def _read_csv(path: Path, label: str | None, id: str | None) -> _Source:
                 f"0): name it in the header, or pass id={name!r} if it only numbers the rows"
             )
         for i, cell in enumerate(cells[name]):
-            x[i, j] = value = _number(cell)
-            if math.isnan(value) and not _is_missing(cell):
+            x[i, j] = _number(cell)
+            if _is_word(cell):
+                words = [column for column in features[j:] if any(map(_is_word, cells[column]))]
+                also = f" (also in {', '.join(map(repr, words[1:]))})" if words[1:] else ""
                 raise ValueError(
-                    f"expected numbers in column {name!r} of {path}, got {cell!r} in row {i} (from 0): name "
-                    "the column with label= or id=, or drop it from the file"
+                    f"expected numbers in column {name!r} of {path}, got {cell!r} in row {i} (from 0){also}: name the "
+                    "column of labels with label= (--data.label) and that of ids with id= (--data.id), or drop it"
                 )
     labels, classes = (None, None) if label is None else _csv_labels(path, label, cells[label])
     ids = None if id is None else np.array(cells[id], dtype=str)
@@ -699,6 +702,10 @@ def _check_header(path: Path, header: list[str]) -> None:
 
 def _is_missing(cell: str) -> bool:
     return cell.strip().lower() in ("", "na", "n/a", "nan", "null", "none")
+
+
+def _is_word(cell: str) -> bool:
+    return math.isnan(_number(cell)) and not _is_missing(cell)
 
 
 def _number(cell: str) -> float:

@@ -533,8 +533,10 @@ def _training_curve(subject: _Subject) -> _Section:
             bounds = [record.get(key, math.nan) for record in history]
             axis.plot(epochs, bounds, color=color, lw=1.8, marker=marker, label=label)
     axis.axhline(elbo.value, color=RED, lw=1.2, ls=(0, (4, 3)), zorder=0)
-    label = f"test, at the end: {_signed(elbo.value)}"
-    axis.plot([epochs[-1]], [elbo.value], "o", color=RED, ms=6, label=label)
+    stopped_early = "patience" in subject.run.config and all("valid" in record for record in history)
+    kept = max(history, key=lambda record: record["valid"])["epoch"] if stopped_early else epochs[-1]
+    label = f"test, weights of epoch {kept}: {_signed(elbo.value)}"
+    axis.plot([kept], [elbo.value], "o", color=RED, ms=6, label=label)
     settled = history[-(-len(history) // 10) if len(history) > 4 else 0 :]
     shown = [record[key] for record in settled for key in ("bound", "valid") if key in record] + [elbo.value]
     margin = 0.06 * (max(shown) - min(shown)) or 1.0
