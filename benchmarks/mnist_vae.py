@@ -5,6 +5,7 @@
 
     python benchmarks/mnist_vae.py            # 700 epochs
     python benchmarks/mnist_vae.py --resume   # go on after an interruption
+    python benchmarks/mnist_vae.py --score    # only score and draw what was trained
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import matplotlib
 import torch
 from common import record
 
-from pyro_vae import evaluate, fit, load_dataset
+from pyro_vae import Dataset, Run, evaluate, fit, load_dataset, load_run
 from pyro_vae.guides import AmortizedGuide
 from pyro_vae.models import VAE
 from pyro_vae.nn import MLP
@@ -36,8 +37,13 @@ def main() -> None:
     parser.add_argument("--root", default=None, help="folder of the data (default: PYRO_VAE_DATA)")
     parser.add_argument("--out", type=Path, default=Path("runs/mnist_vae"))
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--score", action="store_true")
     arguments = parser.parse_args()
     digits = load_dataset("mnist", binarize="dynamic", root=arguments.root)
+    score(arguments, load_run(arguments.out) if arguments.score else train(arguments, digits), digits)
+
+
+def train(arguments: argparse.Namespace, digits: Dataset) -> Run:
     torch.manual_seed(0)
     network = MLP(hidden=(200, 200), activation="tanh")
     model = VAE(digits.event_shape, latent_dim=50, decoder=network)
@@ -57,12 +63,16 @@ def main() -> None:
         resume=arguments.out if arguments.resume else None,
         out=None if arguments.resume else arguments.out,
     )
+    return run
+
+
+def score(arguments: argparse.Namespace, run: Run, digits: Dataset) -> None:
     begin = time.monotonic()
-    test = evaluate(model, guide, digits.test, num_samples=arguments.num_samples)
+    test = evaluate(run.model, run.guide, digits.test, num_samples=arguments.num_samples)
     print(test)
     results = {
         "what": f"VAE 784-200-200-50 tanh, dynamic binarisation, L_{arguments.num_samples}; one run",
-        "epochs": arguments.epochs,
+        "epochs": len(run.history),
         "negative_log_likelihood": -float(test.log_evidence),
         "standard_error_over_images": test.log_evidence.standard_error,
         "standard_error_over_draws": test.log_evidence.standard_error_draws,

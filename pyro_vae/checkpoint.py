@@ -123,7 +123,7 @@ def new_run(out: Path | str | None, overwrite: bool = False) -> Path:
     """Make a run's directory: `out`, or the next number under ``runs`` with the link ``runs/latest`` to it.
 
     Raises:
-        FileExistsError: `out` holds something and `overwrite` is False.
+        FileExistsError: `out` holds something and `overwrite` is False, or ``runs/latest`` is no link.
     """
     if out is not None:
         path = Path(out)
@@ -132,6 +132,9 @@ def new_run(out: Path | str | None, overwrite: bool = False) -> Path:
         path.mkdir(parents=True, exist_ok=True)
         return path
     runs = Path("runs")
+    latest = runs / "latest"
+    if latest.exists() and not latest.is_symlink():
+        raise FileExistsError(f"expected {latest} to be a link to the newest run, got a file or folder: rename it")
     runs.mkdir(exist_ok=True)
     number = max((int(child.name) for child in runs.iterdir() if child.name.isdigit()), default=0) + 1
     while True:
@@ -144,7 +147,7 @@ def new_run(out: Path | str | None, overwrite: bool = False) -> Path:
     link = runs / f".latest.{os.getpid()}"
     link.unlink(missing_ok=True)
     link.symlink_to(path.name)
-    os.replace(link, runs / "latest")
+    os.replace(link, latest)
     return path
 
 

@@ -7,7 +7,9 @@ import errno
 import inspect
 import json
 import os
+import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from .training import Run
 
 __all__ = ["main"]
+
+MOST_SCORED = 200_000_000  # numbers that `fit` decodes to score the test split, unless told otherwise
 
 HELP = {
     "": """\
@@ -85,7 +89,7 @@ training:
   --patience N (30)    stop after N epochs without a better validation bound, keep the best; null: never
   --clip_norm X        clip the gradient's norm        --seed N (0)
   --device D (auto)    auto is CUDA where there is one
-  --evaluate.num_samples N (1000)        draws per datum for the test scores
+  --evaluate.num_samples N   draws per datum for the test scores (1000; on large data fewer, 50 or more)
   --out DIR            the run's directory (runs/0001 and so on); --overwrite to write into a full one
   --resume DIR         go on with a run; other options change its settings
 
@@ -215,6 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0: done. 2: bad input, with a line that says what was expected, what came, and the mend. 1: anything else
     that went wrong, also in a line; ``PYRO_VAE_TRACEBACK=1`` shows where. 130: interrupted, the run is saved.
+    141: whoever reads the output has closed it.
 
     Example:
         >>> main(["evaluate", "--help"])
@@ -224,7 +229,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         with _working_directory_importable():
-            return _dispatch(list(sys.argv[1:] if arguments is None else arguments))
+            code = _dispatch(list(sys.argv[1:] if arguments is None else arguments))
+            sys.stdout.flush()
+            return code
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except Stop as stop:
         line, code = str(stop), stop.code
     except KeyboardInterrupt:
@@ -265,7 +275,8 @@ def _dispatch(arguments: list[str]) -> int:
     if {"--help", "-h"} & set(arguments[1:]):
         print(HELP[command], end="")
         return 0
-    positional, options = parse(arguments[1:])
+    known = ["--help", *re.findall(r"--[a-z_.]*[a-z]", HELP[command])]
+    positional, options = parse(arguments[1:], command, known, words=0 if command in ("fit", "doctor") else 1)
     if command == "fit":
         if positional:
             raise ValueError(f"expected options, got {positional[0]!r}: data go by --data {positional[0]}")
@@ -330,8 +341,8 @@ def _fit(options: Options) -> int:
     if "print_config" in dict(options):
         print(_toml({"data": source, **components, **settings, "evaluate": scoring}), end="")
         return 0
-    num_samples = scoring.pop("num_samples", 1000)
-    if num_samples < 1:
+    num_samples = scoring.pop("num_samples", None)
+    if num_samples is not None and num_samples < 1:
         raise ValueError(f"expected --evaluate.num_samples >= 1, got {num_samples}: give a positive number")
     device = training.select_device(settings.get("device") or "auto")
 
@@ -344,7 +355,9 @@ def _fit(options: Options) -> int:
     print(f"model    {_name_of(programs['model'])}, {reason}")
     print(f"device   {_device(device)}", flush=True)
     try:
-        run = training.fit(train=dataset.train, valid=dataset.valid, resume=resume, **programs, **settings)
+        log = [] if sys.stderr.isatty() else [_log_of_epochs()]
+        settings |= {"valid": dataset.valid, "resume": resume, "callbacks": log}
+        run = training.fit(train=dataset.train, **programs, **settings)
     except KeyboardInterrupt as interrupt:
         if not str(interrupt):
             raise
@@ -360,6 +373,8 @@ def _fit(options: Options) -> int:
     best = max(run.history, key=lambda record: record["valid"])
     bound = f"best validation bound {best['valid']:.2f} nats, epoch {best['epoch']}"
     print(f"trained  {last['epoch']} epochs in {last['seconds']:.0f} s; {bound}")
+    num_samples = num_samples or min(1_000, max(50, MOST_SCORED // dataset.test.x.numel()))
+    print(f"scoring  {len(dataset.test):,} data with {num_samples:,} draws each", flush=True)
     scores = evaluate(run.model, run.guide, dataset.test, num_samples=num_samples, **scoring)
     print(f"run      {run.path}\n\ntest split: {scores}\n", flush=True)
     from .report import summary_sentence, write_report
@@ -369,10 +384,23 @@ def _fit(options: Options) -> int:
     print(f"report   {report.absolute().as_uri()}\n")
     where = _quoted(run.path)
     print("next     try:")
-    print(f"  pyro-vae sample {where} --num 100 --out samples.npz")
-    print(f"  pyro-vae encode {where} --split test --out codes.csv")
+    print(f"  pyro-vae sample {where} --num 100 --out {where}/samples.npz")
+    print(f"  pyro-vae encode {where} --split test --out {where}/codes.csv")
     print(f"  pyro-vae fit --config {where}/config.toml --seed 1")
     return 0
+
+
+def _log_of_epochs() -> Callable[[Run], None]:
+    """A line on the training every ten seconds, for a log that shows no progress bar."""
+    said = [time.monotonic()]
+
+    def log(run: Run) -> None:
+        if time.monotonic() - said[0] > 10:
+            said[0] = time.monotonic()
+            last = run.history[-1]
+            print(f"         epoch {last['epoch']}: bound {last['bound']:.2f}, valid {last['valid']:.2f}", flush=True)
+
+    return log
 
 
 def _configuration(options: Options) -> tuple[Table, Path | None]:
@@ -420,7 +448,7 @@ def _programs(components: Table, dataset: Dataset, seed: int) -> tuple[Table, st
     model_class, arguments = import_object(model["class_path"]), model["init_args"]
     names = parameters(model_class)
     shape = tuple(dataset.event_shape)
-    if tuple(arguments.get("event_shape", shape)) != shape:
+    if arguments.get("event_shape", shape) not in (shape, list(shape), json.dumps(shape)):
         raise ValueError(f"expected {list(shape)} as model.event_shape, got {arguments['event_shape']}: leave it out")
     if "event_shape" in names:
         arguments["event_shape"] = shape
@@ -434,10 +462,49 @@ def _programs(components: Table, dataset: Dataset, seed: int) -> tuple[Table, st
     guide_class = import_object(guide["class_path"])
     if inspect.isclass(guide_class) and "model" in parameters(guide_class):
         guide["init_args"]["model"] = {"reference": "model"}
+    made = {name: components[name] for name in COMPONENTS if name in components}
+    _check_references(made, "the configuration")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        built = build({name: components[name] for name in COMPONENTS if name in components})
+        try:
+            built = build(made)
+        except (TypeError, ValueError) as error:
+            raise _refused(error, f"{model['class_path']} and {guide['class_path']}") from error
     return {name: built[name] for name in COMPONENTS if name in built}, reason
+
+
+def _refused(error: Exception, what: str) -> ValueError:
+    """What a constructor, anybody's code, says against its arguments."""
+    if "expected" in str(error):
+        return ValueError(str(error))
+    return ValueError(f"expected arguments that {what} take, got {type(error).__name__}: {error}")
+
+
+def _check_references(components: Table, where: str) -> None:
+    """Every component a class and its arguments, every reference to one before it: as `config.build` takes them."""
+    seen: set[str] = set()
+
+    def walk(value: Any, path: str) -> None:
+        if isinstance(value, list | tuple):
+            for i, item in enumerate(value):
+                walk(item, f"{path}.{i}")
+        if isinstance(value, Mapping) and "reference" in value:
+            if value["reference"] not in seen:
+                raise ValueError(
+                    f"expected {path} in {where} to refer to an earlier object, got {value['reference']!r}: mend it"
+                )
+        elif isinstance(value, Mapping) and "object" not in value:
+            arguments = value.get("init_args", {}) if "class_path" in value else value
+            if not isinstance(arguments, Mapping) or not isinstance(value.get("class_path", ""), str):
+                raise ValueError(f"expected {path} in {where} as class_path and init_args, got {value}: correct it")
+            for name, item in arguments.items():
+                walk(item, f"{path}.{name}")
+        seen.add(path)
+
+    for name, value in components.items():
+        if not isinstance(value, Mapping) or not value.keys() & {"class_path", "object", "reference"}:
+            raise ValueError(f"expected {name} in {where} as class_path and init_args, got {value!r}: correct it")
+        walk(value, name)
 
 
 def _name_of(program: Any) -> str:
@@ -543,6 +610,10 @@ def _encode(
 ) -> int:
     from .prediction import encodings
 
+    if num_samples is not None and out.suffix != ".npz":
+        raise ValueError(
+            f"expected --out to end in .npz for the draws of --num_samples, got {str(out)!r}: name such a file"
+        )
     _check_out(out, overwrite)
     loaded = _load(run, device)
     dataset = _dataset(loaded, data)
@@ -550,7 +621,7 @@ def _encode(
     arrays: dict[str, Any] = {}
     for site, code in encodings(loaded.guide, part, num_samples=num_samples, seed=seed).items():
         arrays |= {f"{site}_mean": code.mean, f"{site}_scale": code.scale}
-        if code.draws is not None and out.suffix == ".npz":
+        if code.draws is not None:
             arrays[f"{site}_draws"] = code.draws
     _write_data(out, dataset, part, {name: array for name, array in arrays.items() if array is not None})
     return 0
@@ -587,9 +658,21 @@ def _report(run: Path, num_samples: int = 1000, device: str = "auto", seed: int 
 
 
 def _load(run: Path, device: str) -> Run:
+    from .checkpoint import load_config
     from .training import load_run
 
-    return load_run(run, device=device)
+    config = load_config(run / "config.toml")
+    _check_references({name: config[name] for name in ("model", "guide") if name in config}, str(run / "config.toml"))
+    try:
+        loaded = load_run(run, device=device)
+        damaged: list[Any] = [record for record in loaded.history if not isinstance(record, dict)]
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        damaged = [error]
+    except ValueError as error:
+        raise _refused(error, f"the classes in {run / 'config.toml'}") from error
+    if damaged:
+        raise ValueError(f"expected a table per line in {run / 'metrics.jsonl'}, got {damaged[0]}: mend or delete it")
+    return loaded
 
 
 def _dataset(run: Run, options: Table) -> Dataset:
@@ -603,11 +686,16 @@ def _dataset(run: Run, options: Table) -> Dataset:
         raise ValueError(f"expected data that {run.path} was trained on, got tensors without a source: add --data PATH")
     if source is None:
         return load_dataset(**options)
+    if not isinstance(source, dict) or "name_or_path" not in source:
+        raise ValueError(
+            f"expected a table [data] with name_or_path in {run.path}, got {source!r}: correct config.toml"
+        )
+    source = check(load_dataset, source, "data")
     trained = load_dataset(**source)
     if not options:
         return trained
     same = options.get("name_or_path", source["name_or_path"]) == source["name_or_path"]
-    kept = source if same else {key: source[key] for key in ("binarize", "root") if key in source}
+    kept: Table = source if same else {key: source[key] for key in ("binarize", "root") if key in source}
     if str(options.get("name_or_path", "")).endswith(".csv"):
         kept = kept | {key: source[key] for key in ("label", "id") if key in source}
     other = load_dataset(**{**kept, **options})
@@ -700,7 +788,10 @@ def _write_data(out: Path, dataset: Dataset | None, part: Split | None, arrays: 
         flat = array.reshape(len(array), -1)
         own = dataset.columns if dataset is not None and name == "x" else None
         names = own or [f"{name}_{i}" for i in range(flat.shape[1])]
-        columns |= dict(zip(names, flat.T, strict=True))
+        for column, values in zip(names, flat.T, strict=True):
+            while column in columns:  # a feature that is called id or label
+                column = f"{name}_{column}"
+            columns[column] = values
     _write(out, pandas.DataFrame(columns).to_csv(index=False).encode())
 
 
@@ -717,9 +808,9 @@ COMMANDS: dict[str, Callable[..., int]] = {
 
 @contextlib.contextmanager
 def _working_directory_importable() -> Iterator[None]:
-    """The user's own modules are found where the command is run."""
+    """The user's own modules are found where the command is run, after all that is installed."""
     before = sys.path[:]
-    sys.path.insert(0, os.getcwd())
+    sys.path.append(os.getcwd())
     try:
         yield
     finally:

@@ -132,13 +132,16 @@ def import_object(path: str) -> Any:
     """The object at an import path such as ``pyro_vae.models.VAE``.
 
     Raises:
-        ValueError: no module or no attribute of that name.
+        ValueError: no module or no attribute of that name, or a module that raises.
     """
-    module, _, name = path.rpartition(".")
+    module, _, name = str(path).rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"expected an import path like package.module.Name, got {path!r}: {error}") from None
+    except (Exception, SystemExit) as error:  # the module is anybody's code
+        raised = f"{type(error).__name__}: {error}"
+        raise ValueError(f"expected a module that can be imported for {path!r}, got {raised}: mend {module}") from None
 
 
 def _is_component(target: type) -> bool:

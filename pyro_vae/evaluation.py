@@ -71,6 +71,8 @@ class Evaluation:
     def __str__(self) -> str:
         rows = [f"{name:>13}  {estimate}" for name, estimate in self.table().items()]
         rows.append(f"{'active_units':>13}  {self.active_units}")
+        if self.khat.value > 0.7:
+            rows.append("khat is above 0.7: few draws carry the weight, and log p(x) may lie well above log_evidence")
         return "\n".join([f"{self.num_data} data, {self.num_samples} draws each; nats per datum", *rows])
 
 
@@ -234,20 +236,21 @@ def evaluate(
     rows = max(1, min(len(data), MAX_ELEMENTS // (event * num_samples)))
     draws = max(1, min(num_samples, MAX_ELEMENTS // (event * rows)))
     tail = min(math.ceil(num_samples / 5), math.ceil(3 * math.sqrt(num_samples))) + 1
-    parts: dict[str, list[Tensor]] = {}
+    scores: dict[str, Tensor] = {}
     with isolated(model, guide), tqdm(total=len(data), unit="datum", disable=None if progress else True) as bar:
         torch.manual_seed(seed)
         generator = torch.Generator(device).manual_seed(seed)
-        for index in torch.arange(len(data), device=device).split(rows):
+        for begin in range(0, len(data), rows):
+            index = torch.arange(begin, min(begin + rows, len(data)), device=device)
             args, kwargs = data.batch(index, generator)
             sums = _Sums(len(index), tail)
-            for begin in range(0, num_samples, draws):
-                weights = log_weights(model, guide, args, kwargs, min(draws, num_samples - begin))
-                sums.add(weights)
+            for drawn in range(0, num_samples, draws):
+                sums.add(log_weights(model, guide, args, kwargs, min(draws, num_samples - drawn)))
             for name, value in _scores(sums, num_samples).items():
-                parts.setdefault(name, []).append(value)
+                whole = scores.setdefault(name, value.new_empty(len(data), *value.shape[1:]))
+                whole[begin : begin + len(index)] = value
             bar.update(len(index))
-    return _summary({name: torch.cat(values) for name, values in parts.items()}, num_samples, data.log_jacobian)
+    return _summary(scores, num_samples, data.log_jacobian)
 
 
 def _scores(sums: _Sums, K: int) -> dict[str, Tensor]:

@@ -66,13 +66,25 @@ FILLED = {"model": "event_shape", "guide": "model", "optimizer": "params"}  # wh
 # ------------------------------------------------------------ options
 
 
-def parse(arguments: Sequence[str]) -> tuple[list[str], Options]:
-    """``--path value``, ``--path=value`` and ``--flag``, and what is none of them."""
+def parse(arguments: Sequence[str], command: str, known: Sequence[str], words: int) -> tuple[list[str], Options]:
+    """``--path value``, ``--path=value`` and ``--flag``, and what is none of them: so many `words` at most.
+
+    The command and its `known` options are what messages name.
+    """
+
+    def unknown(word: str) -> ValueError:
+        near = f"--{word.lstrip('-')}"
+        like = difflib.get_close_matches(near, known, n=1, cutoff=0.7) or known
+        hint = mend(near, known, command, "--help")
+        return ValueError(f"expected an option like {like[0]}, got {word}: {hint}")
+
     positional: list[str] = []
     options: Options = []
     rest = list(arguments)
     while rest:
         word = rest.pop(0)
+        if word.startswith("-") and not word.startswith("--"):
+            raise unknown(word)
         if not word.startswith("--"):
             positional.append(word)
             continue
@@ -81,7 +93,11 @@ def parse(arguments: Sequence[str]) -> tuple[list[str], Options]:
             options.append((path, value))
         elif path in FLAGS or path.endswith(".help"):
             options.append((path, rest.pop(0) if rest and rest[0] in ("true", "false") else True))
+            if rest and not rest[0].startswith("-") and len(positional) >= words:
+                raise ValueError(f"expected true, false or nothing after {word}, got {rest[0]!r}: leave it out")
         elif not rest or rest[0].startswith("--"):
+            if "." not in path and word not in known:
+                raise unknown(word)
             came = rest[0] if rest else "nothing"
             raise ValueError(f"expected a value after {word}, got {came}: {word} VALUE")
         else:
@@ -139,6 +155,8 @@ def nested(options: Options) -> Table:
     tree: Table = {}
     for path, value in options:
         head, *rest = [part for part in path.split(".") if part != "init_args"]
+        if not rest and head in USUAL and isinstance(value, Mapping) and "reference" in value:
+            raise ValueError(f"expected a class for --{head}, got a reference to {value['reference']}: name a class")
         if head in COMPONENTS:
             if rest and rest[-1] == "class_path":
                 rest.pop()
@@ -183,6 +201,9 @@ def check(target: Callable, arguments: Mapping[str, Any], where: str, hidden: It
     """The arguments, converted to the types of the target's signature; `hidden` ones are not for users."""
     import jsonargparse
 
+    if not where or where in TABLES:
+        for name, value in arguments.items():
+            _check_value(_option(where, name), name, value)
     names = {name: parameter for name, parameter in parameters(target).items() if name not in hidden}
     keywords = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(target).parameters.values())
     unknown = [name for name in arguments if name not in names]
@@ -209,7 +230,25 @@ def check(target: Callable, arguments: Mapping[str, Any], where: str, hidden: It
         raise ValueError(f"expected {wanted} for {_option(where, name)}, got {given[name]!r}: give {wanted}") from None
     for name, value in given.items():
         checked[name] = _loaded(value) if name in unknown else getattr(parsed, name)
+    seed = checked.get("seed")
+    if (not where or where in TABLES) and seed is not None and not 0 <= seed < 2**32:
+        raise ValueError(
+            f"expected a whole number from 0 to 2**32 - 1 for {_option(where, 'seed')}, got {seed}: give one"
+        )
     return {name: None if name not in given else checked[name] for name in arguments}
+
+
+def _check_value(option: str, name: str, value: Any) -> None:
+    """Values that their types allow, and that nothing can be made of."""
+    if value == "":
+        raise ValueError(f"expected a value after {option}, got '': {option} VALUE")
+    if isinstance(value, str) and value.startswith("~"):
+        try:
+            Path(value).expanduser()
+        except RuntimeError:
+            raise ValueError(f"expected a path for {option}, got {value!r}, nobody's home: correct it") from None
+    if name == "device" and str(value).partition(":")[0] == "meta":
+        raise ValueError(f"expected a device that holds values for {option}, got {value!r}: auto, cpu or cuda")
 
 
 def _loaded(value: Any) -> Any:
@@ -229,11 +268,17 @@ def resolved(path: str, value: Any) -> Any:
         return node
     target, class_path = _find(path, node.get("class_path"), node.get("init_args", {}))
     given = node.get("init_args", {})
+    if path == "optimizer" and inspect.isroutine(target):
+        return resolved(path, _torch_optimizer(class_path, given))
     names = parameters(target)
     leaves, components = {}, {}
     for name, argument in given.items():
         nested = isinstance(argument, dict) or (name in names and _is_component(_annotation(target, name)))
         if path in FILLED and FILLED[path] == name:
+            if path != "model" and argument != {"reference": "model"}:
+                raise ValueError(
+                    f"expected the {path}'s {name} from --model, got --{path}.{name} {argument}: leave it out"
+                )
             components[name] = argument
         elif nested and name in names and argument not in (None, "null"):
             components[name] = argument if argument == "auto" else resolved(f"{path}.{name}", argument)
@@ -255,8 +300,10 @@ def _find(path: str, name: str | None, arguments: Mapping[str, Any]) -> tuple[An
     role = path.rpartition(".")[2]
     if name is None and role not in USUAL:
         raise ValueError(f"expected a class for --{path}, got only {', '.join(arguments)}: add --{path} CLASS")
-    name = name or USUAL[role]
-    if "." in str(name):
+    name = USUAL[role] if name is None else name
+    if not isinstance(name, str):
+        raise ValueError(f"expected a class for --{path}, got {name!r}: name one, or see pyro-vae fit --{path}.help")
+    if "." in name:
         target = import_object(name)
     else:
         known = _classes(role)
@@ -270,7 +317,58 @@ def _find(path: str, name: str | None, arguments: Mapping[str, Any]) -> tuple[An
         raise ValueError(
             f"expected a class or function for --{path}, got {name!r}, a {type(target).__name__}: name one"
         )
+    _check_role(path, name, target)
     return target, f"{target.__module__}.{target.__qualname__}" if "." not in name else name
+
+
+def _check_role(path: str, name: str, target: Any) -> None:
+    from pyro.infer import ELBO
+    from torch import nn, optim
+
+    from .guides.families import Family
+    from .models.likelihoods import Likelihood
+    from .models.priors import Prior
+
+    def is_a(*bases: type) -> bool:
+        return inspect.isclass(target) and issubclass(target, bases)
+
+    function = inspect.isroutine(target)
+    program = "a module's class or a function", is_a(nn.Module) or function
+    network = "a module's class", is_a(nn.Module) and not is_a(Prior, Likelihood, Family)
+    schedule = "a class of callable objects or a function", function or is_a(object) and "__call__" in dir(target)
+    of_pyro = function and str(target.__module__).startswith("pyro.optim")
+    roles = {
+        "model": program,
+        "guide": program,
+        "loss": ("a subclass of pyro.infer.ELBO", is_a(ELBO)),
+        "optimizer": ("a subclass of torch.optim.Optimizer", is_a(optim.Optimizer) or of_pyro),
+        "learning_rate": schedule,
+        "kl_weight": schedule,
+        "prior": ("a prior", is_a(nn.Module) and not is_a(Likelihood, Family)),
+        "likelihood": ("a likelihood", is_a(Likelihood)),
+        "family": ("a family", is_a(Family)),
+        "encoder": network,
+        "decoder": network,
+    }
+    role = path.rpartition(".")[2]
+    own = role in COMPONENTS and role != path  # an argument of the user's class, of a name that means something here
+    wanted, fits = ("", True) if own else roles.get(role, ("", True))
+    if not fits:
+        raise ValueError(f"expected {wanted} for --{path}, got {name!r}: see pyro-vae fit --{path}.help")
+
+
+def _torch_optimizer(class_path: str, given: Mapping[str, Any]) -> Table:
+    """The torch optimiser that ``pyro.optim.Adam`` and its like stand for: `SVI` runs it over all parameters."""
+    name = class_path.rpartition(".")[2]
+    if name not in _classes("optimizer"):
+        raise ValueError(f"expected a class of torch.optim for --optimizer, got {class_path!r}: choose one of those")
+    arguments = _loaded(given.get("optim_args", {}))
+    if given.keys() - {"optim_args"} or not isinstance(arguments, Mapping):
+        came = json.dumps(given, default=str)
+        raise ValueError(
+            f"expected a table --optimizer.optim_args alone for {class_path}, got {came}: as in torch.optim"
+        )
+    return {"class_path": f"torch.optim.{name}", "init_args": dict(arguments)}
 
 
 def _classes(role: str) -> dict[str, Any]:
@@ -292,10 +390,15 @@ def _classes(role: str) -> dict[str, Any]:
     if role == "optimizer":
         found = {name: each for name, each in found.items() if issubclass(each, optim.Optimizer)}
     bases = ("Prior", "Likelihood", "Family", "Declared", "Optimizer", "Configured")
+    unfit = ("LBFGS", "SparseAdam", "Trace_MMD")  # they need a closure, sparse gradients, draws as losses
     if role in ("encoder", "decoder"):
         other = "Decoder" if role == "encoder" else "Encoder"
         found = {name: each for name, each in found.items() if issubclass(each, nn.Module) and other not in name}
-    return {name: each for name, each in found.items() if name not in bases}
+    return {
+        name: each
+        for name, each in found.items()
+        if name not in (*bases, *unfit) and not (role == "loss" and name.startswith("Jit"))
+    }
 
 
 def parameters(target: Callable) -> dict[str, inspect.Parameter]:
@@ -340,6 +443,8 @@ def _in_words(annotation: Any) -> str:
 
 
 def _option(where: str, name: str) -> str:
+    if name == "name_or_path":
+        return f"--{where}"
     return f"--{where}.{name}" if where else f"--{name}"
 
 

@@ -5,10 +5,13 @@ import os
 import pickle
 import re
 import shutil
+import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tomli_w
 import torch
 
 from pyro_vae.cli import main
@@ -130,6 +133,45 @@ def full_disk(monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
 
     monkeypatch.setattr(Path, "write_bytes", write_bytes)
+
+
+def own(monkeypatch, name, text):
+    """A module of the user's own."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    Path(f"{name}.py").write_text(text)
+
+
+def own_model(monkeypatch, name, error):
+    own(
+        monkeypatch,
+        name,
+        f"""
+import torch
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        raise {error}
+""",
+    )
+
+
+def rewrite(trained, change, name="config.toml"):
+    """A run whose configuration is another."""
+
+    def changed(path):
+        table = tomllib.loads(path.read_text())
+        change(table)
+        path.write_text(tomli_w.dumps(table))
+
+    spoil(trained, name, changed)
+
+
+def dangle(table):
+    table["guide"]["init_args"]["model"] = {"reference": "modle"}
+
+
+def latest():
+    Path("runs/latest").mkdir(parents=True)
 
 
 # name: (arguments, what the message says, how the bad input is made: nothing, or of the run or the monkeypatch)
@@ -405,6 +447,188 @@ CASES = {
         f"evaluate {RUN} --data data.npy",
         r"data of shape \(1, 8, 8\).*, got \(3,\) in data: name",
         lambda trained: (keep(trained), table()),
+    ),
+    "latest run that is a folder": (
+        "fit --epochs 1",
+        r"runs/latest to be a link.*, got a file or folder: rename it",
+        latest,
+    ),
+    "optimiser that needs a closure": ("fit --optimizer LBFGS", r"--optimizer, one of .*, got 'LBFGS': see", None),
+    "optimiser of sparse gradients": ("fit --optimizer SparseAdam", r"--optimizer, one of .*, got 'Spar.*: ", None),
+    "compiled loss": ("fit --loss JitTrace_ELBO", r"--loss, one of .*, got 'JitTrace_ELBO': ", None),
+    "loss of samples": ("fit --loss Trace_MMD", r"--loss, one of .*, got 'Trace_MMD': ", None),
+    "network as family": (
+        "fit --guide.family pyro_vae.nn.MLP",
+        r"a family for --guide.family, got 'pyro_vae.nn.MLP': see",
+        None,
+    ),
+    "table as family": ("fit --guide.family builtins.dict", r"a family for --guide.family, got 'builtins.dict'", None),
+    "prior as family": (
+        "fit --guide.family pyro_vae.models.priors.StandardNormal",
+        r"a family for --guide.family, got 'pyro_vae.models.priors.StandardNormal': see",
+        None,
+    ),
+    "family as prior": (
+        "fit --model.prior pyro_vae.guides.families.DiagonalNormal",
+        r"a prior for --model.prior, got 'pyro_vae.guides.families.DiagonalNormal': see",
+        None,
+    ),
+    "prior as likelihood": (
+        "fit --model.likelihood pyro_vae.models.priors.StandardNormal",
+        r"a likelihood for --model.likelihood, got 'pyro_vae.models.priors.StandardNormal': see",
+        None,
+    ),
+    "likelihood as decoder": (
+        "fit --model.decoder pyro_vae.models.likelihoods.Bernoulli",
+        r"a module's class for --model.decoder, got .*Bernoulli': see",
+        None,
+    ),
+    "family as encoder": (
+        "fit --guide.encoder pyro_vae.guides.families.DiagonalNormal --model.latent_dim 2",
+        r"a module's class for --guide.encoder, got .*DiagonalNormal': see",
+        None,
+    ),
+    "table as model": ("fit --model builtins.dict", r"a module's class or a function for --model, got 'bui", None),
+    "table as guide": ("fit --guide builtins.dict --model VAE", r"or a function for --guide, got 'builtins", None),
+    "loss of torch": ("fit --loss torch.nn.MSELoss", r"a subclass of pyro.infer.ELBO for --loss, got 'torch", None),
+    "module as optimiser": (
+        "fit --optimizer torch.nn.Linear",
+        r"of torch.optim.Optimizer for --optimizer, got 'torch.nn.Linear': see",
+        None,
+    ),
+    "optimiser of Pyro's own": (
+        "fit --optimizer pyro.optim.ClippedAdam",
+        r"a class of torch.optim.*, got 'pyro.optim.ClippedAdam': choose",
+        None,
+    ),
+    "clipping of Pyro's own": (
+        """fit --optimizer pyro.optim.Adam --optimizer.clip_args {"clip_norm":1}""",
+        r"a table --optimizer.optim_args alone.*, got .*clip_args.*: as",
+        None,
+    ),
+    "table as schedule": ("fit --kl_weight builtins.dict", r"callable objects.* for --kl_weight, got 'built", None),
+    "module that raises": (
+        "fit --model raises_on_import.Net",
+        r"can be imported for 'raises_on_import.Net', got RuntimeError: no luck: mend raises_on_import",
+        lambda monkeypatch: own(monkeypatch, "raises_on_import", "raise RuntimeError('no luck')"),
+    ),
+    "module with an error of syntax": (
+        "fit --model no_syntax.Net",
+        r"can be imported for 'no_syntax.Net', got SyntaxError: .*: mend no_syntax",
+        lambda monkeypatch: own(monkeypatch, "no_syntax", "class ="),
+    ),
+    "module that exits": (
+        "fit --model exits_on_import.Net",
+        r"can be imported for 'exits_on_import.Net', got SystemExit: 3: mend exits_on_import",
+        lambda monkeypatch: own(monkeypatch, "exits_on_import", "import sys; sys.exit(3)"),
+    ),
+    "constructor with a ValueError": (
+        "fit --model value_error_net.Net",
+        r"arguments that value_error_net.Net .*, got ValueError: too wide",
+        lambda monkeypatch: own_model(monkeypatch, "value_error_net", "ValueError('too wide')"),
+    ),
+    "constructor with a TypeError": (
+        "fit --model type_error_net.Net",
+        r"arguments that type_error_net.Net .*, got .*: too odd",
+        lambda monkeypatch: own_model(monkeypatch, "type_error_net", "TypeError('too odd')"),
+    ),
+    "huge seed": (f"fit --seed {2**70}", r"a whole number from 0 to .* for --seed, got 1180591620717411303424: ", None),
+    "negative seed": ("fit --seed -1", r"a whole number from 0 to .* for --seed, got -1: ", None),
+    "negative seed of the data": ("fit --data.seed -1", r"from 0 to .* for --data.seed, got -1: ", None),
+    "negative seed of a command": (f"sample {RUN} --seed -1", r"from 0 to .* for --seed, got -1: ", keep),
+    "nobody's home": ("fit --data ~nobody123/x.csv", r"a path for --data, got '~nobody123/x.csv'.*: correct", None),
+    "empty data": ("fit --data=", r"a value after --data, got '': --data VALUE", None),
+    "empty data in a config": (
+        "fit --config c.toml",
+        r"a value after --data, got '': --data VALUE",
+        lambda: config('data = ""', "c.toml"),
+    ),
+    "empty out": ("fit --out=", r"a value after --out, got '': --out VALUE", None),
+    "empty out of a command": (f"sample {RUN} --out=", r"a value after --out, got '': --out VALUE", keep),
+    "device without values": ("fit --device meta", r"a device that holds values for --device, got 'meta': auto", None),
+    "one dash": ("fit -epochs 3", r"an option like --epochs, got -epochs: did you mean --epochs\?", None),
+    "one dash and a letter": ("fit -e 3", r"an option like --\w+, got -e: see pyro-vae fit --help", None),
+    "flag with another word": ("fit --overwrite maybe", r"nothing after --overwrite, got 'maybe': leave it out", None),
+    "flag of a command with another word": (
+        f"sample {RUN} --overwrite maybe",
+        r"nothing after --overwrite, got 'maybe': leave it out",
+        keep,
+    ),
+    "misspelt help": (f"evaluate {RUN} --hepl", r"an option like --help, got --hepl: did you mean --help\?", keep),
+    "model of the guide": (
+        "fit --guide.model 3",
+        r"the guide's model from --model, got --guide.model 3: leave it out",
+        None,
+    ),
+    "parameters of the optimiser": ("fit --optimizer.params 3", r"got --optimizer.params 3: leave it out", None),
+    "draws in a csv": (
+        f"encode {RUN} --num_samples 3 --out c.csv",
+        r"--out to end in .npz for the draws of --num_samples, got 'c.csv': name",
+        keep,
+    ),
+    "run whose model is a word": (
+        f"evaluate {RUN}",
+        r"expected model in .*config.toml as class_path and init_args, got 'VAE': ",
+        lambda trained: rewrite(trained, lambda table: table.update(model="VAE")),
+    ),
+    "run whose guide is a number": (
+        f"encode {RUN}",
+        r"expected guide in .*config.toml as class_path and init_args, got 3: ",
+        lambda trained: rewrite(trained, lambda table: table.update(guide=3)),
+    ),
+    "run with a dangling reference": (
+        f"evaluate {RUN}",
+        r"expected guide.model in .* to refer to an earlier object, got 'modle': ",
+        lambda trained: rewrite(
+            trained, lambda table: table["guide"]["init_args"].update(model={"reference": "modle"})
+        ),
+    ),
+    "run with a list of arguments": (
+        f"evaluate {RUN}",
+        r"expected model in .*config.toml as class_path and init_args, got .*\[1\].*: ",
+        lambda trained: rewrite(trained, lambda table: table["model"].update(init_args=[1])),
+    ),
+    "run with an unknown key of the data": (
+        f"evaluate {RUN}",
+        r"got --data.nosuch: see",
+        lambda trained: rewrite(trained, lambda table: table["data"].update(nosuch=1)),
+    ),
+    "run whose data are a number": (
+        f"evaluate {RUN}",
+        r"a table \[data\] with name_or_path in .*, got 3: correct",
+        lambda trained: rewrite(trained, lambda table: table.update(data=3)),
+    ),
+    "resume with a list of arguments": (
+        f"fit --resume {RUN}",
+        r"a class for --model, got \[1\]: name one",
+        lambda trained: rewrite(trained, lambda table: table["model"].update(init_args=[1])),
+    ),
+    "resume with a dangling reference": (
+        f"fit --resume {RUN}",
+        r"the guide's model from --model, got --guide.model .*modle.*: leave",
+        lambda trained: rewrite(
+            trained, lambda table: table["guide"]["init_args"].update(model={"reference": "modle"})
+        ),
+    ),
+    "list as model": (
+        "fit --config c.yaml",
+        r"a class for --model, got \[1\]: name one",
+        lambda: config("model: [1]", "c.yaml"),
+    ),
+    "reference as guide": (
+        "fit --config c.yaml",
+        r"a class for --guide, got a reference to model: name",
+        lambda: config("guide: {reference: model}", "c.yaml"),
+    ),
+    "foreign metrics": (
+        f"report {RUN}",
+        r"a table per line in .*metrics.jsonl, got .*: mend or delete it",
+        lambda trained: spoil(trained, "metrics.jsonl", lambda path: path.write_text("garbage\n")),
+    ),
+    "numbers as metrics": (
+        f"evaluate {RUN}",
+        r"a table per line in .*metrics.jsonl, got 3: mend or delete it",
+        lambda trained: spoil(trained, "metrics.jsonl", lambda path: path.write_text("3\n")),
     ),
 }
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import pyro_vae
 from pyro_vae import load_dataset, load_run
 from pyro_vae.cli import HELP, main
 from pyro_vae.evaluation import evaluate
@@ -378,3 +379,107 @@ def test_binarized_data_with_a_convolutional_pair(empty):
 def test_small_own_data_need_no_options(empty):
     np.save("x.npy", np.random.default_rng(0).normal(size=(20, 3)))
     command("fit --data x.npy --epochs 1 --evaluate.num_samples 5")
+
+
+def write_csv(path, names, x):
+    np.savetxt(path, x, delimiter=",", header=",".join(names), comments="", fmt="%.9g")
+
+
+@pytest.fixture(scope="module")
+def on_a_table(tmp_path_factory):
+    """A run of a LinearVAE on a table of correlated columns, far from standardised; its folder."""
+    folder = tmp_path_factory.mktemp("on_a_table")
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        generator = np.random.default_rng(0)
+        z = generator.normal(size=(400, 1))
+        x = np.array([1000.0, -3.0, 0.5]) + np.array([50.0, 0.1, 2.0]) * (z + 0.1 * generator.normal(size=(400, 3)))
+        write_csv("table.csv", ["id", "x_id", "label"], x)
+        np.save("x.npy", x)
+        train = load_dataset("table.csv").train.ids
+        x[train] = 3 * x[train] + 7  # the same rows to test on, in a set that would be standardised otherwise
+        write_csv("other.csv", ["id", "x_id", "label"], x)
+        command("fit --data table.csv --model LinearVAE --model.latent_dim 1 --epochs 150 --optimizer.lr 2e-2 "
+                "--evaluate.num_samples 5")  # fmt: skip
+    finally:
+        os.chdir(before)
+    return folder
+
+
+def test_reconstructions_are_in_the_units_of_the_data(on_a_table, tmp_path):
+    run, out = on_a_table / "runs" / "0001", tmp_path / "x.npz"
+    command(f"reconstruct {run} --split all --num_samples 50 --out {out}")
+    written, x = np.load(out), np.load(on_a_table / "x.npy")
+    error = written["x"] - x[written["ids"]]
+    assert sorted(written["ids"]) == list(range(400))
+    assert (error.std(axis=0) < 0.3 * x.std(axis=0)).all()
+    assert (abs(error.mean(axis=0)) < 0.2 * x.std(axis=0)).all()
+
+
+def test_features_called_id_and_label_lose_no_ids(on_a_table, tmp_path):
+    run = on_a_table / "runs" / "0001"
+    command(f"reconstruct {run} --out {tmp_path / 'x.csv'}")
+    command(f"reconstruct {run} --out {tmp_path / 'x.npz'}")
+    header = (tmp_path / "x.csv").read_text().splitlines()[0]
+    rows, written = np.loadtxt(tmp_path / "x.csv", delimiter=",", skiprows=1), np.load(tmp_path / "x.npz")
+    assert header == "id,x_id,x_x_id,label"
+    assert (rows[:, 0] == written["ids"]).all()
+    np.testing.assert_allclose(rows[:, 1:], written["x"], rtol=1e-5)
+
+
+def test_the_same_rows_elsewhere_have_the_same_score(on_a_table, tmp_path):
+    run = on_a_table / "runs" / "0001"
+    command(f"evaluate {run} --num_samples 20 --out {tmp_path / 'own.json'}")
+    command(f"evaluate {run} --num_samples 20 --out {tmp_path / 'other.json'} --data {on_a_table / 'other.csv'}")
+    own, other = (json.loads((tmp_path / name).read_text()) for name in ("own.json", "other.json"))
+    assert own["num_data"] == other["num_data"] == 40
+    for name in ("elbo", "log_evidence"):
+        assert own[name]["value"] == pytest.approx(other[name]["value"], abs=1e-4)
+
+
+def test_all_splits_keep_each_label_beside_its_id(here):
+    from sklearn.datasets import load_digits
+
+    command("encode runs/latest --split all --out codes.npz")
+    written = np.load("codes.npz")
+    assert sorted(written["ids"]) == list(range(1797))
+    assert (written["labels"].astype(int) == load_digits().target[written["ids"]]).all()
+
+
+@pytest.mark.parametrize("line", ["--help", "evaluate runs/0001 --num_samples 5"])
+def test_closed_output_ends_the_command_in_silence(here, line):
+    read, write = os.pipe()
+    os.close(read)
+    code = f"import sys; from pyro_vae.cli import main; sys.exit(main({line.split()!r}))"
+    paths = os.pathsep.join(filter(None, [str(Path(pyro_vae.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_own_files_shadow_no_modules(empty, monkeypatch):
+    Path("statistics.py").write_text("raise RuntimeError('the wrong statistics')")
+    monkeypatch.delitem(sys.modules, "statistics", raising=False)
+    assert main(["fit", "--model", "statistics.NormalDist", "--print_config"]) == 2
+    assert Path(sys.modules["statistics"].__file__).parent != empty
+
+
+def test_optimizer_of_pyro_is_its_namesake_of_torch(empty, capsys):
+    command("fit --print_config --optimizer pyro.optim.Adam --optimizer.optim_args", '{"lr":0.01}')
+    printed = tomllib.loads(capsys.readouterr().out)
+    assert printed["optimizer"] == {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.01}}
+
+
+def test_own_loss(empty, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    Path("my_losses.py").write_text("import pyro\n\nclass Mine(pyro.infer.Trace_ELBO):\n    pass\n")
+    command("fit --print_config --loss my_losses.Mine")
+    assert tomllib.loads(capsys.readouterr().out)["loss"]["class_path"] == "my_losses.Mine"
+    sys.modules.pop("my_losses")

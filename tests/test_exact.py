@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
@@ -305,3 +306,49 @@ def test_an_empty_latent_space_is_the_independent_pixel_model(mnist_root):
     assert -float(scores.log_evidence) == pytest.approx(205.97, abs=0.3)
     with pytest.raises(ValueError, match="support of its Bernoulli likelihood.*binarise the data"):
         evaluate(model, guide, grey[:10].float(), num_samples=2, progress=False)
+
+
+def test_memory_is_bounded_whatever_the_number_of_draws(monkeypatch):
+    """No call scores more draws x data x dimensions than the bound, and every draw of every datum is scored once."""
+    from pyro_vae import evaluation
+
+    calls = []
+
+    def counted(model, guide, args, kwargs, num_samples):
+        calls.append((num_samples, len(args[0])))
+        return log_weights(model, guide, args, kwargs, num_samples)
+
+    monkeypatch.setattr(evaluation, "MAX_ELEMENTS", 20_000)
+    monkeypatch.setattr(evaluation, "log_weights", counted)
+    model = LinearVAE((3,), latent_dim=1)
+    for num_samples in (1, 7, 64, 1000):
+        calls.clear()
+        evaluate(model, AmortizedGuide(model), torch.randn(9, 3), num_samples=num_samples, progress=False)
+        assert sum(draws * rows for draws, rows in calls) == 9 * num_samples
+        assert max(draws * rows for draws, rows in calls) * 1_000 <= 20_000
+
+
+@pytest.mark.parametrize("num_samples", [50, 99, 1000])
+def test_a_posterior_that_is_the_prior_has_no_active_units(num_samples, monkeypatch):
+    """Where q has no mean in closed form, the noise of its mean over draws is no activity; any split of the draws."""
+    from pyro_vae import evaluation
+
+    class Hidden(dist.Normal):
+        @property
+        def mean(self):
+            raise NotImplementedError
+
+        def expand(self, batch_shape, _instance=None):
+            return Hidden(self.loc.expand(batch_shape), self.scale.expand(batch_shape))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", Hidden(torch.zeros(2), torch.ones(2)).to_event(1))
+
+    monkeypatch.setattr(evaluation, "MAX_ELEMENTS", 20_000)
+    assert evaluate(model, guide, torch.randn(400), num_samples=num_samples, progress=False).active_units == 0
