@@ -146,6 +146,7 @@ def draw(source: Path, target: Path) -> None:
         for axes, latent_dim in zip(axes_of_row, dims, strict=False):
             result = rows.get(f"{name}-{latent_dim}")
             if result is None:
+                axes.axis("off")
                 continue
             samples = [point["samples"] for point in result["curve"]]
             axes.plot(samples, [point["train"] for point in result["curve"]], "C1--", label="train")
@@ -155,11 +156,12 @@ def draw(source: Path, target: Path) -> None:
             stopped = result["best_epoch"] * (50_000 if name == "mnist" else 1_565)
             axes.plot(stopped, result["test"]["bound"], "ko", label="test, at the best validation bound")
             axes.set(xscale="log", title=f"{name}, $N_z$ = {latent_dim}", xlabel="training samples")
-            axes.set_ylim((-170, -90) if name == "mnist" else (0, 1500))
+            axes.set_ylim((-170, -90) if name == "mnist" else (-200, 1500))
         for axes in axes_of_row[len(dims) :]:
             axes.axis("off")
         axes_of_row[0].set_ylabel("bound, nats per datum")
-        axes_of_row[0].legend(frameon=False, fontsize=8)
+        if axes_of_row[0].has_data():
+            axes_of_row[0].legend(frameon=False, fontsize=8)
     figure.savefig(target, dpi=110)
 
 
