@@ -201,7 +201,10 @@ def build(config: Mapping[str, Any], **given: Any) -> dict[str, Any]:
         if path in built:
             return built[path]
         owner, _, name = path.rpartition(".")
-        return looked_up(owner).init_args[name]
+        arguments = getattr(looked_up(owner), "init_args", {}) if owner else {}
+        if name not in arguments:
+            raise ValueError(f"expected a reference to a component named before, got {path!r}: name one")
+        return arguments[name]
 
     for key, value in config.items():
         built[key] = made(value, key)

@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from pyro_vae import evaluate, fit, load_dataset
-from pyro_vae.evaluation import log_weights
+from pyro_vae.evaluation import generalized_pareto_shape, log_weights
 from pyro_vae.guides import AmortizedGuide
 from pyro_vae.models import VAE, LinearVAE
 from pyro_vae.models.linear import maximum_log_likelihood
@@ -326,6 +326,26 @@ def test_memory_is_bounded_whatever_the_number_of_draws(monkeypatch):
         evaluate(model, AmortizedGuide(model), torch.randn(9, 3), num_samples=num_samples, progress=False)
         assert sum(draws * rows for draws, rows in calls) == 9 * num_samples
         assert max(draws * rows for draws, rows in calls) * 1_000 <= 20_000
+
+
+@pytest.mark.parametrize("num_samples", [27, 200, 1000, 5000])
+def test_khat_is_that_of_arviz(num_samples):
+    """The Pareto tail's shape against `psislw` of ArviZ 0.x, for light and heavy tails."""
+    import importlib.metadata
+    import warnings
+
+    if not importlib.metadata.version("arviz").startswith("0."):
+        pytest.skip("psislw of ArviZ 1.x has another form")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        import arviz
+
+    for tail in (0.1, 0.5, 0.9):
+        log_weight = -tail * torch.rand(num_samples, dtype=torch.float64).log()
+        _, expected = arviz.psislw(log_weight.numpy().copy())
+        largest = log_weight.topk(min(math.ceil(num_samples / 5), math.ceil(3 * math.sqrt(num_samples))) + 1).values
+        khat = generalized_pareto_shape(largest[:, None])
+        assert khat.item() == pytest.approx(expected.item(), abs=1e-6)
 
 
 @pytest.mark.parametrize("num_samples", [50, 99, 1000])
