@@ -379,6 +379,7 @@ def test_binarized_data_with_a_convolutional_pair(empty):
 def test_small_own_data_need_no_options(empty):
     np.save("x.npy", np.random.default_rng(0).normal(size=(20, 3)))
     command("fit --data x.npy --epochs 1 --evaluate.num_samples 5")
+    assert tomllib.loads(Path("runs/0001/config.toml").read_text())["batch_size"] == 16
 
 
 def write_csv(path, names, x):
