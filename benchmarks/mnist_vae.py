@@ -1,7 +1,9 @@
 """The VAE of the IWAE paper (arXiv 1509.00519, table 1, one layer, k = 1) on dynamically binarised MNIST.
 
-784-200-200-50 tanh, 50,000 / 10,000 / 10,000 images, batch 100, Adam at 1e-3 (eps 1e-4) falling tenfold over the last
-60 % of the epochs. The test set is scored once, with L_5000. A single run: no interval over seeds.
+784-200-200-50 tanh, 50,000 / 10,000 / 10,000 images, batch 100, the analytic KL, Adam at 2e-3 falling to 0 along half a
+cosine; the loss is a sum over the batch, so that eps = 1e-2 is the paper's 1e-4 on a mean. Schedule, step size and KL
+were chosen on validation data in shorter runs. The test set is scored once, with L_5000. A single run: no interval over
+seeds.
 
     python benchmarks/mnist_vae.py            # 700 epochs
     python benchmarks/mnist_vae.py --resume   # go on after an interruption
@@ -19,12 +21,13 @@ from pathlib import Path
 import matplotlib
 import torch
 from common import record
+from pyro.infer import TraceMeanField_ELBO
 
 from pyro_vae import Dataset, Run, evaluate, fit, load_dataset, load_run
 from pyro_vae.guides import AmortizedGuide
 from pyro_vae.models import VAE
 from pyro_vae.nn import MLP
-from pyro_vae.schedules import TenfoldDecay
+from pyro_vae.schedules import Cosine
 
 HERE = Path(__file__).parent
 PAPER = 86.76
@@ -56,8 +59,9 @@ def train(arguments: argparse.Namespace, digits: Dataset) -> Run:
         guide,
         digits.train,
         valid=digits.valid,
-        optimizer=partial(torch.optim.Adam, lr=1e-3, eps=1e-4, fused=True),
-        learning_rate=TenfoldDecay(0.4 * arguments.epochs, arguments.epochs),
+        loss=TraceMeanField_ELBO(),
+        optimizer=partial(torch.optim.Adam, lr=2e-3, eps=1e-2, fused=True),
+        learning_rate=Cosine(arguments.epochs),
         epochs=arguments.epochs,
         seed=0,
         resume=arguments.out if arguments.resume else None,
