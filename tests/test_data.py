@@ -193,6 +193,21 @@ def test_static_binarisation_draws_once_with_the_intensities_as_means():
     assert torch.equal(binary.train.batch(torch.arange(9))[0][0], binary.train.x[:9])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dynamic_draws_have_the_right_probabilities(dtype):
+    """Means within 4.5 standard errors, exact at 0 and 1, and neighbours, who share a draw, are independent."""
+    p = torch.tensor([0.0, 1.0, 0.5, 1 / 255, 0.001, 0.9, 0.3], dtype=dtype)
+    split = Split((p.expand(300_001, -1),), name="train", binarize="dynamic")
+    (x,), _ = split.batch(torch.arange(len(split)), torch.Generator().manual_seed(0))
+    assert x.dtype == dtype and set(x.unique().tolist()) == {0.0, 1.0}
+    error = 4.5 * (p * (1 - p) / len(x)).sqrt()
+    assert bool(((x.mean(0) - p).abs() <= error).all())
+    flat = x[:, 2].contiguous()
+    assert abs((flat[:-1] * flat[1:]).mean() - 0.25) < 4.5 * (3 / 16 / len(flat)) ** 0.5
+    (y,), _ = split.batch(torch.arange(len(split)), torch.Generator().manual_seed(1))
+    assert abs((x[:, 2] * y[:, 2]).mean() - 0.25) < 4.5 * (3 / 16 / len(flat)) ** 0.5
+
+
 def test_dynamic_binarisation_draws_each_batch_afresh():
     digits = load_dataset("digits", binarize="dynamic")
     train, index = digits.train, torch.arange(200)
