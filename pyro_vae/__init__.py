@@ -14,13 +14,14 @@ if TYPE_CHECKING:
     from . import guides, models
     from .data import Dataset, load_dataset
     from .evaluation import Evaluation, evaluate
-    from .svi import SVI
+    from .svi import SVI, CompiledSVI
     from .training import Run, fit, load_run
 
     __version__: str
 
 __all__ = [
     "SVI",
+    "CompiledSVI",
     "Dataset",
     "Evaluation",
     "Run",
@@ -38,6 +39,7 @@ _MODULE_OF = {
     "Evaluation": "evaluation",
     "evaluate": "evaluation",
     "SVI": "svi",
+    "CompiledSVI": "svi",
     "Run": "training",
     "fit": "training",
     "load_run": "training",

@@ -89,6 +89,7 @@ training:
   --patience N (30)    stop after N epochs without a better validation bound, keep the best; null: never
   --clip_norm X        clip the gradient's norm        --seed N (0)
   --device D (auto)    auto is CUDA where there is one
+  --compile true|false the step as one compiled graph, or eager; by default compiled from 5,000 steps on
   --evaluate.num_samples N   draws per datum for the test scores (1000; on large data fewer, 50 or more)
   --out DIR            the run's directory (runs/0001 and so on); --overwrite to write into a full one
   --resume DIR         go on with a run; other options change its settings

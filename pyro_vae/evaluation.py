@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,11 +15,13 @@ from pyro import poutine
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .compiled import Compiled
 from .data import as_data
 
 __all__ = ["Estimate", "Evaluation", "evaluate", "generalized_pareto_shape", "log_weights"]
 
 MAX_ELEMENTS = 4_000_000  # of one tensor of decoded data: about 16 MB in float32
+WORTH_COMPILING = 1_000  # calls
 
 
 @dataclass(frozen=True)
@@ -102,15 +105,25 @@ def log_weights(
         torch.Size([3, 5])
     """
     nesting = _plate_nesting(model, guide, args, kwargs)
+    weights, observed = _log_weights(model, guide, args, kwargs, num_samples, nesting)
+    for name, site in observed.items():
+        check_support(name, site["fn"], site["value"])
+    return weights
+
+
+def _log_weights(
+    model: Callable, guide: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], num_samples: int, nesting: int
+) -> tuple[Weights, dict[str, Any]]:
+    """`log_weights` and the observed sites, whose values have not been checked."""
     with pyro.plate("draws", num_samples, dim=-1 - nesting):
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         model_trace = poutine.trace(poutine.replay(model, guide_trace)).get_trace(*args, **kwargs)
     log_weight = kl = torch.zeros(())
-    sites = {}
+    sites, observed = {}, {}
     for sign, trace in ((1.0, model_trace), (-1.0, guide_trace)):
         for name, site in samples(trace):
             if site["is_observed"]:
-                check_support(name, site["fn"], site["value"])
+                observed[name] = site
             log_prob = sign * log_prob_per_datum(name, site, nesting)
             log_weight = log_weight + log_prob
             if not site["is_observed"]:
@@ -118,7 +131,7 @@ def log_weights(
             if name in guide_trace.nodes and name in model_trace.nodes:
                 q, p, z = guide_trace.nodes[name]["fn"], model_trace.nodes[name]["fn"], site["value"]
                 sites[name] = (q, p, z, z.dim() - q.event_dim + _data_frame(name, site).dim)
-    return Weights(log_weight, kl, sites)
+    return Weights(log_weight, kl, sites), observed
 
 
 def samples(trace: poutine.Trace) -> Iterator[tuple[str, Any]]:
@@ -185,8 +198,8 @@ class _Sums:
         self.largest = torch.empty(0, rows, dtype=torch.float64)
         self.tail = tail
 
-    def add(self, weights: Weights) -> None:
-        log_weight, kl = weights.log_weight.double().cpu(), weights.kl.double().cpu()
+    def add(self, log_weight: Tensor, kl: Tensor, moments: Mapping[str, Tensor]) -> None:
+        log_weight, kl = log_weight.double().cpu(), kl.double().cpu()
         shift = torch.maximum(self.shift, log_weight.amax(0))
         decay = (self.shift - shift).exp().nan_to_num(0.0)
         relative = (log_weight - shift).exp().nan_to_num(0.0)  # -inf - -inf: no weight at all
@@ -194,8 +207,8 @@ class _Sums:
         self.second = self.second * decay.square() + relative.square().sum(0)
         self.shift = shift
         self.sums += torch.stack([part.sum(0) for part in (log_weight, log_weight.square(), kl, kl.square())])
-        for name, value in _moments(weights).items():
-            self.moments[name] = self.moments.get(name, 0.0) + value
+        for name, value in moments.items():
+            self.moments[name] = self.moments.get(name, 0.0) + value.cpu()
         candidates = torch.cat([self.largest, log_weight])
         self.largest = candidates.topk(min(self.tail, len(candidates)), dim=0).values
 
@@ -208,12 +221,14 @@ def evaluate(
     num_samples: int = 100,
     seed: int = 0,
     progress: bool = True,
+    compile: bool | None = None,
 ) -> Evaluation:
     """Score a pair on data with K = `num_samples` draws per datum, in eval mode, on the device that the model is on.
 
     Args:
         data: a tensor; a tuple of tensors, optionally ending in a dict of keyword tensors; or a split of a data set,
             whose standardisation is undone: scores are those of the original units.
+        compile: run the draws as one compiled graph; by default where there are draws enough to pay for it.
 
     Raises:
         ValueError: data outside the likelihood's support (grey values under a Bernoulli are no log-likelihood), or a
@@ -234,23 +249,38 @@ def evaluate(
     data = data.to(device)
     event = max(1_000, *(tensor[:1].numel() for tensor in data.args))  # at least: networks have hidden layers too
     rows = max(1, min(len(data), MAX_ELEMENTS // (event * num_samples)))
-    draws = max(1, min(num_samples, MAX_ELEMENTS // (event * rows)))
+    parts = -(-num_samples // max(1, min(num_samples, MAX_ELEMENTS // (event * rows))))
+    draws = [num_samples // parts + (i < num_samples % parts) for i in range(parts)]
+    calls = parts * -(-len(data) // rows)
+    compute: Callable = functools.partial(_parts, model, guide)
+    if compile or (compile is None and calls >= WORTH_COMPILING):
+        compute = Compiled(compute, model, guide)
     tail = min(math.ceil(num_samples / 5), math.ceil(3 * math.sqrt(num_samples))) + 1
     scores: dict[str, Tensor] = {}
     with isolated(model, guide), tqdm(total=len(data), unit="datum", disable=None if progress else True) as bar:
         torch.manual_seed(seed)
         generator = torch.Generator(device).manual_seed(seed)
         for begin in range(0, len(data), rows):
-            index = torch.arange(begin, min(begin + rows, len(data)), device=device)
+            count = min(rows, len(data) - begin)
+            index = torch.arange(begin, begin + rows, device=device).clamp(max=len(data) - 1)  # graphs have one shape
             args, kwargs = data.batch(index, generator)
-            sums = _Sums(len(index), tail)
-            for drawn in range(0, num_samples, draws):
-                sums.add(log_weights(model, guide, args, kwargs, min(draws, num_samples - drawn)))
+            with torch.random.fork_rng():
+                log_weights(model, guide, args, kwargs, 1)  # checks the data
+            nesting, sums = _plate_nesting(model, guide, args, kwargs), _Sums(len(index), tail)
+            for K in draws:
+                sums.add(*compute(args, kwargs, K, nesting))
             for name, value in _scores(sums, num_samples).items():
                 whole = scores.setdefault(name, value.new_empty(len(data), *value.shape[1:]))
-                whole[begin : begin + len(index)] = value
-            bar.update(len(index))
+                whole[begin : begin + count] = value[:count]
+            bar.update(count)
     return _summary(scores, num_samples, data.log_jacobian)
+
+
+def _parts(
+    model: Callable, guide: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], num_samples: int, nesting: int
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    weights, _ = _log_weights(model, guide, args, kwargs, num_samples, nesting)
+    return weights.log_weight, weights.kl, _moments(weights)
 
 
 def _scores(sums: _Sums, K: int) -> dict[str, Tensor]:
@@ -275,7 +305,7 @@ def _moments(weights: Weights) -> dict[str, Tensor]:
     for q, p, z, data_dim in weights.sites.values():
 
         def by_datum(x: Tensor, z: Tensor = z, data_dim: int = data_dim) -> Tensor:
-            return x.expand(z.shape)[..., None].movedim(data_dim, 1).flatten(start_dim=2).double().cpu()
+            return x.expand(z.shape)[..., None].movedim(data_dim, 1).flatten(start_dim=2).double()
 
         try:
             mean = q.mean

@@ -2,41 +2,46 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import pyro
 import pyro.infer
 import torch
 from pyro import poutine
 from pyro.optim import PyroOptim
-from pyro.optim.lr_scheduler import PyroLRScheduler
-from pyro.params.param_store import normalize_param_name
 from torch import Tensor, nn
 
-__all__ = ["SVI", "NonFiniteLossError", "Optimizer", "latent_scale"]
+from .compiled import Compiled, get_random_state, preserved, set_random_state
+from .optim import Optimizer, Update
 
-Optimizer: TypeAlias = PyroOptim | Callable[[Any], torch.optim.Optimizer]
+__all__ = ["SVI", "CompiledSVI", "NonFiniteLossError", "latent_scale"]
 
 
 class NonFiniteLossError(ArithmeticError):
     """The loss or a gradient is NaN or infinite; the parameters are those of the step before."""
 
 
-class LatentScale(poutine.messenger.Messenger):
+class LatentScale(poutine.scale_messenger.ScaleMessenger):
     """Scales every latent site's log-probability, in model and guide alike: a weight on the ELBO's KL term."""
 
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.weight = weight
+    def _process_message(self, message: dict[str, Any]) -> None:
+        observed = message["type"] == "sample" and message["is_observed"]
+        if not observed and type(message["fn"]).__name__ != "_Subsample":
+            super()._process_message(message)
 
-    def _pyro_sample(self, message: dict[str, Any]) -> None:
-        if not message["is_observed"] and type(message["fn"]).__name__ != "_Subsample":
-            message["scale"] = message["scale"] * self.weight
+    @property
+    def weight(self) -> float:
+        return self.scale.item()
+
+    @weight.setter
+    def weight(self, weight: float) -> None:
+        if not weight > 0:
+            raise ValueError(f"expected a KL weight > 0, got {weight}")
+        self.scale.fill_(weight)  # in place, so that a compiled step sees it
 
 
-def latent_scale(weight: float, device: torch.device | str = "cpu") -> contextlib.AbstractContextManager:
+def latent_scale(weight: float, device: torch.device | str = "cpu") -> LatentScale:
     """In this context an ELBO is ``E_q[log p(x|z)] - weight * (E_q[log q(z|x)] - E_q[log p(z)])``, weight > 0.
 
     Example:
@@ -45,19 +50,18 @@ def latent_scale(weight: float, device: torch.device | str = "cpu") -> contextli
         >>> trace.nodes["z"]["scale"]
         tensor(0.5000)
     """
-    if not weight > 0:
-        raise ValueError(f"expected a KL weight > 0, got {weight}")
-    return LatentScale(torch.tensor(weight, device=device))
+    scale = LatentScale(torch.ones((), device=device))
+    scale.weight = weight
+    return scale
 
 
 class SVI(pyro.infer.SVI):
     """`pyro.infer.SVI` for training loops: the same losses from the same draws.
 
     It differs in three things. `optim` may also be any callable from parameters to a torch optimiser, such as
-    ``functools.partial(torch.optim.Adam, lr=1e-3)``, and a `pyro.optim` one is run as one torch optimiser over all
-    parameters, `optimizer` (and its scheduler `scheduler`), made at the first step. The parameters are those of the
-    modules (model, guide, loss) and of every ``pyro.param``. A loss or gradient that is not finite raises before the
-    optimiser acts.
+    ``functools.partial(torch.optim.Adam, lr=1e-3)``, and the optimisers that a `pyro.optim` object keeps, one for each
+    parameter, are stepped as one. The parameters are those of the modules (model, guide, loss) and of every
+    ``pyro.param``. A loss or gradient that is not finite raises before the optimiser acts.
 
     Raises:
         NonFiniteLossError: names the step, the site and the parameter.
@@ -85,10 +89,11 @@ class SVI(pyro.infer.SVI):
         self.objective = loss
         self.clip_norm = clip_norm
         self.steps = 0
-        self.parameters: dict[str, Tensor] = {}
-        self.settings: list[dict[str, Any]] = []  # of the optimiser's groups, as given
-        self.optimizer: torch.optim.Optimizer
-        self.scheduler: Any = None
+        self.update = Update(optim)
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        return self.update.parameters
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -96,99 +101,67 @@ class SVI(pyro.infer.SVI):
 
     def initialize(self, *args: Any, **kwargs: Any) -> None:
         """Run model and guide once, with Pyro's validation on, to collect parameters; random state and buffers stay."""
-        with torch.random.fork_rng(), torch.no_grad(), pyro.validation_enabled(True):
-            buffers = [(b, b.clone()) for module in self.modules.values() for b in module.buffers()]
+        with preserved(), torch.no_grad(), pyro.validation_enabled(True), poutine.trace(param_only=True) as captured:
             self.loss(self.model, self.guide, *args, **kwargs)
-            for buffer, before in buffers:
-                buffer.copy_(before)
-        self._collect()
+        self._collect(captured.trace)
 
     def step_async(self, *args: Any, **kwargs: Any) -> Tensor:
         """A step; returns the loss as a scalar tensor."""
         random_state = get_random_state()
-        loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
-        loss = torch.as_tensor(loss[0] if isinstance(loss, tuple) else loss, dtype=torch.float64).detach()
-        if len(pyro.get_param_store()) + len(self.modules) != self._collected:
-            self._collect()
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None and p.numel()]
-        largest = torch.stack(torch._foreach_norm(gradients, torch.inf)) if gradients else loss
-        if not bool(torch.isfinite(loss)) or not bool(torch.isfinite(largest).all()):
+        loss, finite, used = self._backward(*args, **kwargs)
+        if not bool(finite):
             raise self._diagnosis(loss, random_state, args, kwargs)
         if self.clip_norm is not None:
-            norm = torch.nn.utils.get_total_norm(gradients)
-            torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.clip_norm, norm)
-        for parameter, clip in self._clips:
-            clip(parameter)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+            torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.clip_norm)
+        self.update.step(used)
         self.steps += 1
         return loss
+
+    def _backward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Sequence[bool]]:
+        """The loss; whether it and the gradients, left in the parameters, are finite; which parameters were used."""
+        with poutine.trace(param_only=True) as captured:
+            loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
+        loss = torch.as_tensor(loss[0] if isinstance(loss, tuple) else loss, dtype=torch.float64).detach()
+        self._collect(captured.trace)
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        return loss, _finite(loss, gradients), self._used(captured.trace)
+
+    def _used(self, trace: poutine.Trace) -> list[bool]:
+        """Which of the parameters this step takes up: all but those of ``pyro.param`` statements that did not run."""
+        ran = {id(site["value"].unconstrained()) for site in trace.nodes.values()}
+        return [id(p) in ran or not name.startswith("param.") for name, p in self.parameters.items()]
 
     def step(self, *args: Any, **kwargs: Any) -> float:
         """A step of the optimiser; returns the loss in nats, summed over the batch."""
         return self.step_async(*args, **kwargs).item()
 
-    _collected = -1
-
-    def _collect(self) -> None:
+    def _collect(self, trace: poutine.Trace) -> None:
         """Find the parameters; those that are new since the last time join the optimiser."""
-        store = pyro.get_param_store()
+        known = {id(parameter) for parameter in self.parameters.values()}
+        sites = [(name, site["value"].unconstrained()) for name, site in trace.nodes.items()]
+        if self.parameters and all(id(parameter) in known for _, parameter in sites):
+            return
         found: dict[str, Tensor] = {
             f"{program}.{name}": parameter
             for program, module in self.modules.items()
             for name, parameter in module.named_parameters()
         }
-        known = {id(parameter) for parameter in found.values()}
-        found |= {f"param.{name}": p for name, p in store.named_parameters() if id(p) not in known}
+        of_modules = {id(parameter) for parameter in found.values()}
+        found |= {f"param.{name}": p for name, p in sites if id(p) not in of_modules}
         unique = {id(p): (name, p) for name, p in reversed(found.items()) if p.requires_grad}
-        old = {id(parameter) for parameter in self.parameters.values()}
-        new = {name: p for name, p in reversed(unique.values()) if id(p) not in old}
-        self._collected = len(store) + len(self.modules)
+        new = {name: p for name, p in reversed(unique.values()) if id(p) not in known}
         if not new and not self.parameters:
             raise ValueError("expected parameters to optimise, got none in model, guide and loss")
         if new:
-            groups = self._groups(new)
-            self.settings += [{key: value for key, value in group.items() if key != "params"} for group in groups]
-            if self.parameters:
-                for group in groups:
-                    self.optimizer.add_param_group(group)
-            else:
-                try:
-                    self.optimizer = self.optim.pt_optim_constructor(groups)
-                except ValueError as error:
-                    raise ValueError(
-                        f"expected arguments that the optimiser takes, got {error}: correct them"
-                    ) from None
-                groups = self.optimizer.param_groups
-                self.settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
-                if isinstance(self.optim, PyroLRScheduler):
-                    self.scheduler = self.optim.pt_scheduler_constructor(self.optimizer, **self.optim.kwargs)
-            self.parameters |= new
-        clips = [(p, self.optim._get_grad_clip(p)) for p in self.parameters.values()]
-        self._clips = [(parameter, clip) for parameter, clip in clips if clip is not None]
-
-    def _groups(self, parameters: Mapping[str, Tensor]) -> list[dict[str, Any]]:
-        """The parameters, in groups of equal optimiser arguments."""
-        arguments = self.optim.pt_optim_args
-        if not callable(arguments):
-            return [{"params": list(parameters.values()), **arguments}]
-        groups: list[dict[str, Any]] = []
-        for name, parameter in parameters.items():
-            wanted = arguments(normalize_param_name(pyro.get_param_store().param_name(parameter) or name))
-            for group in groups:
-                if {key: value for key, value in group.items() if key != "params"} == wanted:
-                    group["params"].append(parameter)
-                    break
-            else:
-                groups.append({"params": [parameter], **wanted})
-        return groups
+            self.update.add(new)
 
     def _diagnosis(self, loss: Tensor, random_state: Any, args: Any, kwargs: Any) -> NonFiniteLossError:
         broken = [
             name for name, p in self.parameters.items() if p.grad is not None and not bool(p.grad.isfinite().all())
         ]
         set_random_state(random_state)
-        self.optimizer.zero_grad()
+        for parameter in self.parameters.values():
+            parameter.grad = None
         with torch.no_grad(), pyro.validation_enabled(False):
             guide_trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
             model_trace = poutine.trace(poutine.replay(self.model, guide_trace)).get_trace(*args, **kwargs)
@@ -206,9 +179,7 @@ class SVI(pyro.infer.SVI):
         """All that a later process needs to go on: parameters, buffers, optimiser and step."""
         state: dict[str, Any] = {name: module.state_dict() for name, module in self.modules.items()}
         state["params"] = {name: parameter.detach() for name, parameter in self._params().items()}
-        state["optimizer"] = self.optimizer.state_dict()
-        state["optimizer_class"] = type(self.optimizer).__name__
-        state["scheduler"] = self.scheduler.state_dict() if self.scheduler else None
+        state["update"] = self.update.state_dict()
         state["steps"] = self.steps
         return state
 
@@ -218,10 +189,6 @@ class SVI(pyro.infer.SVI):
         Raises:
             ValueError: the state belongs to other modules or parameters; nothing has been changed then.
         """
-        if state["optimizer_class"] != (now := type(self.optimizer).__name__):
-            raise ValueError(
-                f"expected {state['optimizer_class']}, the optimiser of the checkpoint, got {now}: go on with the same"
-            )
         params = self._params()
         shapes = [{name: tuple(value.shape) for name, value in table.items()} for table in (params, state["params"])]
         if shapes[0] != shapes[1]:
@@ -229,19 +196,114 @@ class SVI(pyro.infer.SVI):
                 f"expected the pyro.param values {shapes[0]}, got {shapes[1]} in the checkpoint: use the functions "
                 "that it was trained with; a parameter that appears only after the first step cannot be taken up again"
             )
+        if state["update"]["class"] != (now := type(self.update.optimizers[0]).__name__):
+            raise ValueError(
+                f"expected {state['update']['class']}, the optimiser of the checkpoint, got {now}: go on with the same"
+            )
         load_modules(self.modules, state)
+        self.update.load_state_dict(state["update"])
         with torch.no_grad():
             for name, value in state["params"].items():
                 params[name].copy_(value)
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.scheduler:
-            self.scheduler.load_state_dict(state["scheduler"])
         self.steps = state["steps"]
 
     def _params(self) -> dict[str, Tensor]:
         """The values of ``pyro.param`` statements that are no parameters of modules, unconstrained."""
         of_modules = {id(p) for module in self.modules.values() for p in module.parameters()}
         return {name: p for name, p in pyro.get_param_store().named_parameters() if id(p) not in of_modules}
+
+
+class CompiledSVI(SVI):
+    """`SVI` whose step, from the draws to the gradients, is recorded once and replayed as one compiled graph.
+
+    A drop-in for `pyro.infer.SVI` for any Pyro program of static structure: the same numbers from the same draws, up
+    to rounding. `compiled` is True, or False with `fallback_reason`: then every step is `SVI`'s. See `Compiled` for
+    what a graph depends on. A step in which parameters appear, as the first does, runs eagerly; `initialize` makes
+    them, and compiles, beforehand.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> def model(x):
+        ...     m = pyro.sample("m", dist.Normal(0, 1))
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("x", dist.Normal(m, 1), obs=x)
+        >>> guide = pyro.infer.autoguide.AutoNormal(model)
+        >>> svi = CompiledSVI(model, guide, pyro.optim.Adam({"lr": 0.01}), pyro.infer.Trace_ELBO())
+        >>> losses = [svi.step(torch.ones(5)) for _ in range(3)]
+        >>> svi.compiled, svi.fallback_reason
+        (True, None)
+    """
+
+    def __init__(
+        self, model: Callable, guide: Callable, optim: Optimizer, loss: Any, *, clip_norm: float | None = None
+    ) -> None:
+        super().__init__(model, guide, optim, loss, clip_norm=clip_norm)
+        store = vars(pyro.get_param_store())
+        self._gradients = Compiled(self._loss_and_gradients, model, guide, loss, store)
+        self._bound = Compiled(self._loss, model, guide, loss, store)
+        if isinstance(loss, pyro.infer.ELBO) and not hasattr(loss, "differentiable_loss"):
+            self._gradients.fall_back(
+                f"{type(loss).__name__} has no differentiable_loss to record. Mend: use one that has, like Trace_ELBO"
+            )
+
+    @property
+    def compiled(self) -> bool:
+        return self._gradients.compiled
+
+    @property
+    def fallback_reason(self) -> str | None:
+        return self._gradients.fallback_reason
+
+    @property
+    def compile_seconds(self) -> float:
+        """What recording and compiling have taken so far."""
+        return self._gradients.seconds + self._bound.seconds
+
+    def initialize(self, *args: Any, **kwargs: Any) -> None:
+        super().initialize(*args, **kwargs)
+        self._gradients.prepare(list(self.parameters.values()), args, kwargs)
+
+    def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
+        with torch.no_grad():
+            return self._bound(*args, **kwargs).item()
+
+    def _backward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Sequence[bool]]:
+        if self.parameters and self.fallback_reason is None:
+            try:
+                loss, finite, used, gradients = self._gradients(list(self.parameters.values()), args, kwargs)
+            except _NewParametersError:
+                pass
+            else:
+                for parameter, gradient in zip(self.parameters.values(), gradients, strict=True):
+                    if gradient is not None:
+                        parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+                return loss, finite, used
+        result = super()._backward(*args, **kwargs)
+        self._gradients.prepare(list(self.parameters.values()), args, kwargs)
+        return result
+
+    def _loss_and_gradients(self, parameters: Any, args: Any, kwargs: Any) -> tuple[Any, ...]:
+        loss_function = getattr(self.objective, "differentiable_loss", self.objective)
+        with poutine.trace(param_only=True) as captured:
+            loss = loss_function(self.model, self.guide, *args, **kwargs)
+        known = {id(parameter) for parameter in self.parameters.values()}
+        if any(id(site["value"].unconstrained()) not in known for site in captured.trace.nodes.values()):
+            raise _NewParametersError
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        loss = loss.detach().double()
+        finite = _finite(loss, [gradient for gradient in gradients if gradient is not None])
+        return loss, finite, self._used(captured.trace), gradients
+
+    def _loss(self, *args: Any, **kwargs: Any) -> Tensor:
+        return torch.as_tensor(self.loss(self.model, self.guide, *args, **kwargs), dtype=torch.float64)
+
+
+class _NewParametersError(Exception):
+    """The program makes parameters that the optimiser does not know yet."""
+
+
+def _finite(loss: Tensor, gradients: Sequence[Tensor]) -> Tensor:
+    return loss + sum((0 * gradient).sum() for gradient in gradients) == loss  # 0 * inf is NaN, which equals nothing
 
 
 def modules_of(**programs: Any) -> dict[str, nn.Module]:
@@ -278,17 +340,3 @@ def _broken_sites(trace: poutine.Trace) -> Iterator[str]:
             yield f'site "{name}", whose value is not finite'
         elif not bool(torch.isfinite(site["fn"].log_prob(site["value"])).all()):
             yield f'site "{name}", whose log-probability is not finite'
-
-
-def get_random_state() -> dict[str, Any]:
-    """The state of torch's generators on the CPU and, where CUDA is in use, on each device."""
-    state: dict[str, Any] = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
-
-
-def set_random_state(state: Mapping[str, Any]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state:
-        torch.cuda.set_rng_state_all(state["cuda"])

@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -24,25 +25,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import checkpoint, prediction
+from .compiled import get_random_state, set_random_state
 from .config import build, describe
 from .data import Data, Dataset, Split, as_data, load_dataset
 from .evaluation import Evaluation, check_support, evaluate, evaluating, samples
+from .optim import Optimizer
 from .schedules import Schedule
-from .svi import (
-    SVI,
-    NonFiniteLossError,
-    Optimizer,
-    get_random_state,
-    latent_scale,
-    load_modules,
-    modules_of,
-    set_random_state,
-)
+from .svi import SVI, CompiledSVI, NonFiniteLossError, latent_scale, load_modules, modules_of
 
 __all__ = ["Run", "fit", "load_run", "select_device"]
 
 Callback = Callable[["Run"], Any]
 SAVE_EVERY = 10.0  # seconds between checkpoints
+WORTH_COMPILING = 5_000  # steps
 
 
 class Run:
@@ -125,6 +120,7 @@ def fit(
     patience: int | None = None,
     callbacks: Sequence[Callback] = (),
     device: str = "auto",
+    compile: bool | None = None,
     seed: int = 0,
     out: Path | str | None = None,
     overwrite: bool = False,
@@ -144,6 +140,7 @@ def fit(
         patience: stop after this many epochs without a better validation bound, and return the best weights.
         callbacks: each is called with the `Run` after every epoch; one that returns True ends the training.
         device: ``"auto"`` is CUDA where there is one.
+        compile: train with `CompiledSVI`; by default where there are steps enough to pay for the compilation.
         seed: of the draws and of the data's order. The user's own random state is left as it was.
         out: the run's directory; ``runs/0001`` and so on by default.
         resume: the directory of a run to go on with; on the same CPU it ends in the same bits as one never interrupted.
@@ -180,10 +177,17 @@ def fit(
     objects |= {"learning_rate": learning_rate, "kl_weight": kl_weight}
     settings |= {"data": getattr(data, "source", None), "seed": seed, "device": place}
     with _surroundings(seed), _interruptions() as interrupted:
-        svi = SVI(model, guide, optimizer, loss, clip_norm=clip_norm)
-        args, kwargs = data.batch(torch.arange(batch_size, device=place), _generator(place, seed))
+        if compile is None:
+            long = epochs * len(data) >= WORTH_COMPILING * batch_size
+            compile = long if resume is None else _was_compiled(resume)
+        svi = (CompiledSVI if compile else SVI)(model, guide, optimizer, loss, clip_norm=clip_norm)
+        scale = latent_scale(1.0, place) if kl_weight else None
+        sizes = dict.fromkeys((batch_size, len(data) % batch_size or batch_size)) if compile else (batch_size,)
         try:
-            svi.initialize(*args, **kwargs)
+            with scale or contextlib.nullcontext():
+                for rows in sizes:
+                    args, kwargs = data.batch(torch.arange(rows, device=place), _generator(place, seed))
+                    svi.initialize(*args, **kwargs)
         finally:  # data outside the support fail in either; this says it better
             for part in (data, held_out):
                 _check_support(svi, part)
@@ -196,18 +200,21 @@ def fit(
             if resume is None:
                 checkpoint.discard_run(path)
             raise
+        if progress and isinstance(svi, CompiledSVI) and svi.compiled:
+            tqdm.write(f"compiled the step in {svi.compile_seconds:.0f} s", file=sys.stderr)
         steps_per_epoch = -(-len(data) // batch_size)
         bar = tqdm(total=epochs * steps_per_epoch, initial=svi.steps, unit="step", disable=None if progress else True)
         while state.epoch < epochs and not state.finished:
             order = torch.randperm(len(data), generator=_generator("cpu", seed, state.epoch)).to(place)
             for index in order.split(batch_size)[state.position :]:
                 now = svi.steps / steps_per_epoch
-                weight = kl_weight(now) if kl_weight else 1.0
+                if scale and kl_weight:
+                    scale.weight = kl_weight(now)
                 if learning_rate:
-                    for group, given in zip(svi.optimizer.param_groups, svi.settings, strict=True):
+                    for group, given in zip(svi.update.groups, svi.update.settings, strict=True):
                         group["lr"] = given["lr"] * learning_rate(now)
                 args, kwargs = data.batch(index, state.generator)
-                with latent_scale(weight, place) if kl_weight else contextlib.nullcontext():
+                with scale or contextlib.nullcontext():
                     state.total = state.total + svi.step_async(*args, **kwargs)
                 state.position += 1
                 bar.update()
@@ -221,7 +228,7 @@ def fit(
             if held_out is not None:
                 record["valid"] = _validation_bound(svi, held_out, 8 * batch_size, seed)
             record["kl_weight"] = kl_weight((svi.steps - 1) / steps_per_epoch) if kl_weight else 1.0
-            record["learning_rate"] = svi.optimizer.param_groups[0].get("lr")
+            record["learning_rate"] = svi.update.groups[0].get("lr")
             state.end_epoch(record, patience)
             shown = {key: f"{record[key]:.2f}" for key in ("bound", "valid") if key in record}
             bar.set_postfix(epoch=f"{state.epoch}/{epochs}", **shown)
@@ -296,12 +303,12 @@ class _State:
         counters = ("epoch", "position", "total", "best", "since_best", "data", "order")
         return {
             **self.svi.state_dict(),
-            "settings": self.svi.settings,
+            "settings": self.svi.update.settings,
             **{name: getattr(self, name) for name in counters},
             "history": self.run.history,
             "random": get_random_state(),
             "generator": self.generator.get_state(),
-            "execution": {"threads": torch.get_num_threads(), "mode": "eager"},
+            "execution": {"threads": torch.get_num_threads(), "compiled": isinstance(self.svi, CompiledSVI)},
         }
 
     def save(self) -> None:
@@ -320,7 +327,8 @@ class _State:
             )
         torch.set_num_threads(state["execution"]["threads"])
         self.svi.load_state_dict(state)
-        for group, now, then in zip(self.svi.optimizer.param_groups, self.svi.settings, state["settings"], strict=True):
+        update = self.svi.update
+        for group, now, then in zip(update.groups, update.settings, state["settings"], strict=True):
             group.update({key: value for key, value in now.items() if _plain(value) != then.get(key)})
         for name in ("epoch", "position", "total", "best", "since_best"):
             setattr(self, name, state[name])
@@ -342,10 +350,7 @@ class _State:
         self.since_best += 1
         if record.get("valid", -float("inf")) > self.best:
             self.best, self.since_best = record["valid"], 0
-        if isinstance(self.svi.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            self.svi.scheduler.step(-record.get("valid", record["bound"]))
-        elif self.svi.scheduler:
-            self.svi.scheduler.step()
+        self.svi.update.schedule(-record.get("valid", record["bound"]))
         if patience is not None:
             if not math.isfinite(record["valid"]):
                 raise NonFiniteLossError(
@@ -409,8 +414,8 @@ def _validation_bound(svi: SVI, data: Data, batch_size: int, seed: int) -> float
         generator = _generator(data.args[0].device, seed)
         for index in torch.arange(len(data), device=data.args[0].device).split(batch_size):
             args, kwargs = data.batch(index, generator)
-            loss = svi.evaluate_loss(*args, **kwargs)
-            total += loss[0] if isinstance(loss, tuple) else loss
+            loss = svi.loss(svi.model, svi.guide, *args, **kwargs)
+            total += float(loss[0] if isinstance(loss, tuple) else loss)
     return data.log_jacobian - total / len(data)
 
 
@@ -433,6 +438,11 @@ def select_device(device: str) -> torch.device:
 def _generator(device: torch.device | str, *seeds: int) -> torch.Generator:
     seed = functools.reduce(lambda a, b: a * 1_000_003 + b, seeds)
     return torch.Generator(device).manual_seed(seed % 2**63)
+
+
+def _was_compiled(run: Path | str) -> bool:
+    execution = checkpoint.load(Path(run) / "checkpoints" / "last.safetensors")["execution"]
+    return execution.get("compiled", False)
 
 
 def _check_arguments(data: Data, epochs: int, batch_size: int, patience: int | None, valid: Data | None) -> None:

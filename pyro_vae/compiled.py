@@ -1,0 +1,530 @@
+"""`Compiled`: a function that runs Pyro programs, recorded below the handlers and replayed as one compiled graph."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import sys
+import time
+import traceback
+import types
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import ELBO
+from pyro.infer.util import Dice
+from pyro.poutine import runtime
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = ["Compiled", "FallbackWarning", "get_random_state", "set_random_state"]
+
+MAX_VARIANTS = 16
+MAX_GUARDS = 5_000
+LIBRARIES = {"torch", "pyro", "pyro_vae", "numpy", *sys.stdlib_module_names}
+PURE_HANDLERS = (
+    poutine.block_messenger.BlockMessenger,
+    poutine.condition_messenger.ConditionMessenger,
+    poutine.do_messenger.DoMessenger,
+    poutine.mask_messenger.MaskMessenger,
+    poutine.scale_messenger.ScaleMessenger,
+)
+Scalar = (int, float, complex, str, bytes, types.NoneType, torch.dtype, torch.device, torch.Size)
+
+
+class FallbackWarning(UserWarning):
+    """A program runs eagerly, at the speed of `pyro.infer.SVI`; the message says why, and the mend."""
+
+
+class NotStaticError(Exception):
+    """The program cannot be recorded as one graph."""
+
+
+class Compiled:
+    """``function(*args, **kwargs)``, a pytree of tensors, as one compiled graph per signature.
+
+    A signature is the shapes, types and devices of the tensors among the arguments, the values of the others (a float
+    enters as a tensor), the handlers around the call, and the Python state that the function and `programs` read:
+    attributes, closures, globals. The first signature is compiled at its first call, others at their second. What
+    cannot be recorded runs eagerly, and `fallback_reason` says why. At calls 2, 4, 8 ... a graph is held against the
+    function itself, run with the same draws.
+
+    From the same random state a replay gives what the function gives, up to rounding. Random state, buffers and the
+    parameter store are after a recording what they were before.
+
+    Example:
+        >>> double = Compiled(lambda x: 2 * x)
+        >>> double(torch.ones(3)), double.compiled
+        (tensor([2., 2., 2.]), True)
+    """
+
+    def __init__(self, function: Callable, *programs: Any) -> None:
+        self.function = function
+        self.programs = (function, *programs)
+        self.fallback_reason: str | None = None
+        self.seconds = 0.0  # spent on recording and compiling
+        self._recordings: dict[Hashable, list[_Recording]] = {}
+        self._seen: set[Hashable] = set()
+
+    @property
+    def compiled(self) -> bool:
+        return self.fallback_reason is None and bool(self._recordings)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        leaves, structure = pytree.tree_flatten((args, kwargs))
+        if self.fallback_reason is None:
+            with self._falling_back():
+                recording = self._find(leaves, structure)
+                if recording is not None:
+                    return recording.replay(leaves)
+        return self.function(*args, **kwargs)
+
+    def prepare(self, *args: Any, **kwargs: Any) -> None:
+        """Compile for arguments like these now, not at their second call."""
+        leaves, structure = pytree.tree_flatten((args, kwargs))
+        if self.fallback_reason is None:
+            with self._falling_back():
+                self._seen.add(_signature(leaves, structure))
+                self._find(leaves, structure)
+
+    @contextlib.contextmanager
+    def _falling_back(self) -> Iterator[None]:
+        try:
+            yield
+        except NotStaticError as error:
+            self.fall_back(str(error))
+
+    def fall_back(self, reason: str) -> None:
+        """Run eagerly from now on."""
+        self._recordings.clear()
+        self.fallback_reason = reason
+        warnings.warn(f"running eagerly: {reason}", FallbackWarning, stacklevel=4)
+
+    def _find(self, leaves: Sequence[Any], structure: Any) -> _Recording | None:
+        """The recording for these arguments, made where it is due."""
+        key = _signature(leaves, structure)
+        for recording in self._recordings.get(key, ()):
+            if recording.state_holds():
+                return recording
+        if self._recordings and key not in self._seen:
+            self._seen.add(key)
+            return None
+        if sum(map(len, self._recordings.values())) == MAX_VARIANTS:
+            raise NotStaticError(
+                f"{MAX_VARIANTS} graphs have been compiled, and another signature came. Mend: pad the data to a few "
+                "shapes, and hand over what changes from step to step as float or tensor arguments"
+            )
+        begin = time.monotonic()
+        recording = _Recording(self.function, self.programs, leaves, structure)
+        self.seconds += time.monotonic() - begin
+        self._recordings.setdefault(key, []).append(recording)
+        return recording
+
+
+def _signature(leaves: Sequence[Any], structure: Any) -> Hashable:
+    surroundings = (torch.is_grad_enabled(), torch.get_default_dtype(), torch.is_autocast_enabled())
+    handlers = tuple(map(_handler_key, runtime._PYRO_STACK))
+    return (structure, surroundings, handlers, *map(_leaf_key, leaves))
+
+
+def _leaf_key(leaf: Any) -> Hashable:
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad
+    if isinstance(leaf, float):
+        return float
+    try:
+        hash(leaf)
+    except TypeError:
+        raise NotStaticError(
+            f"an argument is a {type(leaf).__name__}, whose value cannot be compared. Mend: hand over a tensor"
+        ) from None
+    return type(leaf), leaf
+
+
+def _handler_key(handler: Any) -> Hashable:
+    if not isinstance(handler, PURE_HANDLERS):
+        raise NotStaticError(
+            f"{type(handler).__name__} around the step would see no sites of a compiled one. Mend: use it inside the "
+            "model or the guide"
+        )
+    return type(handler), tuple((k, v if isinstance(v, Scalar) else id(v)) for k, v in vars(handler).items())
+
+
+class _Recording:
+    """One graph: the function's tensor operations for one signature, on its arguments and on live tensors."""
+
+    def __init__(self, function: Callable, programs: Sequence[Any], leaves: Sequence[Any], structure: Any) -> None:
+        self.function, self.structure = function, structure
+        self.handlers = list(runtime._PYRO_STACK)  # kept alive, as their ids are in the key
+        self.calls = 0
+        dtypes = [leaf.dtype for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        self.float_dtype = functools.reduce(torch.promote_types, dtypes, torch.get_default_dtype())
+        self.device = next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), torch.device("cpu"))
+        with preserved():
+            self._evaluate(leaves)  # makes what programs make at their first run
+            states = [_python_state(programs)]
+            graphs = []
+            for _ in range(2):
+                graphs.append(self._record(leaves))
+                states.append(_python_state(programs))
+        self.state = _stable(states)
+        self.graph, self.live = _lifted(graphs)
+        self.compute = _compile(self.graph, [*self._tensors(leaves), *self.live])
+        self._compare(leaves, self.compute, self.graph, 1e-3, "the compiled graph and the recorded one differ")
+
+    def state_holds(self) -> bool:
+        """Whether the Python state that the program read is what it was."""
+        return all(_same(_get(container, key), value) for container, key, value in self.state)
+
+    def replay(self, leaves: Sequence[Any]) -> Any:
+        self.calls += 1
+        if self.calls & (self.calls - 1) == 0:
+            self._compare(
+                leaves,
+                self.graph,
+                lambda *_: self._evaluate(leaves),
+                1e4 * torch.finfo(self.float_dtype).eps,
+                f"at call {self.calls} of its graph the program gives other numbers than the graph: something that is "
+                "no tensor argument, parameter or buffer changes between calls. Mend: hand it over as an argument",
+            )
+        with torch.no_grad():
+            return pytree.tree_unflatten(self._filled(self.compute(*self._tensors(leaves), *self.live)), self.outputs)
+
+    def _tensors(self, leaves: Sequence[Any]) -> list[Tensor]:
+        return [
+            leaf if isinstance(leaf, Tensor) else torch.tensor(leaf, dtype=self.float_dtype, device=self.device)
+            for leaf in leaves
+            if isinstance(leaf, Tensor | float)
+        ]
+
+    def _evaluate(self, leaves: Sequence[Any]) -> list[Any]:
+        """The function itself, run eagerly."""
+        args, kwargs = pytree.tree_unflatten(leaves, self.structure)
+        return pytree.tree_leaves(self.function(*args, **kwargs))
+
+    def _record(self, leaves: Sequence[Any]) -> GraphModule:
+        def function(*tensors: Tensor) -> list[Tensor]:
+            rest = iter(tensors)
+            given = [next(rest) if isinstance(leaf, Tensor | float) else leaf for leaf in leaves]
+            args, kwargs = pytree.tree_unflatten(given, self.structure)
+            results, self.outputs = pytree.tree_flatten(self.function(*args, **kwargs))
+            self.fixed = [None if isinstance(result, Tensor) else (result,) for result in results]
+            return [result for result in results if isinstance(result, Tensor)]
+
+        try:
+            with _recordable():
+                return make_fx(function)(*self._tensors(leaves))
+        except NotStaticError:
+            raise
+        except Exception as error:
+            raise NotStaticError(_reason(error)) from error
+
+    def _filled(self, results: Sequence[Tensor]) -> list[Any]:
+        rest = iter(results)
+        return [next(rest) if fixed is None else fixed[0] for fixed in self.fixed]
+
+    def _compare(
+        self, leaves: Sequence[Any], actual: Callable, expected: Callable, tolerance: float, complaint: str
+    ) -> None:
+        """Both from the same random state and buffers; raise where they differ by more than rounding."""
+        results = []
+        for compute in (actual, expected):
+            with preserved(*self.live), torch.set_grad_enabled(torch.is_grad_enabled() and compute is not self.compute):
+                values = compute(*self._tensors(leaves), *self.live)
+                results.append([value.detach().clone() for value in values if isinstance(value, Tensor)])
+        norms = [value.double().nan_to_num().norm() for value in results[1]]
+        for a, b, norm in zip(*results, norms, strict=True):
+            difference = (a.double() - b.double()).nan_to_num().norm()
+            finite = bool((a.isfinite() == b.isfinite()).all())
+            if not finite or difference > tolerance * (norm + 1e-3 * max(norms)):
+                raise NotStaticError(f"{complaint} (by {difference:.3g} of {norm:.3g})")
+
+
+def _compile(graph: GraphModule, tensors: Sequence[Tensor]) -> Callable:
+    try:
+        return _inductor(graph, tensors)
+    except Exception as error:
+        if not _compiler_works():
+            raise NotStaticError("torch finds no working C++ compiler. Mend: install one, such as g++") from error
+        raise NotStaticError(
+            f"torch cannot compile the program's graph: {type(error).__name__}: {_first_line(error)}. Mend: none here; "
+            "other versions of torch may"
+        ) from error
+
+
+def _inductor(graph: GraphModule, tensors: Sequence[Tensor]) -> Callable:
+    with torch.no_grad(), torch._inductor.config.patch(fallback_random=True):
+        return torch._inductor.standalone_compile(graph, list(tensors), dynamic_shapes="from_example_inputs")
+
+
+@functools.cache
+def _compiler_works() -> bool:
+    """Whether a trivial graph compiles."""
+    tensor = torch.ones(2)
+    try:
+        _inductor(make_fx(torch.exp)(tensor), [tensor])
+    except Exception:
+        return False
+    return True
+
+
+class _HostReads(TorchFunctionMode):
+    """``item()`` of a recorded tensor is the tensor itself, detached; leaving torch otherwise is an error.
+
+    TraceEnum_ELBO leaves out terms of probability zero: here they are summed as zeros.
+    """
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is Tensor.item:
+            try:
+                return function(*args)
+            except RuntimeError:
+                return args[0].detach()
+        if function in (Tensor.numpy, Tensor.tolist, Tensor.__array__) and args[0].numel():
+            torch.ops.aten._local_scalar_dense(args[0].detach().flatten()[0])
+        if function in (Tensor.all, Tensor.masked_select) and _called_by(Dice.compute_expectation):
+            return False if function is Tensor.all else args[0].where(args[1], 0.0).flatten()
+        return function(*args, **(kwargs or {}))
+
+
+def _called_by(function: Any) -> bool:
+    frames = itertools.islice(traceback.walk_stack(sys._getframe(2)), 4)
+    return any(frame.f_code is function.__code__ for frame, _ in frames)
+
+
+@contextlib.contextmanager
+def _recordable() -> Iterator[None]:
+    """Without checks of values, which read them on the host."""
+    with (
+        pyro.validation_enabled(False),
+        mock.patch("pyro.util.torch_isnan", lambda value: False),
+        mock.patch("torch.distributions.Distribution._validate_sample", lambda self, value: None),
+        _HostReads(),
+    ):
+        yield
+
+
+class _Preserved(TorchDispatchMode):
+    """Keeps a copy of every tensor that is not of its own time before an operation first writes into it."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.before = [(tensor, tensor.detach().clone()) for tensor in tensors]
+        self.kept = {id(tensor) for tensor in tensors}
+        self.created: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for argument, value in zip(function._schema.arguments, args, strict=False):
+            written = argument.is_write or argument.name in ("running_mean", "running_var")  # undeclared in batch norm
+            if written and isinstance(value, Tensor) and id(value) not in self.kept and self._old(value):
+                self.before.append((value, value.clone()))
+                self.kept.add(id(value))
+        results = function(*args, **(kwargs or {}))
+        fresh = function is torch.ops.aten.lift_fresh.default or not any(r.alias_info for r in function._schema.returns)
+        if fresh:
+            leaves = pytree.tree_leaves(results)
+            self.created |= {leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, Tensor)}
+        return results
+
+    def _old(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage()._cdata not in self.created
+
+
+@contextlib.contextmanager
+def preserved(*tensors: Tensor) -> Iterator[None]:
+    """Random state and all tensors of before the block are after it what they were.
+
+    Name the `tensors` that a compiled graph may write into, which no dispatch mode sees.
+    """
+    random_state, mode = get_random_state(), _Preserved(tensors)
+    try:
+        with mode:
+            yield
+    finally:
+        set_random_state(random_state)
+        with torch.no_grad():
+            for tensor, before in reversed(mode.before):
+                if not torch.equal(tensor, before):
+                    tensor.copy_(before)
+
+
+def _lifted(graphs: Sequence[GraphModule]) -> tuple[GraphModule, list[Tensor]]:
+    """The graph with the tensors that are the same objects in both recordings as further inputs, and these tensors."""
+    first, second = graphs
+    lines = [
+        [f"{n.op} {n.target} {n.args} {n.kwargs}" for n in graph.graph.nodes if n.op != "placeholder"]
+        for graph in graphs
+    ]
+    for a, b in itertools.zip_longest(*lines, fillvalue="nothing"):
+        if a != b:
+            raise NotStaticError(
+                f"two runs of the program differ in structure or in a number, {a[:200]!r} and then {b[:200]!r}. Mend: "
+                "no control flow on drawn values or counters; hand over numbers that change as arguments"
+            )
+    nodes: dict[str, Any] = {}
+    start = next(node for node in first.graph.nodes if node.op != "placeholder")
+    for node in [node for node in first.graph.nodes if node.op == "get_attr"]:
+        a, b = getattr(first, node.target), getattr(second, node.target)
+        if a is b:
+            if node.target not in nodes:
+                with first.graph.inserting_before(start):
+                    nodes[node.target] = first.graph.placeholder(f"live{node.target}")
+            node.replace_all_uses_with(nodes[node.target])
+            first.graph.erase_node(node)
+        elif not isinstance(a, Tensor) or not torch.equal(a, b):
+            raise NotStaticError(
+                f"a constant of the program is {a} in one run and {b} in the next. Mend: hand it over as an argument"
+            )
+    live = [getattr(first, name) for name in nodes]
+    first.graph.eliminate_dead_code()
+    first.recompile()
+    return first, live
+
+
+_MISSING = object()
+_Entry = tuple[Any, Any, Any]  # container, key, value
+_MODULE_KEYS = {"training", "_parameters", "_buffers", "_modules"}
+
+
+def _python_state(roots: Sequence[Any]) -> list[_Entry]:
+    """Where the roots, and what they refer to, keep numbers, tensors and objects, and what is there now."""
+    entries: list[_Entry] = []
+    seen: set[int] = set()
+    standard = vars(nn.Module()).keys() - _MODULE_KEYS
+
+    def visit(value: Any) -> None:
+        if id(value) in seen or isinstance(value, (*Scalar, Tensor, type)) or len(entries) > MAX_GUARDS:
+            return
+        seen.add(id(value))
+        if isinstance(value, types.MethodType):
+            visit(value.__self__)
+            visit(value.__func__)
+        elif isinstance(value, functools.partial):
+            visit_all([value.func, *value.args, *value.keywords.values()])
+        elif isinstance(value, types.FunctionType):
+            if _library(value.__module__):
+                return
+            for cell in value.__closure__ or ():
+                add(cell, "cell_contents", _get(cell, "cell_contents"))
+            names = _names(value.__code__)
+            for name in names & value.__globals__.keys():
+                target = value.__globals__[name]
+                add(value.__globals__, name, target)
+                if isinstance(target, types.ModuleType) and not _library(target.__name__):
+                    for attribute in names & vars(target).keys():
+                        add(vars(target), attribute, vars(target)[attribute])
+            visit_all([*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()])
+        elif isinstance(value, dict):
+            for key in list(value)[:1000]:
+                add(value, key, value[key])
+        elif isinstance(value, list | tuple):
+            for index in range(min(1000, len(value))):
+                add(value, index, value[index])
+        elif isinstance(value, types.ModuleType):
+            return
+        elif hasattr(value, "__dict__"):
+            ours = not _library(type(value).__module__)
+            if ours or isinstance(value, nn.Module | ELBO):
+                skipped = standard if isinstance(value, nn.Module) else ()
+                for key in [key for key in vars(value) if key not in skipped]:
+                    add(vars(value), key, vars(value)[key])
+            for kind in type(value).__mro__ if ours else ():
+                if not _library(kind.__module__):
+                    visit_all([f for f in vars(kind).values() if isinstance(f, types.FunctionType)])
+
+    def visit_all(values: Sequence[Any]) -> None:
+        for value in values:
+            visit(value)
+
+    def add(container: Any, key: Any, value: Any) -> None:
+        if not isinstance(container, tuple):
+            entries.append((container, key, value))
+        visit(value)
+
+    visit_all(roots)
+    return entries
+
+
+def _library(module: str | None) -> bool:
+    return (module or "").partition(".")[0] in LIBRARIES
+
+
+def _names(code: types.CodeType) -> set[str]:
+    inner = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return set(code.co_names).union(*map(_names, inner))
+
+
+def _stable(states: Sequence[list[_Entry]]) -> list[_Entry]:
+    """The entries that the program does not itself change as it runs.
+
+    Raises:
+        NotStaticError: a number changes.
+    """
+    stable = []
+    later = [{(id(container), key): value for container, key, value in state} for state in states[1:]]
+    for container, key, value in states[0]:
+        values = [value, *(state.get((id(container), key), _MISSING) for state in later)]
+        if all(_same(value, other) for other in values):
+            stable.append((container, key, value))
+        elif all(isinstance(other, Scalar) for other in values):
+            with contextlib.suppress(TypeError):
+                container[key] = value
+            raise NotStaticError(
+                f"the number {key!r} changes as the program runs ({', '.join(map(repr, values))}). Mend: hand it over "
+                "as an argument of the step"
+            )
+    return stable
+
+
+def _get(container: Any, key: Any) -> Any:
+    try:
+        return getattr(container, key) if isinstance(container, types.CellType) else container[key]
+    except (KeyError, IndexError, ValueError):
+        return _MISSING
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a is b or (isinstance(a, Scalar) and type(a) is type(b) and a == b)
+
+
+def _reason(error: Exception) -> str:
+    """What stopped the recording, and in which line of the program."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/torch/" not in frame.filename]
+    programs = [f for f in frames if "/pyro/" not in f.filename and Path(f.filename).parent != Path(__file__).parent]
+    frame = (programs or frames)[-1]
+    where = f"at {frame.filename}:{frame.lineno}, {frame.line!r}"
+    if "_local_scalar_dense" in str(error):
+        return (
+            f"the program reads the value of a tensor on the host {where}, so that its structure may depend on it. "
+            "Mend: torch.where, masks and tensor arithmetic in the place of if, float() and numpy"
+        )
+    return f"the program cannot be recorded {where}: {type(error).__name__}: {_first_line(error)}"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def get_random_state() -> dict[str, Any]:
+    """The state of torch's generators on the CPU and, where CUDA is in use, on each device."""
+    state: dict[str, Any] = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state_all(state["cuda"])

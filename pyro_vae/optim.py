@@ -1,0 +1,237 @@
+"""`Update`: the optimisers of all parameters, stepped as one."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import pyro
+import torch
+from pyro.optim import PyroOptim
+from pyro.optim.clipped_adam import ClippedAdam
+from pyro.optim.lr_scheduler import PyroLRScheduler
+from pyro.params.param_store import normalize_param_name
+from torch import Tensor
+from torch.optim.adam import adam
+
+__all__ = ["Optimizer", "Update"]
+
+Optimizer: TypeAlias = PyroOptim | Callable[[Any], torch.optim.Optimizer]
+FUSED = {
+    torch.optim.Adam: ("cpu", "cuda"),
+    torch.optim.AdamW: ("cpu", "cuda"),
+    torch.optim.SGD: ("cpu", "cuda"),
+    torch.optim.Adagrad: ("cpu",),
+}
+
+
+class Update:
+    """What an optimiser does at each step, as one multi-tensor update.
+
+    A `pyro.optim` object keeps an optimiser with settings and state for each parameter, which several SVIs may share,
+    in ``optim_objs``. These stay the truth; here they are stepped together, by torch's fused kernels where there are
+    any. A callable from parameters to a torch optimiser gives one optimiser for all of them.
+
+    Raises:
+        ValueError: the optimiser does not take its arguments.
+    """
+
+    def __init__(self, optim: Optimizer) -> None:
+        self.optim = optim
+        self.parameters: dict[str, Tensor] = {}
+        self.optimizers: list[torch.optim.Optimizer] = []  # one, or that of each parameter
+        self.schedulers: list[Any] = []
+        self.settings: list[dict[str, Any]] = []  # of each group, as given
+        self._clips: list[tuple[Callable, Tensor]] = []
+        self._joint: torch.optim.Optimizer | None = None
+        self._seen: list[Any] = []
+        self._members: list[list[dict[str, Any]]] = []
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The optimisers' groups of parameters: change a learning rate there."""
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def add(self, parameters: Mapping[str, Tensor]) -> None:
+        """Take up new parameters."""
+        given = {id(group["params"][0]): settings for group, settings in zip(self.groups, self.settings, strict=True)}
+        self.parameters |= parameters
+        try:
+            if isinstance(self.optim, PyroOptim):
+                self.optimizers, self.schedulers, self._clips = [], [], []
+                for name, parameter in self.parameters.items():
+                    self._adopt(self.optim, name, parameter)
+            elif self.optimizers:
+                self.optimizers[0].add_param_group({"params": list(parameters.values())})
+            else:
+                self.optimizers.append(self.optim(list(parameters.values())))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"expected arguments that the optimiser takes, got {error}: correct them") from None
+        self.settings = [given.get(id(group["params"][0])) or _settings(group) for group in self.groups]
+        self._joint = None
+
+    def _adopt(self, optim: PyroOptim, name: str, parameter: Tensor) -> None:
+        """Find the parameter's own optimiser, or make it as `PyroOptim` does."""
+        stored = pyro.get_param_store().param_name(parameter)
+        if parameter not in optim.optim_objs:
+            arguments: Any = optim.pt_optim_args
+            if callable(arguments):
+                arguments = optim._get_optim_args(parameter) if stored else arguments(normalize_param_name(name))
+            optimizer = optim.pt_optim_constructor([parameter], **arguments)
+            if isinstance(optim, PyroLRScheduler):
+                optimizer = optim.pt_scheduler_constructor(optimizer, **optim.kwargs)
+            state = optim._state_waiting_to_be_consumed.pop(stored, None)
+            if state is not None:
+                _load(optimizer, state)
+            optim.optim_objs[parameter] = optimizer
+            optim.grad_clip[parameter] = optim._get_grad_clip(parameter)
+        optimizer = optim.optim_objs[parameter]
+        if isinstance(optim, PyroLRScheduler):
+            self.schedulers.append(optimizer)
+            optimizer = optimizer.optimizer
+        self.optimizers.append(optimizer)
+        if clip := optim.grad_clip[parameter]:
+            self._clips.append((clip, parameter))
+
+    def step(self, used: Sequence[bool]) -> None:
+        """Clip the gradients as the optimiser asks, update the parameters, and drop the gradients.
+
+        A parameter that was `used` and has no gradient has one of zero, as in Pyro, if it ever had another.
+        """
+        if isinstance(self.optim, PyroOptim):
+            for parameter, optimizer, is_used in zip(self.parameters.values(), self.optimizers, used, strict=True):
+                if parameter.grad is not None:
+                    optimizer._had_gradient = True  # type: ignore[attr-defined]
+                elif is_used and hasattr(optimizer, "_had_gradient"):
+                    parameter.grad = torch.zeros_like(parameter)
+        for clip, parameter in self._clips:
+            if parameter.grad is not None:
+                clip(parameter)
+        if self._joint is None or self._seen != self._now():
+            self._joint = self._join()
+        self._joint.step()
+        self._joint.zero_grad()
+        for group, members in zip(self._joint.param_groups, self._members, strict=True):
+            if group.get("lr") != members[0].get("lr"):  # decayed by the optimiser itself
+                for member in members:
+                    member["lr"] = group["lr"]
+                self._seen = self._now()
+
+    def _now(self) -> list[Any]:
+        """All that a joint optimiser was made from, and that its user may change."""
+        return [*(id(optimizer.state) for optimizer in self.optimizers), *map(dict, self.groups)]
+
+    def _join(self) -> torch.optim.Optimizer:
+        """One optimiser on the states of all, with a group for each kind of settings."""
+        if len(self.optimizers) == 1:
+            joint = self.optimizers[0]
+            self._members = [[group] for group in joint.param_groups]
+        else:
+            kind = type(self.optimizers[0])
+            if kind is ClippedAdam and not any(group["centered_variance"] for group in self.groups):
+                kind = _FusedClippedAdam
+            joint = object.__new__(kind)
+            joint.__dict__.update({k: v for k, v in vars(self.optimizers[0]).items() if k != "step"})  # a wrapper
+            joint.state = defaultdict(dict)
+            self._members = []
+            merged: list[dict[str, Any]] = []
+            for optimizer in self.optimizers:
+                optimizer._opt_called = True  # type: ignore[attr-defined]  # else its scheduler warns
+                for group in optimizer.param_groups:
+                    joint.state |= {p: optimizer.state[p] for p in group["params"]}
+                    same = [i for i, other in enumerate(merged) if _settings(other) == _settings(group)]
+                    if same:
+                        merged[same[0]]["params"] += group["params"]
+                        self._members[same[0]].append(group)
+                    else:
+                        merged.append({**group, "params": list(group["params"])})
+                        self._members.append([group])
+            joint.param_groups = merged
+        for group in joint.param_groups:
+            if _can_fuse(joint, group):
+                group["fused"] = True
+                for p in group["params"]:
+                    if "step" in (state := joint.state[p]):
+                        state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=p.device)
+        self._seen = self._now()
+        return joint
+
+    def schedule(self, metric: float) -> None:
+        """Step the schedulers; `metric` is what `ReduceLROnPlateau` wants small."""
+        for scheduler in self.schedulers:
+            plateau = isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+            scheduler.step(metric) if plateau else scheduler.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "class": type(self.optimizers[0]).__name__,
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a `state_dict` of the same optimiser on the same parameters."""
+        for parts, states in ((self.optimizers, state["optimizers"]), (self.schedulers, state["schedulers"])):
+            for part, its_state in zip(parts, states, strict=True):
+                part.load_state_dict(its_state)
+
+
+def _load(optimizer: Any, state: Mapping[str, Any]) -> None:
+    if hasattr(optimizer, "optimizer"):  # a scheduler
+        optimizer.load_state_dict(state["scheduler"])
+        optimizer.optimizer.load_state_dict(state["optimizer"])
+    else:
+        optimizer.load_state_dict(state)
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key != "params"}
+
+
+def _can_fuse(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> bool:
+    devices = FUSED.get(type(optimizer), ())
+    free = all(group.get(key) in (None, False) for key in ("fused", "foreach", "differentiable"))
+    return free and all(
+        p.device.type in devices and p.is_floating_point() and (p.grad is None or p.grad.layout is torch.strided)
+        for p in group["params"]
+    )
+
+
+class _FusedClippedAdam(ClippedAdam):
+    """Pyro's ClippedAdam by torch's fused Adam, whose eps is added to a square root that is corrected for bias."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            group["lr"] *= group["lrd"]
+            by_step = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    if not (state := self.state[p]):
+                        state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+                    by_step[state["step"]].append(p)
+            for step, parameters in by_step.items():
+                gradients = [p.grad for p in parameters]
+                torch._foreach_clamp_min_(gradients, -group["clip_norm"])
+                torch._foreach_clamp_max_(gradients, group["clip_norm"])
+                beta1, beta2 = group["betas"]
+                adam(
+                    parameters,
+                    gradients,
+                    [self.state[p]["exp_avg"] for p in parameters],
+                    [self.state[p]["exp_avg_sq"] for p in parameters],
+                    [],
+                    [torch.tensor(float(step), dtype=torch.float32, device=p.device) for p in parameters],
+                    fused=True,
+                    amsgrad=False,
+                    beta1=beta1,
+                    beta2=beta2,
+                    lr=group["lr"],
+                    weight_decay=group["weight_decay"],
+                    eps=group["eps"] / math.sqrt(1 - beta2 ** (step + 1)),
+                    maximize=False,
+                )
+                for p in parameters:
+                    self.state[p]["step"] += 1

@@ -1,0 +1,562 @@
+"""CompiledSVI gives SVI's numbers, for every kind of program, or says why it runs eagerly."""
+
+import array
+import functools
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from cases import CASES
+from programs import PROGRAMS, SemiSupervised, X
+from pyro import poutine
+from pyro.infer import (
+    SVI,
+    RenyiELBO,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+    config_enumerate,
+)
+from torch import nn
+
+import pyro_vae.compiled
+from pyro_vae import CompiledSVI
+from pyro_vae.compiled import FallbackWarning
+
+ELBO = Trace_ELBO()
+
+
+@pytest.fixture(autouse=True)
+def double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """The recorded graph, run as it is: what inductor does to it is tested apart, as it takes seconds."""
+    monkeypatch.setattr(pyro_vae.compiled, "_compile", lambda graph, tensors: graph)
+
+
+def adam(**arguments):
+    return pyro.optim.Adam({"lr": 0.05, **arguments})
+
+
+def trajectory(svi_class, make, loss, args=(X,), steps=5, optim=adam, after_step=lambda svi: None):
+    """The losses of some steps from a seed, and the parameters and buffers that they end in."""
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    model, guide = make()
+    svi = svi_class(model, guide, optim(), loss)
+    losses = []
+    for _ in range(steps):
+        losses.append(svi.step(*args))
+        after_step(svi)
+    return losses, values(model, guide), svi
+
+
+def values(*programs):
+    store = pyro.get_param_store()
+    found = {name: store[name].detach().clone() for name in store}
+    for program in programs:
+        owner = getattr(program, "__self__", program)
+        if isinstance(owner, nn.Module):
+            found |= {name: value.clone() for name, value in owner.state_dict().items()}
+    return found
+
+
+def assert_equal(found, expected, tolerance=1e-10):
+    assert found.keys() == expected.keys() and len(found) > 0
+    for name, value in expected.items():
+        assert torch.allclose(found[name], value, rtol=tolerance, atol=tolerance), name
+
+
+def assert_same_trajectory(make, loss, args=(X,), **arguments):
+    expected_losses, expected, _ = trajectory(SVI, make, loss, args, **arguments)
+    losses, found, svi = trajectory(CompiledSVI, make, loss, args, **arguments)
+    assert losses == pytest.approx(expected_losses, rel=1e-10)
+    assert_equal(found, expected)
+    return svi
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_program_has_the_same_trajectory(name, recorded):
+    svi = assert_same_trajectory(*PROGRAMS[name])
+    assert svi.compiled and svi.fallback_reason is None
+
+
+LOSSES = {
+    "Trace_ELBO": Trace_ELBO,
+    "TraceMeanField_ELBO": TraceMeanField_ELBO,
+    "TraceEnum_ELBO": lambda: TraceEnum_ELBO(max_plate_nesting=1, strict_enumeration_warning=False),
+    "particles": lambda: TraceMeanField_ELBO(num_particles=2),
+    "vectorised": lambda: Trace_ELBO(num_particles=2, vectorize_particles=True, max_plate_nesting=1),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_graph_gives_the_eager_loss_and_gradients(case, loss, recorded):
+    """Of both, from the same draws: the loss, and each gradient relative to its own norm, to 1e-10 in float64."""
+    model, guide = (program.double() for program in case.pair())
+    x = case.data().double()
+    svi = CompiledSVI(model, guide, adam(), LOSSES[loss]())
+    results = []
+    for backward in (super(CompiledSVI, svi)._backward, svi._backward):
+        torch.manual_seed(1)
+        svi.initialize(x)
+        for parameter in svi.parameters.values():
+            parameter.grad = None
+        torch.manual_seed(1)
+        results.append([backward(x)[0], *(p.grad for p in svi.parameters.values() if p.grad is not None)])
+    assert svi.compiled and len(results[0]) == len(results[1]) > 1
+    for eager, compiled in zip(*results, strict=True):
+        assert (eager - compiled).norm() <= 1e-10 * eager.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["bernoulli", pytest.param("convolutional", marks=pytest.mark.slow)])
+def test_inductor_gives_the_eager_loss_and_gradients(name, dtype):
+    """With eager's random numbers."""
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-10}[dtype]
+    case = next(case for case in CASES if case.name == name)
+    model, guide = (program.to(dtype) for program in case.pair())
+    x = case.data().to(dtype)
+    torch.set_default_dtype(dtype)
+    svi = CompiledSVI(model, guide, adam(), TraceMeanField_ELBO())
+    svi.initialize(x)
+    results = []
+    for backward in (super(CompiledSVI, svi)._backward, svi._backward):
+        torch.manual_seed(1)
+        results.append([backward(x)[0], *(p.grad.clone() for p in svi.parameters.values())])
+        for parameter in svi.parameters.values():
+            parameter.grad = None
+    assert svi.compiled
+    for eager, compiled in zip(*results, strict=True):
+        assert (eager - compiled).norm() <= tolerance * eager.norm()
+
+
+def test_the_semi_supervised_example_with_one_name_changed(recorded):
+    """Two SVIs over one module and one optimiser, on labelled and unlabelled batches in turn."""
+    labels = torch.eye(3)[torch.arange(6) % 3]
+    found = []
+    for svi_class in (SVI, CompiledSVI):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        m2 = SemiSupervised()
+        optim = pyro.optim.Adam({"lr": 0.01, "betas": (0.9, 0.99)})
+        guide = config_enumerate(m2.guide, "parallel", expand=True)
+        loss = TraceEnum_ELBO(max_plate_nesting=1, strict_enumeration_warning=False)
+        main = svi_class(m2.model, guide, optim, loss)
+        auxiliary = svi_class(m2.classify, lambda x, y: None, optim, ELBO)
+        losses = []
+        for step in range(6):
+            if step % 2:
+                losses.append(main.step(X))
+            else:
+                losses += [main.step(X, labels), auxiliary.step(X, labels)]
+        found.append((losses, values(m2)))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-10)
+    assert_equal(found[1][1], found[0][1])
+    assert main.compiled and auxiliary.compiled
+
+
+class TestOptimisers:
+    OPTIMISERS = {
+        "Adam": adam,
+        "AdamW": lambda: pyro.optim.AdamW({"lr": 0.05, "weight_decay": 0.1}),
+        "SGD": lambda: pyro.optim.SGD({"lr": 0.001, "momentum": 0.9}),
+        "Adagrad": lambda: pyro.optim.Adagrad({"lr": 0.05}),
+        "RMSprop": lambda: pyro.optim.RMSprop({"lr": 0.01}),
+        "ClippedAdam": lambda: pyro.optim.ClippedAdam({"lr": 0.05, "clip_norm": 0.5, "lrd": 0.9, "weight_decay": 0.1}),
+        "centred ClippedAdam": lambda: pyro.optim.ClippedAdam({"lr": 0.05, "centered_variance": True}),
+        "AdagradRMSProp": lambda: pyro.optim.AdagradRMSProp({"eta": 0.1}),
+        "per parameter": lambda: pyro.optim.Adam(lambda name: {"lr": 0.1 if "scale" in name else 0.01}),
+        "clip_norm": lambda: pyro.optim.Adam({"lr": 0.05}, {"clip_norm": 0.5}),
+        "clip_value": lambda: pyro.optim.SGD({"lr": 0.01}, {"clip_value": 0.2}),
+    }
+
+    @pytest.mark.parametrize("name", OPTIMISERS)
+    def test_the_updates_are_those_of_one_optimiser_per_parameter(self, name, recorded):
+        svi = assert_same_trajectory(*PROGRAMS["AutoNormal"], optim=self.OPTIMISERS[name])
+        assert svi.compiled
+        kernel = [group.get("fused") for group in svi.update._joint.param_groups]
+        assert len(kernel) == (2 if name == "per parameter" else 1)
+        assert all(kernel) == (name in ("Adam", "AdamW", "SGD", "Adagrad", "per parameter", "clip_norm", "clip_value"))
+
+    @pytest.mark.parametrize("schedule", ["ExponentialLR", "ReduceLROnPlateau"])
+    def test_a_scheduler_is_stepped_through_its_own_object(self, schedule, recorded):
+        arguments = {"gamma": 0.5} if schedule == "ExponentialLR" else {"patience": 0, "factor": 0.1}
+
+        def optim():
+            adam = {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}}
+            return getattr(pyro.optim, schedule)({**adam, **arguments})
+
+        def after_step(svi):
+            svi.optim.step() if schedule == "ExponentialLR" else svi.optim.step(1.0)
+
+        svi = assert_same_trajectory(*PROGRAMS["AutoNormal"], optim=optim, after_step=after_step)
+        rates = [group["lr"] for group in svi.update.groups]
+        assert rates == pytest.approx([0.1 * 0.5**5 if schedule == "ExponentialLR" else 1e-5] * len(rates))
+
+    @pytest.mark.parametrize("pair", ["to stock", "from stock"])
+    def test_the_state_is_exchanged_with_stock_svi(self, pair, recorded, tmp_path):
+        """Save after three steps in one, load and go on for three in the other: as six steps in stock."""
+        classes = {"to stock": (CompiledSVI, SVI), "from stock": (SVI, CompiledSVI)}[pair]
+        clipped = functools.partial(pyro.optim.ClippedAdam, {"lr": 0.05, "lrd": 0.9})
+        for make_optim in (adam, clipped):
+            _, expected, _ = trajectory(SVI, *PROGRAMS["AutoDelta"], steps=6, optim=make_optim)
+            _, _, svi = trajectory(classes[0], *PROGRAMS["AutoDelta"], steps=3, optim=make_optim)
+            svi.optim.save(tmp_path / "optim")
+            optim = make_optim()
+            optim.load(tmp_path / "optim")
+            second = classes[1](svi.model, svi.guide, optim, ELBO)
+            for _ in range(3):
+                second.step(X)
+            assert_equal(values(svi.guide), expected)
+            assert optim.get_state().keys() == svi.optim.get_state().keys()
+
+    def test_a_learning_rate_changed_by_hand_takes_effect(self, recorded):
+        def after_step(svi):
+            for optimizer in svi.optim.optim_objs.values():
+                optimizer.param_groups[0]["lr"] *= 0.5
+
+        assert_same_trajectory(*PROGRAMS["AutoNormal"], after_step=after_step)
+
+    def test_a_torch_optimiser_is_one_over_all_parameters(self, recorded):
+        made = []
+
+        def optim(parameters):
+            made.append(torch.optim.Adam(parameters, lr=0.05))
+            return made[-1]
+
+        _, expected, _ = trajectory(SVI, *PROGRAMS["AutoNormal"])
+        _, found, svi = trajectory(CompiledSVI, *PROGRAMS["AutoNormal"], optim=lambda: optim)
+        assert_equal(found, expected)
+        assert svi.update.optimizers == made and made[0].param_groups[0]["fused"]
+
+    def test_settings_of_the_user_stand(self, recorded):
+        svi = assert_same_trajectory(*PROGRAMS["AutoNormal"], optim=lambda: adam(foreach=True))
+        assert [group["fused"] for group in svi.update._joint.param_groups] == [None]
+
+
+def eager_steps(model, guide, args=(X,), loss=ELBO, steps=4):
+    """The steps of a program that falls back are those of stock SVI; returns the one warning's reason."""
+    expected = trajectory(SVI, lambda: (model, guide), loss, args, steps=steps)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        losses, found, svi = trajectory(CompiledSVI, lambda: (model, guide), loss, args, steps=steps)
+    assert losses == pytest.approx(expected[0], rel=1e-12)
+    assert_equal(found, expected[1], 1e-12)
+    said = [w for w in caught if issubclass(w.category, FallbackWarning)]
+    assert not svi.compiled and len(said) == 1 and svi.fallback_reason in str(said[0].message)
+    assert "Mend: " in svi.fallback_reason
+    return svi.fallback_reason
+
+
+def location_guide(x):
+    location = pyro.param("location", torch.zeros(()))
+    pyro.sample("m", dist.Normal(location, 1.0))
+
+
+def location_model(x, weight=1.0):
+    m = pyro.sample("m", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)), poutine.scale(scale=weight):
+        pyro.sample("x", dist.Normal(m, 1.0).expand([2]).to_event(1), obs=x)
+
+
+class TestFallBacks:
+    def test_control_flow_on_a_drawn_value(self, recorded):
+        def model(x):
+            m = pyro.sample("m", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(m if m > 0 else 2 * m, 1.0), obs=x[0, 0])
+
+        assert "m if m > 0 else 2 * m" in eager_steps(model, location_guide)
+
+    @pytest.mark.parametrize(
+        "read", [lambda m: float(m.detach()), lambda m: m.detach().numpy().item(), lambda m: m.detach().tolist()]
+    )
+    def test_a_value_read_on_the_host(self, read, recorded):
+        def model(x):
+            m = pyro.sample("m", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(read(m), 1.0), obs=x[0, 0])
+
+        assert "on the host" in eager_steps(model, location_guide)
+
+    def test_a_structure_that_changes(self, recorded):
+        runs = []
+
+        def model(x):
+            runs.append(None)
+            m = pyro.sample("m", dist.Normal(0.0, 1.0))
+            for i in range(1 + len(runs) % 2):
+                pyro.sample(f"x{i}", dist.Normal(m, 1.0), obs=x[i, 0])
+
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            svi = trajectory(CompiledSVI, lambda: (model, location_guide), ELBO)[2]
+        assert not svi.compiled and "Mend: " in svi.fallback_reason and len(caught) == 1
+
+    def test_a_counter_of_the_program(self, recorded):
+        class Annealed:
+            def __init__(self):
+                self.calls = 0
+
+            def __call__(self, x):
+                self.calls += 1
+                location_model(x, weight=1 / self.calls)
+
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            svi = trajectory(CompiledSVI, lambda: (Annealed(), location_guide), ELBO)[2]
+        assert not svi.compiled and "'calls' changes as the program runs" in svi.fallback_reason and len(caught) == 1
+
+    def test_an_argument_that_cannot_be_compared(self, recorded):
+        reason = eager_steps(lambda x, o: location_model(x), lambda x, o: location_guide(x), (X, {1, 2}))
+        assert "an argument is a set" in reason
+
+    @pytest.mark.parametrize("loss", [TraceGraph_ELBO(), RenyiELBO(num_particles=2)], ids=lambda x: type(x).__name__)
+    def test_a_loss_that_is_no_differentiable_function(self, loss, recorded):
+        assert type(loss).__name__ in eager_steps(location_model, location_guide, loss=loss)
+
+    def test_a_handler_that_would_see_no_sites(self, recorded):
+        svi = CompiledSVI(location_model, location_guide, adam(), ELBO)
+        seen = []
+        around = poutine.infer_config(config_fn=lambda site: seen.append(site["name"]) or {})
+        with pytest.warns(FallbackWarning, match="InferConfigMessenger around the step"), around:
+            svi.step(X)
+        assert "m" in seen and not svi.compiled
+
+    def test_more_signatures_than_are_bounded(self, recorded, monkeypatch):
+        monkeypatch.setattr(pyro_vae.compiled, "MAX_VARIANTS", 2)
+        svi = CompiledSVI(location_model, location_guide, adam(), ELBO)
+        svi.step(X)
+        for rows in (6, 5, 5):
+            svi.step(X[:rows])
+        assert svi.compiled
+        with pytest.warns(FallbackWarning, match="2 graphs have been compiled"):
+            for _ in range(2):
+                svi.step(X[:4])
+
+    def test_no_working_compiler(self, monkeypatch):
+        pyro_vae.compiled._compiler_works.cache_clear()
+        monkeypatch.setattr(torch._inductor, "standalone_compile", lambda *a, **k: 1 / 0)
+        assert "torch finds no working C++ compiler" in eager_steps(location_model, location_guide)
+        pyro_vae.compiled._compiler_works.cache_clear()
+
+    def test_a_graph_that_the_compiler_cannot_take(self, monkeypatch):
+        real = torch._inductor.standalone_compile
+
+        def small_graphs_only(graph, *args, **kwargs):
+            return real(graph, *args, **kwargs) if len(graph.graph.nodes) < 5 else 1 / 0
+
+        monkeypatch.setattr(torch._inductor, "standalone_compile", small_graphs_only)
+        assert "cannot compile the program's graph: ZeroDiv" in eager_steps(location_model, location_guide)
+
+
+class Switch:
+    """A model that reads a number from where the test puts it."""
+
+    weight = 1.0
+
+
+SWITCH = Switch()
+GLOBAL_WEIGHT = 1.0
+
+
+def global_model(x):
+    location_model(x, GLOBAL_WEIGHT)
+
+
+class TestGuards:
+    """A number of Python that changes between steps leads to a new graph, not to old numbers."""
+
+    def steps(self, svi_class, model, change, steps=6):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        svi = svi_class(model, location_guide, adam(), ELBO)
+        losses = []
+        for step in range(steps):
+            change(1.0 if step < 3 else 0.25)
+            losses.append(svi.step(X))
+        return losses, svi
+
+    def assert_same(self, model, change):
+        expected, _ = self.steps(SVI, model, change)
+        losses, svi = self.steps(CompiledSVI, model, change)
+        assert losses == pytest.approx(expected, rel=1e-10)
+        assert svi.compiled and sum(map(len, svi._gradients._recordings.values())) == 2
+
+    def test_an_attribute(self, recorded):
+        self.assert_same(lambda x: location_model(x, SWITCH.weight), lambda w: setattr(SWITCH, "weight", w))
+
+    def test_a_global(self, recorded, monkeypatch):
+        self.assert_same(global_model, lambda w: monkeypatch.setitem(globals(), "GLOBAL_WEIGHT", w))
+
+    def test_a_closure(self, recorded):
+        weight = 1.0
+
+        def change(value):
+            nonlocal weight
+            weight = value
+
+        self.assert_same(lambda x: location_model(x, weight), change)
+
+    def test_an_item_of_a_dictionary(self, recorded):
+        settings = {"weight": 1.0}
+        self.assert_same(lambda x: location_model(x, settings["weight"]), lambda w: settings.update(weight=w))
+
+    def test_a_handler_around_the_step(self, recorded):
+        found = []
+        for svi_class in (SVI, CompiledSVI):
+            pyro.clear_param_store()
+            torch.manual_seed(0)
+            svi = svi_class(location_model, location_guide, adam(), ELBO)
+            losses = []
+            for step in range(6):
+                with poutine.scale(scale=1.0 if step < 3 else 0.25):
+                    losses.append(svi.step(X))
+            found.append(losses)
+        assert found[1] == pytest.approx(found[0], rel=1e-10) and svi.compiled
+
+    def test_train_and_eval_mode(self, recorded):
+        found = []
+        for svi_class in (SVI, CompiledSVI):
+            pyro.clear_param_store()
+            torch.manual_seed(0)
+            net = nn.Sequential(nn.Linear(2, 4, bias=False), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 1))
+
+            def guide(x, net=net):
+                pyro.module("net", net)
+                pyro.sample("m", dist.Normal(net(x).mean(), 1.0))
+
+            svi = svi_class(location_model, guide, adam(), ELBO)
+            losses = []
+            for step in range(6):
+                net.train(step < 3)
+                losses.append(svi.step(X))
+            found.append((losses, values(net)))
+        assert found[1][0] == pytest.approx(found[0][0], rel=1e-10) and svi.compiled
+        assert_equal(found[1][1], found[0][1])
+
+    def test_a_change_that_no_guard_sees_is_found_by_the_audit(self, recorded):
+        """The numbers inside an array are no Python state that is compared at every step."""
+        hidden = array.array("d", [1.0])
+        svi = CompiledSVI(lambda x: location_model(x, hidden[0]), location_guide, adam(), ELBO)
+        for _ in range(3):
+            svi.step(X)
+        hidden[0] = 0.25
+        with pytest.warns(FallbackWarning, match="at call 4 .* the program gives other numbers than the graph"):
+            for _ in range(3):
+                svi.step(X)
+
+    def test_a_float_argument_enters_as_a_tensor(self, recorded):
+        def guide(x, weight):
+            location_guide(x)
+
+        found = []
+        for svi_class in (SVI, CompiledSVI):
+            pyro.clear_param_store()
+            torch.manual_seed(0)
+            svi = svi_class(location_model, guide, adam(), ELBO)
+            found.append([svi.step(X, 0.1 * step) for step in range(1, 7)])
+        assert found[1] == pytest.approx(found[0], rel=1e-10)
+        assert svi.compiled and len(svi._gradients._recordings) == 1
+
+    def test_batches_of_two_shapes_have_a_graph_each(self, recorded):
+        found = []
+        for svi_class in (SVI, CompiledSVI):
+            pyro.clear_param_store()
+            torch.manual_seed(0)
+            svi = svi_class(location_model, location_guide, adam(), ELBO)
+            found.append([svi.step(X[: 6 if step % 2 else 4]) for step in range(8)])
+        assert found[1] == pytest.approx(found[0], rel=1e-10)
+        assert svi.compiled and len(svi._gradients._recordings) == 2
+
+    def test_a_cleared_parameter_store(self, recorded):
+        """The parameters are made anew, and trained from there."""
+        found = []
+        for svi_class in (SVI, CompiledSVI):
+            pyro.clear_param_store()
+            torch.manual_seed(0)
+            svi = svi_class(location_model, location_guide, adam(), ELBO)
+            losses = []
+            for step in range(6):
+                if step == 3:
+                    pyro.clear_param_store()
+                losses.append(svi.step(X))
+            found.append((losses, values()))
+        assert found[1][0] == pytest.approx(found[0][0], rel=1e-10) and svi.compiled
+        assert_equal(found[1][1], found[0][1])
+
+    def test_parameters_that_appear_later(self, recorded):
+        def guide(x):
+            location = pyro.param("location", torch.zeros(()))
+            scale = pyro.param("late", torch.ones(())) if SWITCH.weight < 1 else 1.0
+            pyro.sample("m", dist.Normal(location, scale))
+
+        found = []
+        for svi_class in (SVI, CompiledSVI):
+            pyro.clear_param_store()
+            torch.manual_seed(0)
+            svi = svi_class(location_model, guide, adam(), ELBO)
+            losses = []
+            for step in range(6):
+                SWITCH.weight = 1.0 if step < 3 else 0.5
+                losses.append(svi.step(X))
+            found.append((losses, values()))
+        assert found[1][0] == pytest.approx(found[0][0], rel=1e-10) and svi.compiled
+        assert_equal(found[1][1], found[0][1])
+        assert "late" in found[1][1]
+
+
+def test_a_recording_leaves_random_state_buffers_store_and_modules_as_they_were(recorded):
+    model, guide = PROGRAMS["pyro.module, batch norm, dropout"][0]()
+    svi = CompiledSVI(model, guide, adam(), ELBO)
+    super(CompiledSVI, svi).initialize(X)
+    before, state = values(guide.__closure__[0].cell_contents), torch.get_rng_state()
+    svi._gradients.prepare(list(svi.parameters.values()), (X,), {})
+    after = values(guide.__closure__[0].cell_contents)
+    assert svi.compiled and torch.equal(state, torch.get_rng_state())
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert all(parameter.grad is None for parameter in svi.parameters.values())
+    assert poutine.runtime._PYRO_STACK == []
+
+
+def test_evaluate_loss_is_compiled_apart(recorded):
+    _, _, svi = trajectory(CompiledSVI, *PROGRAMS["AutoNormal"])
+    for _ in range(3):
+        torch.manual_seed(5)
+        expected = SVI.evaluate_loss(svi, X)
+        torch.manual_seed(5)
+        assert svi.evaluate_loss(X) == pytest.approx(expected, rel=1e-12)
+    assert svi._bound.compiled
+
+
+def test_a_step_that_is_not_finite_raises_and_changes_nothing(recorded):
+    make, loss = PROGRAMS["AutoNormal"]
+    _, before, svi = trajectory(CompiledSVI, make, loss)
+    with pytest.raises(pyro_vae.svi.NonFiniteLossError, match='step 6: the loss is nan; first at site "x"'):
+        svi.step(X * float("nan"))
+    assert svi.compiled
+    assert_equal(values(svi.guide), before, 0.0)
+
+
+HOST = {"_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "is_nonzero", "equal"}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_step_reads_and_copies_nothing_on_the_host(name, recorded):
+    """What a CUDA graph asks for, as far as a CPU can tell: no host read, no copy between devices, fixed shapes."""
+    svi = trajectory(CompiledSVI, *PROGRAMS[name], steps=2)[2]
+    (recordings,) = svi._gradients._recordings.values()
+    nodes = [node for node in recordings[0].graph.graph.nodes if node.op == "call_function"]
+    assert len(nodes) > 5
+    for node in nodes:
+        assert node.target.__name__.partition(".")[0] not in HOST
+        assert node.kwargs.get("device") in (None, torch.device("cpu"))
+        assert all(isinstance(size, int) for size in getattr(node.meta.get("tensor_meta"), "shape", ()))
