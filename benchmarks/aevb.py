@@ -1,11 +1,11 @@
 """Figure 2 of Auto-Encoding Variational Bayes (arXiv 1312.6114): the bound against training samples seen.
 
 The paper's networks: one tanh hidden layer, 500 units for MNIST (dynamically binarised, Bernoulli) and 200 for Frey
-(Normal with a sigmoid mean and a scale predicted from z, or, beside the paper, one learned scale as in probabilistic
-PCA, to which the Frey rows are compared); batch 100, one draw, the analytic KL, Adagrad, weights from
-N(0, 0.01^2), a standard normal prior on the weights. The step size, of 0.01, 0.02 and 0.1, is the one with the best
-validation bound after 300,000 samples. A row's test set is scored once, with the weights at the best validation
-bound. One run per row: no interval over seeds.
+(Normal with a sigmoid mean and a scale predicted from z; beside the paper, `frey_floor` keeps that scale above 0.05,
+chosen by leaving out blocks of 220 successive frames, none of them test frames); batch 100, one draw, the analytic KL,
+Adagrad, weights from N(0, 0.01^2), a standard normal prior on the weights. The step size, of 0.01, 0.02 and 0.1, is
+the one with the best validation bound after 300,000 samples. A row's test set is scored once, with the weights at the
+best validation bound. One run per row: no interval over seeds.
 
     python benchmarks/aevb.py                  # all rows, up to 1e7 samples each; rows that are done are kept
     python benchmarks/aevb.py --rows mnist-3 frey-2
@@ -33,7 +33,7 @@ from pyro_vae.nn import MLP
 from pyro_vae.svi import NonFiniteLossError
 
 HERE = Path(__file__).parent
-LATENTS = {"mnist": (3, 5, 10, 20, 200), "frey": (2, 5, 10, 20), "frey_shared": (2, 5, 10, 20)}
+LATENTS = {"mnist": (3, 5, 10, 20, 200), "frey": (2, 5, 10, 20), "frey_floor": (2, 5, 10, 20)}
 STEP_SIZES = (0.01, 0.02, 0.1)
 SELECTION_SAMPLES = 300_000
 
@@ -43,7 +43,7 @@ def pair(name: str, event_shape: torch.Size, latent_dim: int) -> tuple[VAE, Amor
     hidden, likelihood = {
         "mnist": (500, Bernoulli()),
         "frey": (200, Normal("predicted", mean="sigmoid")),
-        "frey_shared": (200, Normal("shared", mean="sigmoid", initial_scale=0.1)),
+        "frey_floor": (200, Normal("predicted", mean="sigmoid", minimum_scale=0.05)),
     }[name]
     network = MLP(hidden=(hidden,), activation="tanh")
     model = VAE(event_shape, latent_dim, likelihood=likelihood, decoder=network)

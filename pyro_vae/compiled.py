@@ -238,10 +238,11 @@ class _Recording:
         self, leaves: Sequence[Any], actual: Callable, expected: Callable, tolerance: float, complaint: str
     ) -> None:
         """Both from the same random state and buffers; raise where they differ by more than rounding."""
-        results = []
+        tensors, results = [*self._tensors(leaves), *self.live], []
         for compute in (actual, expected):
-            with preserved(*self.live), torch.set_grad_enabled(torch.is_grad_enabled() and compute is not self.compute):
-                values = compute(*self._tensors(leaves), *self.live)
+            needs_gradients = torch.is_grad_enabled() and compute not in (self.compute, self.graph)
+            with preserved(*tensors), torch.set_grad_enabled(needs_gradients):
+                values = compute(*tensors)
                 results.append([value.detach().clone() for value in values if isinstance(value, Tensor)])
         norms = [value.double().nan_to_num().norm() for value in results[1]]
         for a, b, norm in zip(*results, norms, strict=True):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import pyro
 import torch
@@ -46,6 +48,8 @@ class Update:
         self.settings: list[dict[str, Any]] = []  # of each group, as given
         self._clips: list[tuple[Callable, Tensor]] = []
         self._joint: torch.optim.Optimizer | None = None
+        self._adam: AdamUpdate | None = None
+        self._rejoined = False  # since the update above was made
         self._seen: list[Any] = []
         self._members: list[list[dict[str, Any]]] = []
 
@@ -109,15 +113,36 @@ class Update:
         for clip, parameter in self._clips:
             if parameter.grad is not None:
                 clip(parameter)
-        if self._joint is None or self._seen != self._now():
-            self._joint = self._join()
-        self._joint.step()
-        self._joint.zero_grad()
-        for group, members in zip(self._joint.param_groups, self._members, strict=True):
+        joint = self._joined()
+        joint.step()
+        joint.zero_grad()
+        for group, members in zip(joint.param_groups, self._members, strict=True):
             if group.get("lr") != members[0].get("lr"):  # decayed by the optimiser itself
                 for member in members:
                     member["lr"] = group["lr"]
                 self._seen = self._now()
+
+    def adam(self) -> AdamUpdate | None:
+        """The next update in tensor arithmetic, where it is Adam's and nothing comes between; the same object as long
+        as only numbers among the settings change.
+        """
+        joint = self._joined()
+        if self._clips or not AdamUpdate.stands_for(joint):
+            return None
+        if self._adam is None or (self._rejoined and not _same_groups(self._adam.groups, _adam_groups(joint))):
+            self._adam = AdamUpdate(joint)
+            for optimizer in self.optimizers:
+                optimizer._had_gradient = True  # type: ignore[attr-defined]
+        self._rejoined = False
+        self._adam.begin(joint)
+        return self._adam
+
+    def _joined(self) -> torch.optim.Optimizer:
+        """All optimisers as one."""
+        if self._joint is None or self._seen != self._now():
+            self._joint = self._join()
+            self._rejoined = True
+        return self._joint
 
     def _now(self) -> list[Any]:
         """All that a joint optimiser was made from, and that its user may change."""
@@ -175,7 +200,11 @@ class Update:
         """Take up a `state_dict` of the same optimiser on the same parameters."""
         for parts, states in ((self.optimizers, state["optimizers"]), (self.schedulers, state["schedulers"])):
             for part, its_state in zip(parts, states, strict=True):
-                part.load_state_dict(its_state)
+                before = getattr(part, "state", {})
+                part.load_state_dict(dict(its_state))
+                for p, its in getattr(part, "state", {}).items():
+                    known = {key: value for key, value in before.get(p, {}).items() if isinstance(value, Tensor)}
+                    its |= {key: value.copy_(its[key]) for key, value in known.items()}  # the tensors that graphs know
 
 
 def _load(optimizer: Any, state: Mapping[str, Any]) -> None:
@@ -197,6 +226,74 @@ def _can_fuse(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> boo
         p.device.type in devices and p.is_floating_point() and (p.grad is None or p.grad.layout is torch.strided)
         for p in group["params"]
     )
+
+
+class AdamUpdate:
+    """Adam's step in tensor arithmetic alone, on the parameters and states of an optimiser: to be part of a graph."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.groups = _adam_groups(optimizer)
+        self.factors = [
+            (states[0][0].new_empty(2, len(states)), states[0][0].new_empty(6)) for states, *_ in self.groups
+        ]
+
+    @staticmethod
+    def stands_for(optimizer: torch.optim.Optimizer) -> bool:
+        unusual = ("amsgrad", "maximize", "capturable", "differentiable", "foreach")
+        return type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) and all(
+            group["fused"] and not any(group[key] for key in unusual) and not isinstance(group["lr"], Tensor)
+            for group in optimizer.param_groups
+        )
+
+    @torch.no_grad()
+    def begin(self, optimizer: torch.optim.Optimizer) -> None:
+        """Put the next step's factors, made in float64, where the graph reads them."""
+        for group, (states, *_), (of_steps, constants) in zip(
+            optimizer.param_groups, self.groups, self.factors, strict=True
+        ):
+            lr, decay, (beta1, beta2) = group["lr"], group["weight_decay"], group["betas"]
+            t = torch.stack([step for _, step, _, _ in states]).double() + 1
+            of_steps[0].copy_(lr / (1 - beta1**t))
+            of_steps[1].copy_((1 - beta2**t).sqrt_())
+            numbers = (1 - beta1, beta2, 1 - beta2, group["eps"], decay, 1 - lr * decay)
+            constants.copy_(torch.tensor(numbers, dtype=torch.float64))
+
+    @torch.no_grad()
+    def __call__(self, gradients: Mapping[Tensor, Tensor], finite: Tensor) -> None:
+        """Update parameters and states in place where `finite`."""
+        for (states, decays, decoupled), (of_steps, constants) in zip(self.groups, self.factors, strict=True):
+            new1, old2, new2, eps, decay, shrink = constants.unbind()
+            for (p, step, exp_avg, exp_avg_sq), (rate, correction2) in zip(states, of_steps.unbind(1), strict=True):
+                start = p * shrink if decays and decoupled else p
+                g = gradients[p] + decay * p if decays and not decoupled else gradients[p]
+                m = exp_avg + new1 * (g - exp_avg)
+                v = old2 * exp_avg_sq + new2 * g * g
+                new = start - rate * m / (v.sqrt() / correction2 + eps)
+                for tensor, value in ((p, new), (step, step + 1), (exp_avg, m), (exp_avg_sq, v)):
+                    tensor.copy_(torch.where(finite, value, tensor))
+
+
+class _AdamGroup(NamedTuple):
+    states: list[tuple[Tensor, Tensor, Tensor, Tensor]]  # parameter, steps, moments
+    decays: bool
+    decoupled: bool  # from the gradient
+
+
+def _adam_groups(optimizer: torch.optim.Optimizer) -> list[_AdamGroup]:
+    groups = []
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if not (state := optimizer.state[p]):
+                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+        states = [(p, *(optimizer.state[p][key] for key in ("step", "exp_avg", "exp_avg_sq"))) for p in group["params"]]
+        groups.append(_AdamGroup(states, group["weight_decay"] != 0, group["decoupled_weight_decay"]))
+    return groups
+
+
+def _same_groups(first: Sequence[_AdamGroup], second: Sequence[_AdamGroup]) -> bool:
+    a, b = ([x for states, *flags in groups for x in (*itertools.chain(*states), *flags)] for groups in (first, second))
+    return len(a) == len(b) and all(map(operator.is_, a, b))
 
 
 class _FusedClippedAdam(ClippedAdam):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +15,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor, nn
 
 from .compiled import Compiled, get_random_state, preserved, set_random_state
-from .optim import Optimizer, Update
+from .optim import AdamUpdate, Optimizer, Update
 
 __all__ = ["SVI", "CompiledSVI", "NonFiniteLossError", "latent_scale"]
 
@@ -238,9 +240,11 @@ class CompiledSVI(SVI):
         self, model: Callable, guide: Callable, optim: Optimizer, loss: Any, *, clip_norm: float | None = None
     ) -> None:
         super().__init__(model, guide, optim, loss, clip_norm=clip_norm)
-        store = vars(pyro.get_param_store())
-        self._gradients = Compiled(self._loss_and_gradients, model, guide, loss, store)
-        self._bound = Compiled(self._loss, model, guide, loss, store)
+        programs = (model, guide, loss, vars(pyro.get_param_store()))
+        self._whole = Compiled(self._whole_step, *programs)
+        self._gradients = Compiled(self._loss_and_gradients, *programs)
+        self._bound = Compiled(self._loss, *programs)
+        self._partial = clip_norm is not None  # the optimiser acts beside the graph, not in it
         if isinstance(loss, pyro.infer.ELBO) and not hasattr(loss, "differentiable_loss"):
             self._gradients.fall_back(
                 f"{type(loss).__name__} has no differentiable_loss to record. Mend: use one that has, like Trace_ELBO"
@@ -248,39 +252,84 @@ class CompiledSVI(SVI):
 
     @property
     def compiled(self) -> bool:
-        return self._gradients.compiled
+        return self.fallback_reason is None and (self._whole.compiled or self._gradients.compiled)
 
     @property
     def fallback_reason(self) -> str | None:
-        return self._gradients.fallback_reason
+        return self._whole.fallback_reason or self._gradients.fallback_reason
 
     @property
     def compile_seconds(self) -> float:
         """What recording and compiling have taken so far."""
-        return self._gradients.seconds + self._bound.seconds
+        return self._whole.seconds + self._gradients.seconds + self._bound.seconds
 
     def initialize(self, *args: Any, **kwargs: Any) -> None:
         super().initialize(*args, **kwargs)
-        self._gradients.prepare(list(self.parameters.values()), args, kwargs)
+        self._prepare(args, kwargs)
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         with torch.no_grad():
             return self._bound(*args, **kwargs).item()
 
-    def _backward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Sequence[bool]]:
-        if self.parameters and self.fallback_reason is None:
+    def step_async(self, *args: Any, **kwargs: Any) -> Tensor:
+        known = len(self.parameters)
+        adam = self._adam()
+        if adam is not None:
+            random_state = get_random_state()
             try:
-                loss, finite, used, gradients = self._gradients(list(self.parameters.values()), args, kwargs)
+                loss, finite = self._whole(adam, list(self.parameters.values()), args, kwargs)
             except _NewParametersError:
                 pass
+            except _UnusedParameterError:
+                self._partial = True
             else:
+                if not bool(finite):
+                    set_random_state(random_state)
+                    with preserved(), pyro.validation_enabled(False), warnings.catch_warnings():
+                        warnings.filterwarnings("ignore", "Encountered", UserWarning)
+                        SVI._backward(self, *args, **kwargs)
+                    raise self._diagnosis(loss, random_state, args, kwargs)
+                self.steps += 1
+                return loss
+        loss = super().step_async(*args, **kwargs)
+        if len(self.parameters) != known:
+            self._prepare(args, kwargs)
+        return loss
+
+    def _adam(self) -> AdamUpdate | None:
+        """The update, where it can be part of the graph."""
+        parameters = self.parameters.values()
+        if not parameters or self.fallback_reason or self._partial or any(p.grad is not None for p in parameters):
+            return None
+        return self.update.adam()
+
+    def _prepare(self, args: Any, kwargs: Any) -> None:
+        """Compile for these arguments."""
+        parameters = list(self.parameters.values())
+        if adam := self._adam():
+            try:
+                return self._whole.prepare(adam, parameters, args, kwargs)
+            except _UnusedParameterError:
+                self._partial = True
+        if self.fallback_reason is None:
+            self._gradients.prepare(parameters, args, kwargs)
+
+    def _backward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Sequence[bool]]:
+        if self.parameters and self.fallback_reason is None and self._adam() is None:
+            with contextlib.suppress(_NewParametersError):
+                loss, finite, used, gradients = self._gradients(list(self.parameters.values()), args, kwargs)
                 for parameter, gradient in zip(self.parameters.values(), gradients, strict=True):
                     if gradient is not None:
                         parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
                 return loss, finite, used
-        result = super()._backward(*args, **kwargs)
-        self._gradients.prepare(list(self.parameters.values()), args, kwargs)
-        return result
+        return super()._backward(*args, **kwargs)
+
+    def _whole_step(self, adam: AdamUpdate, parameters: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
+        loss, finite, used, gradients = self._loss_and_gradients(parameters, args, kwargs)
+        if not all(used) or any(gradient is None for gradient in gradients):
+            raise _UnusedParameterError
+        adam(dict(zip(parameters, gradients, strict=True)), finite)
+        return loss, finite
 
     def _loss_and_gradients(self, parameters: Any, args: Any, kwargs: Any) -> tuple[Any, ...]:
         loss_function = getattr(self.objective, "differentiable_loss", self.objective)
@@ -300,6 +349,10 @@ class CompiledSVI(SVI):
 
 class _NewParametersError(Exception):
     """The program makes parameters that the optimiser does not know yet."""
+
+
+class _UnusedParameterError(Exception):
+    """A parameter has no gradient, so that the optimiser leaves it out."""
 
 
 def _finite(loss: Tensor, gradients: Sequence[Tensor]) -> Tensor:

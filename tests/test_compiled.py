@@ -59,6 +59,11 @@ def trajectory(svi_class, make, loss, args=(X,), steps=5, optim=adam, after_step
     return losses, values(model, guide), svi
 
 
+def graphs(svi):
+    parts = (svi._whole, svi._gradients)
+    return [recording for part in parts for variants in part._recordings.values() for recording in variants]
+
+
 def values(*programs):
     store = pyro.get_param_store()
     found = {name: store[name].detach().clone() for name in store}
@@ -104,7 +109,7 @@ def test_the_graph_gives_the_eager_loss_and_gradients(case, loss, recorded):
     """Of both, from the same draws: the loss, and each gradient relative to its own norm, to 1e-10 in float64."""
     model, guide = (program.double() for program in case.pair())
     x = case.data().double()
-    svi = CompiledSVI(model, guide, adam(), LOSSES[loss]())
+    svi = CompiledSVI(model, guide, pyro.optim.SGD({"lr": 0.01}), LOSSES[loss]())
     results = []
     for backward in (super(CompiledSVI, svi)._backward, svi._backward):
         torch.manual_seed(1)
@@ -127,7 +132,7 @@ def test_inductor_gives_the_eager_loss_and_gradients(name, dtype):
     model, guide = (program.to(dtype) for program in case.pair())
     x = case.data().to(dtype)
     torch.set_default_dtype(dtype)
-    svi = CompiledSVI(model, guide, adam(), TraceMeanField_ELBO())
+    svi = CompiledSVI(model, guide, pyro.optim.SGD({"lr": 0.01}), TraceMeanField_ELBO())
     svi.initialize(x)
     results = []
     for backward in (super(CompiledSVI, svi)._backward, svi._backward):
@@ -138,6 +143,19 @@ def test_inductor_gives_the_eager_loss_and_gradients(name, dtype):
     assert svi.compiled
     for eager, compiled in zip(*results, strict=True):
         assert (eager - compiled).norm() <= tolerance * eager.norm()
+
+
+@pytest.mark.parametrize("optimizer", ["Adam", "AdamW"])
+def test_inductor_takes_the_same_steps(optimizer):
+    """With the update inside the graph, and a learning rate that changes without another graph."""
+
+    def after_step(svi):
+        for optimizer in svi.optim.optim_objs.values():
+            optimizer.param_groups[0]["lr"] *= 0.9
+
+    optim = functools.partial(getattr(pyro.optim, optimizer), {"lr": 0.05, "weight_decay": 0.1})
+    svi = assert_same_trajectory(*PROGRAMS["AutoNormal"], optim=optim, after_step=after_step)
+    assert svi._whole.compiled and len(graphs(svi)) == 1
 
 
 def test_the_semi_supervised_example_with_one_name_changed(recorded):
@@ -389,7 +407,7 @@ class TestGuards:
         expected, _ = self.steps(SVI, model, change)
         losses, svi = self.steps(CompiledSVI, model, change)
         assert losses == pytest.approx(expected, rel=1e-10)
-        assert svi.compiled and sum(map(len, svi._gradients._recordings.values())) == 2
+        assert svi.compiled and len(graphs(svi)) == 2
 
     def test_an_attribute(self, recorded):
         self.assert_same(lambda x: location_model(x, SWITCH.weight), lambda w: setattr(SWITCH, "weight", w))
@@ -465,7 +483,7 @@ class TestGuards:
             svi = svi_class(location_model, guide, adam(), ELBO)
             found.append([svi.step(X, 0.1 * step) for step in range(1, 7)])
         assert found[1] == pytest.approx(found[0], rel=1e-10)
-        assert svi.compiled and len(svi._gradients._recordings) == 1
+        assert svi.compiled and len(graphs(svi)) == 1
 
     def test_batches_of_two_shapes_have_a_graph_each(self, recorded):
         found = []
@@ -475,7 +493,7 @@ class TestGuards:
             svi = svi_class(location_model, location_guide, adam(), ELBO)
             found.append([svi.step(X[: 6 if step % 2 else 4]) for step in range(8)])
         assert found[1] == pytest.approx(found[0], rel=1e-10)
-        assert svi.compiled and len(svi._gradients._recordings) == 2
+        assert svi.compiled and len(graphs(svi)) == 2
 
     def test_a_cleared_parameter_store(self, recorded):
         """The parameters are made anew, and trained from there."""
@@ -519,7 +537,7 @@ def test_a_recording_leaves_random_state_buffers_store_and_modules_as_they_were(
     svi = CompiledSVI(model, guide, adam(), ELBO)
     super(CompiledSVI, svi).initialize(X)
     before, state = values(guide.__closure__[0].cell_contents), torch.get_rng_state()
-    svi._gradients.prepare(list(svi.parameters.values()), (X,), {})
+    svi._prepare((X,), {})
     after = values(guide.__closure__[0].cell_contents)
     assert svi.compiled and torch.equal(state, torch.get_rng_state())
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
@@ -553,8 +571,8 @@ HOST = {"_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "is
 def test_a_step_reads_and_copies_nothing_on_the_host(name, recorded):
     """What a CUDA graph asks for, as far as a CPU can tell: no host read, no copy between devices, fixed shapes."""
     svi = trajectory(CompiledSVI, *PROGRAMS[name], steps=2)[2]
-    (recordings,) = svi._gradients._recordings.values()
-    nodes = [node for node in recordings[0].graph.graph.nodes if node.op == "call_function"]
+    (recording,) = graphs(svi)
+    nodes = [node for node in recording.graph.graph.nodes if node.op == "call_function"]
     assert len(nodes) > 5
     for node in nodes:
         assert node.target.__name__.partition(".")[0] not in HOST
