@@ -182,10 +182,19 @@ class _Recording:
         self.graph, self.live = _lifted(graphs)
         self.compute = _compile(self.graph, [*self._tensors(leaves), *self.live])
         self._compare(leaves, self.compute, self.graph, 1e-3, "the compiled graph and the recorded one differ")
+        if all(tensor.is_cuda for tensor in (*self._tensors(leaves), *self.live)):
+            self.compute = _cuda_graph(self.compute, self._tensors(leaves), self.live)
 
     def state_holds(self) -> bool:
         """Whether the Python state that the program read is what it was."""
-        return all(_same(_get(container, key), value) for container, key, value in self.state)
+        try:
+            for container, key, value in self.state:
+                now = container[key]
+                if now is not value and not _same(now, value):
+                    return False
+        except (LookupError, ValueError):
+            return False
+        return True
 
     def replay(self, leaves: Sequence[Any]) -> Any:
         self.calls += 1
@@ -203,7 +212,7 @@ class _Recording:
 
     def _tensors(self, leaves: Sequence[Any]) -> list[Tensor]:
         return [
-            leaf if isinstance(leaf, Tensor) else torch.tensor(leaf, dtype=self.float_dtype, device=self.device)
+            leaf if isinstance(leaf, Tensor) else torch.full((), leaf, dtype=self.float_dtype, device=self.device)
             for leaf in leaves
             if isinstance(leaf, Tensor | float)
         ]
@@ -267,6 +276,29 @@ def _compile(graph: GraphModule, tensors: Sequence[Tensor]) -> Callable:
 def _inductor(graph: GraphModule, tensors: Sequence[Tensor]) -> Callable:
     with torch.no_grad(), torch._inductor.config.patch(fallback_random=True):
         return torch._inductor.standalone_compile(graph, list(tensors), dynamic_shapes="from_example_inputs")
+
+
+def _cuda_graph(compute: Callable, given: Sequence[Tensor], live: Sequence[Tensor]) -> Callable:
+    """All kernels in one launch, with fresh random numbers at each; arguments are copied to where it reads them."""
+    buffers = [tensor.detach().clone() for tensor in given]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.no_grad(), preserved(*live):
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # what libraries allocate at their first call must not be captured
+                compute(*buffers, *live)
+        torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        results = compute(*buffers, *live)
+
+    def replay(*tensors: Tensor) -> list[Any]:
+        for buffer, tensor in zip(buffers, tensors, strict=False):  # live tensors follow
+            buffer.copy_(tensor)
+        graph.replay()
+        return [result.clone() if isinstance(result, Tensor) else result for result in results]
+
+    return replay
 
 
 @functools.cache
@@ -417,7 +449,7 @@ def _python_state(roots: Sequence[Any]) -> list[_Entry]:
             if _library(value.__module__):
                 return
             for cell in value.__closure__ or ():
-                add(cell, "cell_contents", _get(cell, "cell_contents"))
+                add(_Cell(cell), 0, _get(_Cell(cell), 0))
             names = _names(value.__code__)
             for name in names & value.__globals__.keys():
                 target = value.__globals__[name]
@@ -473,9 +505,9 @@ def _stable(states: Sequence[list[_Entry]]) -> list[_Entry]:
         NotStaticError: a number changes.
     """
     stable = []
-    later = [{(id(container), key): value for container, key, value in state} for state in states[1:]]
+    later = [{_place(container, key): value for container, key, value in state} for state in states[1:]]
     for container, key, value in states[0]:
-        values = [value, *(state.get((id(container), key), _MISSING) for state in later)]
+        values = [value, *(state.get(_place(container, key), _MISSING) for state in later)]
         if all(_same(value, other) for other in values):
             stable.append((container, key, value))
         elif all(isinstance(other, Scalar) for other in values):
@@ -488,11 +520,28 @@ def _stable(states: Sequence[list[_Entry]]) -> list[_Entry]:
     return stable
 
 
+def _place(container: Any, key: Any) -> Hashable:
+    return (id(container.cell) if isinstance(container, _Cell) else id(container)), key
+
+
 def _get(container: Any, key: Any) -> Any:
     try:
-        return getattr(container, key) if isinstance(container, types.CellType) else container[key]
-    except (KeyError, IndexError, ValueError):
+        return container[key]
+    except (LookupError, ValueError):
         return _MISSING
+
+
+class _Cell:
+    """A closure's variable as a container."""
+
+    def __init__(self, cell: types.CellType) -> None:
+        self.cell = cell
+
+    def __getitem__(self, key: int) -> Any:
+        return self.cell.cell_contents
+
+    def __setitem__(self, key: int, value: Any) -> None:
+        self.cell.cell_contents = value
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -236,6 +236,8 @@ class AdamUpdate:
         self.factors = [
             (states[0][0].new_empty(2, len(states)), states[0][0].new_empty(6)) for states, *_ in self.groups
         ]
+        self.numbers: dict[Tensor, tuple[float, ...]] = {}  # that the constants hold
+        self.unbroken = torch.ones((), dtype=torch.bool, device=self.factors[0][0].device)
 
     @staticmethod
     def stands_for(optimizer: torch.optim.Optimizer) -> bool:
@@ -244,6 +246,10 @@ class AdamUpdate:
             group["fused"] and not any(group[key] for key in unusual) and not isinstance(group["lr"], Tensor)
             for group in optimizer.param_groups
         )
+
+    def mend(self) -> None:
+        """Let updates through again after a step that was not finite."""
+        self.unbroken.fill_(True)
 
     @torch.no_grad()
     def begin(self, optimizer: torch.optim.Optimizer) -> None:
@@ -256,11 +262,16 @@ class AdamUpdate:
             of_steps[0].copy_(lr / (1 - beta1**t))
             of_steps[1].copy_((1 - beta2**t).sqrt_())
             numbers = (1 - beta1, beta2, 1 - beta2, group["eps"], decay, 1 - lr * decay)
-            constants.copy_(torch.tensor(numbers, dtype=torch.float64))
+            if self.numbers.get(constants) != numbers:
+                for constant, number in zip(constants, numbers, strict=True):
+                    constant.fill_(number)
+                self.numbers[constants] = numbers
 
     @torch.no_grad()
     def __call__(self, gradients: Mapping[Tensor, Tensor], finite: Tensor) -> None:
-        """Update parameters and states in place where `finite`."""
+        """Update parameters and states in place, unless this step or one since `mend` is not `finite`."""
+        finite = finite & self.unbroken
+        self.unbroken.copy_(finite)
         for (states, decays, decoupled), (of_steps, constants) in zip(self.groups, self.factors, strict=True):
             new1, old2, new2, eps, decay, shrink = constants.unbind()
             for (p, step, exp_avg, exp_avg_sq), (rate, correction2) in zip(states, of_steps.unbind(1), strict=True):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import pyro.infer
@@ -135,7 +136,16 @@ class SVI(pyro.infer.SVI):
 
     def step(self, *args: Any, **kwargs: Any) -> float:
         """A step of the optimiser; returns the loss in nats, summed over the batch."""
-        return self.step_async(*args, **kwargs).item()
+        loss = self.step_async(*args, **kwargs).item()
+        self.settle()
+        return loss
+
+    def settle(self) -> None:
+        """Wait until all steps are known to have been finite, which `step_async` of a compiled one may not yet know.
+
+        Raises:
+            NonFiniteLossError: one was not.
+        """
 
     def _collect(self, trace: poutine.Trace) -> None:
         """Find the parameters; those that are new since the last time join the optimiser."""
@@ -244,6 +254,7 @@ class CompiledSVI(SVI):
         self._whole = Compiled(self._whole_step, *programs)
         self._gradients = Compiled(self._loss_and_gradients, *programs)
         self._bound = Compiled(self._loss, *programs)
+        self._unsettled: collections.deque[_Step] = collections.deque()
         self._partial = clip_norm is not None  # the optimiser acts beside the graph, not in it
         if isinstance(loss, pyro.infer.ELBO) and not hasattr(loss, "differentiable_loss"):
             self._gradients.fall_back(
@@ -277,24 +288,38 @@ class CompiledSVI(SVI):
         if adam is not None:
             random_state = get_random_state()
             try:
-                loss, finite = self._whole(adam, list(self.parameters.values()), args, kwargs)
+                loss, finite = self._whole(adam, args, kwargs)
             except _NewParametersError:
                 pass
             except _UnusedParameterError:
                 self._partial = True
             else:
-                if not bool(finite):
-                    set_random_state(random_state)
-                    with preserved(), pyro.validation_enabled(False), warnings.catch_warnings():
-                        warnings.filterwarnings("ignore", "Encountered", UserWarning)
-                        SVI._backward(self, *args, **kwargs)
-                    raise self._diagnosis(loss, random_state, args, kwargs)
                 self.steps += 1
+                self._unsettled.append(_Step(self.steps, loss, _Flag(finite), random_state, args, kwargs))
+                self._settle(lambda flag: flag.arrived())
                 return loss
         loss = super().step_async(*args, **kwargs)
         if len(self.parameters) != known:
             self._prepare(args, kwargs)
         return loss
+
+    def settle(self) -> None:
+        self._settle(lambda flag: True)
+
+    def _settle(self, due: Callable[[_Flag], bool]) -> None:
+        """Look whether past steps were finite, those that are `due`; after one that was not no other acted."""
+        while self._unsettled and due(self._unsettled[0].finite):
+            step = self._unsettled.popleft()
+            if not bool(step.finite):
+                self._unsettled.clear()
+                self.steps = step.number - 1
+                if adam := self.update.adam():
+                    adam.mend()
+                set_random_state(step.random_state)
+                with preserved(), pyro.validation_enabled(False), warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "Encountered", UserWarning)
+                    SVI._backward(self, *step.args, **step.kwargs)
+                raise self._diagnosis(step.loss, step.random_state, step.args, step.kwargs)
 
     def _adam(self) -> AdamUpdate | None:
         """The update, where it can be part of the graph."""
@@ -305,46 +330,73 @@ class CompiledSVI(SVI):
 
     def _prepare(self, args: Any, kwargs: Any) -> None:
         """Compile for these arguments."""
-        parameters = list(self.parameters.values())
         if adam := self._adam():
             try:
-                return self._whole.prepare(adam, parameters, args, kwargs)
+                return self._whole.prepare(adam, args, kwargs)
             except _UnusedParameterError:
                 self._partial = True
         if self.fallback_reason is None:
-            self._gradients.prepare(parameters, args, kwargs)
+            self._gradients.prepare(frozenset(self.parameters), args, kwargs)
 
     def _backward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Sequence[bool]]:
         if self.parameters and self.fallback_reason is None and self._adam() is None:
             with contextlib.suppress(_NewParametersError):
-                loss, finite, used, gradients = self._gradients(list(self.parameters.values()), args, kwargs)
+                loss, finite, used, gradients = self._gradients(frozenset(self.parameters), args, kwargs)
                 for parameter, gradient in zip(self.parameters.values(), gradients, strict=True):
                     if gradient is not None:
                         parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
                 return loss, finite, used
         return super()._backward(*args, **kwargs)
 
-    def _whole_step(self, adam: AdamUpdate, parameters: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
-        loss, finite, used, gradients = self._loss_and_gradients(parameters, args, kwargs)
+    def _whole_step(self, adam: AdamUpdate, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
+        loss, finite, used, gradients = self._loss_and_gradients(frozenset(), args, kwargs)
         if not all(used) or any(gradient is None for gradient in gradients):
             raise _UnusedParameterError
-        adam(dict(zip(parameters, gradients, strict=True)), finite)
+        adam(dict(zip(self.parameters.values(), gradients, strict=True)), finite)
         return loss, finite
 
-    def _loss_and_gradients(self, parameters: Any, args: Any, kwargs: Any) -> tuple[Any, ...]:
+    def _loss_and_gradients(self, names: frozenset[str], args: Any, kwargs: Any) -> tuple[Any, ...]:
         loss_function = getattr(self.objective, "differentiable_loss", self.objective)
         with poutine.trace(param_only=True) as captured:
             loss = loss_function(self.model, self.guide, *args, **kwargs)
         known = {id(parameter) for parameter in self.parameters.values()}
         if any(id(site["value"].unconstrained()) not in known for site in captured.trace.nodes.values()):
             raise _NewParametersError
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        gradients = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
         loss = loss.detach().double()
         finite = _finite(loss, [gradient for gradient in gradients if gradient is not None])
         return loss, finite, self._used(captured.trace), gradients
 
     def _loss(self, *args: Any, **kwargs: Any) -> Tensor:
         return torch.as_tensor(self.loss(self.model, self.guide, *args, **kwargs), dtype=torch.float64)
+
+
+class _Flag:
+    """A boolean on its way from the device."""
+
+    def __init__(self, flag: Tensor) -> None:
+        self.flag, self.event = flag, None
+        if flag.is_cuda:
+            self.flag = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(flag, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+
+    def arrived(self) -> bool:
+        return self.event is None or self.event.query()
+
+    def __bool__(self) -> bool:
+        if self.event is not None:
+            self.event.synchronize()
+        return bool(self.flag)
+
+
+class _Step(NamedTuple):
+    number: int
+    loss: Tensor
+    finite: _Flag
+    random_state: Any
+    args: Any
+    kwargs: Any
 
 
 class _NewParametersError(Exception):

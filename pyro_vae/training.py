@@ -219,10 +219,12 @@ def fit(
                 state.position += 1
                 bar.update()
                 if interrupted.is_set() or time.monotonic() - state.saved > SAVE_EVERY:
+                    svi.settle()
                     state.save()
                 if interrupted.is_set():
                     bar.close()
                     raise KeyboardInterrupt(f"saved at step {svi.steps}: go on with resume={str(path)!r}")
+            svi.settle()
             record: dict[str, Any] = {"epoch": state.epoch + 1, "steps": svi.steps}
             record["bound"] = data.log_jacobian - float(state.total) / len(data)
             if held_out is not None:

@@ -23,7 +23,7 @@ from pyro.infer import (
 from torch import nn
 
 import pyro_vae.compiled
-from pyro_vae import CompiledSVI
+from pyro_vae import CompiledSVI, checkpoint, evaluate, fit
 from pyro_vae.compiled import FallbackWarning
 
 ELBO = Trace_ELBO()
@@ -578,3 +578,81 @@ def test_a_step_reads_and_copies_nothing_on_the_host(name, recorded):
         assert node.target.__name__.partition(".")[0] not in HOST
         assert node.kwargs.get("device") in (None, torch.device("cpu"))
         assert all(isinstance(size, int) for size in getattr(node.meta.get("tensor_meta"), "shape", ()))
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[-1]], ids=lambda case: case.name)
+def test_compiled_scores_are_the_eager_ones(case, recorded):
+    """Eleven data in rows of equal number, the last filled up."""
+    model, guide = case.pair()
+    x = case.data(11).double()
+    eager, compiled = (evaluate(model, guide, x, num_samples=600, compile=c, progress=False) for c in (False, True))
+    for name, scores in eager.per_datum.items():
+        assert torch.allclose(scores, compiled.per_datum[name], rtol=1e-9, atol=1e-9), name
+    assert torch.allclose(eager.kl_per_dim, compiled.kl_per_dim, rtol=1e-10, atol=1e-10)
+
+
+def test_fit_compiles_by_one_argument_and_resumes_to_the_same_bits(recorded, tmp_path):
+    """Cut inside the second epoch; the checkpoint knows the mode; the eager run has the same bounds."""
+    x = CASES[0].data(20).double()
+
+    def train(path, compile=None, epochs=4, **arguments):
+        model, guide = CASES[0].pair()
+        return fit(model, guide, x, epochs=epochs, batch_size=8, progress=False, compile=compile, **arguments, **path)
+
+    bounds = {}
+    for mode in (True, False):
+        run = train({"out": tmp_path / str(mode)}, mode)
+        bounds[mode] = [record["bound"] for record in run.history]
+    assert bounds[True] == pytest.approx(bounds[False], rel=1e-10)
+
+    def interrupt(run):
+        if len(run.history) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train({"out": tmp_path / "cut"}, True, callbacks=[interrupt])
+    state = checkpoint.load(tmp_path / "cut" / "checkpoints" / "last.safetensors")
+    assert state["execution"]["compiled"] is True
+    resumed = train({"resume": tmp_path / "cut"})
+    assert [record["bound"] for record in resumed.history] == bounds[True]
+
+
+@pytest.mark.cuda
+class TestCuda:
+    @pytest.fixture(autouse=True)
+    def device(self):
+        torch.set_default_device("cuda")
+        yield
+        torch.set_default_device("cpu")
+
+    @pytest.mark.parametrize("name", ["AutoNormal", "mask, scale, constraint", "tutorial's VAE", "deep Markov model"])
+    def test_the_replayed_steps_are_those_of_stock_svi(self, name):
+        make, loss, *args = PROGRAMS[name]
+        args = [value.cuda() if isinstance(value, torch.Tensor) else value for value in (args[0] if args else (X,))]
+        svi = assert_same_trajectory(make, loss, args)
+        assert svi.compiled and all(parameter.is_cuda for parameter in svi.parameters.values())
+
+    def test_no_step_waits_for_the_device_and_each_draws_afresh(self):
+        x = X.cuda()
+        make, loss = PROGRAMS["tutorial's VAE"]
+        svi = trajectory(CompiledSVI, make, loss, (x,), steps=10)[2]
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            losses = [svi.step_async(x) for _ in range(6)]  # steps 11 to 16: no audit among them
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        svi.settle()
+        assert len({loss.item() for loss in losses}) == 6 and all(loss.is_cuda for loss in losses)
+
+    def test_after_a_step_that_is_not_finite_no_other_acts(self):
+        x = X.cuda()
+        make, loss = PROGRAMS["AutoNormal"]
+        _, before, svi = trajectory(CompiledSVI, make, loss, (x,))
+        with pytest.raises(pyro_vae.svi.NonFiniteLossError, match='step 6: the loss is nan; first at site "x"'):
+            for batch in (x * float("nan"), x, x):
+                svi.step_async(batch)
+            svi.settle()
+        assert svi.steps == 5
+        assert_equal(values(svi.guide), before, 0.0)
+        svi.step(x)
+        assert any(not torch.equal(value, before[name]) for name, value in values(svi.guide).items())
