@@ -180,11 +180,12 @@ def draw(source: Path, target: Path) -> None:
     import matplotlib.pyplot as plt
 
     rows = json.loads(source.read_text())["rows"]
-    columns = max(len(dims) for dims in LATENTS.values())
+    drawn = {name: dims for name, dims in LATENTS.items() if any(f"{name}-{k}" in rows for k in dims)}
+    columns = max(map(len, drawn.values()))
     figure, grid = plt.subplots(
-        len(LATENTS), columns, figsize=(3 * columns, 3 * len(LATENTS)), layout="constrained", sharey="row"
+        len(drawn), columns, figsize=(3 * columns, 3 * len(drawn)), layout="constrained", sharey="row", squeeze=False
     )
-    for axes_of_row, (name, dims) in zip(grid, LATENTS.items(), strict=True):
+    for axes_of_row, (name, dims) in zip(grid, drawn.items(), strict=True):
         for axes, latent_dim in zip(axes_of_row, dims, strict=False):
             result = rows.get(f"{name}-{latent_dim}")
             if result is None:
@@ -201,9 +202,10 @@ def draw(source: Path, target: Path) -> None:
             axes.set_ylim((-170, -90) if name == "mnist" else (-200, 1500))
         for axes in axes_of_row[len(dims) :]:
             axes.axis("off")
-        axes_of_row[0].set_ylabel("bound, nats per datum")
-        if axes_of_row[0].has_data():
-            axes_of_row[0].legend(frameon=False, fontsize=8)
+        first = next(axes for axes in axes_of_row if axes.has_data())
+        first.tick_params(labelleft=True)
+        first.set_ylabel("bound, nats per datum")
+        first.legend(frameon=False, fontsize=8)
     figure.savefig(target, dpi=110)
 
 

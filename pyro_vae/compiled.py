@@ -57,7 +57,7 @@ class Compiled:
     A signature is the shapes, types and devices of the tensors among the arguments, the values of the others (a float
     enters as a tensor), the handlers around the call, and the Python state that the function and `programs` read:
     attributes, closures, globals. The first signature is compiled at its first call, others at their second. What
-    cannot be recorded runs eagerly, and `fallback_reason` says why. At calls 2, 4, 8 ... a graph is held against the
+    cannot be recorded runs eagerly, and `fallback_reason` says why. At calls 1, 2, 4 ... a graph is held against the
     function itself, run with the same draws.
 
     From the same random state a replay gives what the function gives, up to rounding. Random state, buffers and the

@@ -106,9 +106,13 @@ def log_weights(
     """
     nesting = _plate_nesting(model, guide, args, kwargs)
     weights, observed = _log_weights(model, guide, args, kwargs, num_samples, nesting)
-    for name, site in observed.items():
-        check_support(name, site["fn"], site["value"])
+    _check_observed(observed)
     return weights
+
+
+def _check_observed(sites: Mapping[str, Any]) -> None:
+    for name, site in sites.items():
+        check_support(name, site["fn"], site["value"])
 
 
 def _log_weights(
@@ -264,9 +268,9 @@ def evaluate(
             count = min(rows, len(data) - begin)
             index = torch.arange(begin, begin + rows, device=device).clamp(max=len(data) - 1)  # graphs have one shape
             args, kwargs = data.batch(index, generator)
-            with torch.random.fork_rng():
-                log_weights(model, guide, args, kwargs, 1)  # checks the data
             nesting, sums = _plate_nesting(model, guide, args, kwargs), _Sums(len(index), tail)
+            with torch.random.fork_rng():
+                _check_observed(_log_weights(model, guide, args, kwargs, 1, nesting)[1])
             for K in draws:
                 sums.add(*compute(args, kwargs, K, nesting))
             for name, value in _scores(sums, num_samples).items():

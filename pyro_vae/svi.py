@@ -226,7 +226,7 @@ class SVI(pyro.infer.SVI):
 
 
 class CompiledSVI(SVI):
-    """`SVI` whose step, from the draws to the gradients, is recorded once and replayed as one compiled graph.
+    """`SVI` whose step, from the draws to the gradients or, with Adam, the update, is replayed as one compiled graph.
 
     A drop-in for `pyro.infer.SVI` for any Pyro program of static structure: the same numbers from the same draws, up
     to rounding. `compiled` is True, or False with `fallback_reason`: then every step is `SVI`'s. See `Compiled` for

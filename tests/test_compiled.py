@@ -393,21 +393,25 @@ def global_model(x):
 class TestGuards:
     """A number of Python that changes between steps leads to a new graph, not to old numbers."""
 
-    def steps(self, svi_class, model, change, steps=6):
-        pyro.clear_param_store()
-        torch.manual_seed(0)
-        svi = svi_class(model, location_guide, adam(), ELBO)
-        losses = []
-        for step in range(steps):
-            change(1.0 if step < 3 else 0.25)
-            losses.append(svi.step(X))
-        return losses, svi
+    def assert_same_steps(self, step, make=lambda: (location_model, location_guide), steps=6):
+        """`step(svi, i)` for i = 0, 1, ...: of stock SVI and CompiledSVI the same losses, parameters and buffers."""
+        found = []
+        for svi_class in (SVI, CompiledSVI):
+            pyro.clear_param_store()
+            torch.manual_seed(0)
+            svi = svi_class(*make(), adam(), ELBO)
+            losses = [step(svi, i) for i in range(steps)]
+            found.append((losses, values(svi.model, svi.guide)))
+        assert found[1][0] == pytest.approx(found[0][0], rel=1e-10) and svi.compiled
+        assert_equal(found[1][1], found[0][1])
+        return svi
 
     def assert_same(self, model, change):
-        expected, _ = self.steps(SVI, model, change)
-        losses, svi = self.steps(CompiledSVI, model, change)
-        assert losses == pytest.approx(expected, rel=1e-10)
-        assert svi.compiled and len(graphs(svi)) == 2
+        def step(svi, i):
+            change(1.0 if i < 3 else 0.25)
+            return svi.step(X)
+
+        assert len(graphs(self.assert_same_steps(step, lambda: (model, location_guide)))) == 2
 
     def test_an_attribute(self, recorded):
         self.assert_same(lambda x: location_model(x, SWITCH.weight), lambda w: setattr(SWITCH, "weight", w))
@@ -429,37 +433,28 @@ class TestGuards:
         self.assert_same(lambda x: location_model(x, settings["weight"]), lambda w: settings.update(weight=w))
 
     def test_a_handler_around_the_step(self, recorded):
-        found = []
-        for svi_class in (SVI, CompiledSVI):
-            pyro.clear_param_store()
-            torch.manual_seed(0)
-            svi = svi_class(location_model, location_guide, adam(), ELBO)
-            losses = []
-            for step in range(6):
-                with poutine.scale(scale=1.0 if step < 3 else 0.25):
-                    losses.append(svi.step(X))
-            found.append(losses)
-        assert found[1] == pytest.approx(found[0], rel=1e-10) and svi.compiled
+        def step(svi, i):
+            with poutine.scale(scale=1.0 if i < 3 else 0.25):
+                return svi.step(X)
+
+        self.assert_same_steps(step)
 
     def test_train_and_eval_mode(self, recorded):
-        found = []
-        for svi_class in (SVI, CompiledSVI):
-            pyro.clear_param_store()
-            torch.manual_seed(0)
-            net = nn.Sequential(nn.Linear(2, 4, bias=False), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 1))
+        class Guide(nn.Module):
+            def __init__(self):
+                super().__init__()
+                parts = nn.Linear(2, 4, bias=False), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 1)
+                self.net = nn.Sequential(*parts)
 
-            def guide(x, net=net):
-                pyro.module("net", net)
-                pyro.sample("m", dist.Normal(net(x).mean(), 1.0))
+            def forward(self, x):
+                pyro.module("net", self.net)
+                pyro.sample("m", dist.Normal(self.net(x).mean(), 1.0))
 
-            svi = svi_class(location_model, guide, adam(), ELBO)
-            losses = []
-            for step in range(6):
-                net.train(step < 3)
-                losses.append(svi.step(X))
-            found.append((losses, values(net)))
-        assert found[1][0] == pytest.approx(found[0][0], rel=1e-10) and svi.compiled
-        assert_equal(found[1][1], found[0][1])
+        def step(svi, i):
+            svi.guide.train(i < 3)
+            return svi.step(X)
+
+        self.assert_same_steps(step, lambda: (location_model, Guide()))
 
     def test_a_change_that_no_guard_sees_is_found_by_the_audit(self, recorded):
         """The numbers inside an array are no Python state that is compared at every step."""
@@ -476,40 +471,22 @@ class TestGuards:
         def guide(x, weight):
             location_guide(x)
 
-        found = []
-        for svi_class in (SVI, CompiledSVI):
-            pyro.clear_param_store()
-            torch.manual_seed(0)
-            svi = svi_class(location_model, guide, adam(), ELBO)
-            found.append([svi.step(X, 0.1 * step) for step in range(1, 7)])
-        assert found[1] == pytest.approx(found[0], rel=1e-10)
-        assert svi.compiled and len(graphs(svi)) == 1
+        svi = self.assert_same_steps(lambda svi, i: svi.step(X, 0.1 * (i + 1)), lambda: (location_model, guide))
+        assert len(graphs(svi)) == 1
 
     def test_batches_of_two_shapes_have_a_graph_each(self, recorded):
-        found = []
-        for svi_class in (SVI, CompiledSVI):
-            pyro.clear_param_store()
-            torch.manual_seed(0)
-            svi = svi_class(location_model, location_guide, adam(), ELBO)
-            found.append([svi.step(X[: 6 if step % 2 else 4]) for step in range(8)])
-        assert found[1] == pytest.approx(found[0], rel=1e-10)
-        assert svi.compiled and len(graphs(svi)) == 2
+        svi = self.assert_same_steps(lambda svi, i: svi.step(X[: 6 if i % 2 else 4]), steps=8)
+        assert len(graphs(svi)) == 2
 
     def test_a_cleared_parameter_store(self, recorded):
         """The parameters are made anew, and trained from there."""
-        found = []
-        for svi_class in (SVI, CompiledSVI):
-            pyro.clear_param_store()
-            torch.manual_seed(0)
-            svi = svi_class(location_model, location_guide, adam(), ELBO)
-            losses = []
-            for step in range(6):
-                if step == 3:
-                    pyro.clear_param_store()
-                losses.append(svi.step(X))
-            found.append((losses, values()))
-        assert found[1][0] == pytest.approx(found[0][0], rel=1e-10) and svi.compiled
-        assert_equal(found[1][1], found[0][1])
+
+        def step(svi, i):
+            if i == 3:
+                pyro.clear_param_store()
+            return svi.step(X)
+
+        self.assert_same_steps(step)
 
     def test_parameters_that_appear_later(self, recorded):
         def guide(x):
@@ -517,19 +494,12 @@ class TestGuards:
             scale = pyro.param("late", torch.ones(())) if SWITCH.weight < 1 else 1.0
             pyro.sample("m", dist.Normal(location, scale))
 
-        found = []
-        for svi_class in (SVI, CompiledSVI):
-            pyro.clear_param_store()
-            torch.manual_seed(0)
-            svi = svi_class(location_model, guide, adam(), ELBO)
-            losses = []
-            for step in range(6):
-                SWITCH.weight = 1.0 if step < 3 else 0.5
-                losses.append(svi.step(X))
-            found.append((losses, values()))
-        assert found[1][0] == pytest.approx(found[0][0], rel=1e-10) and svi.compiled
-        assert_equal(found[1][1], found[0][1])
-        assert "late" in found[1][1]
+        def step(svi, i):
+            SWITCH.weight = 1.0 if i < 3 else 0.5
+            return svi.step(X)
+
+        self.assert_same_steps(step, lambda: (location_model, guide))
+        assert "late" in pyro.get_param_store()
 
 
 def test_a_recording_leaves_random_state_buffers_store_and_modules_as_they_were(recorded):
