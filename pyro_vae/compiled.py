@@ -8,7 +8,6 @@ import itertools
 import sys
 import time
 import traceback
-import types
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
@@ -18,21 +17,20 @@ from unittest import mock
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import ELBO
 from pyro.infer.util import Dice
 from pyro.poutine import runtime
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .guards import NotStaticError, Scalar, holds, python_state, stable
+
 __all__ = ["Compiled", "FallbackWarning", "get_random_state", "set_random_state"]
 
 MAX_VARIANTS = 16
-MAX_GUARDS = 5_000
-LIBRARIES = {"torch", "pyro", "pyro_vae", "numpy", *sys.stdlib_module_names}
 PURE_HANDLERS = (
     poutine.block_messenger.BlockMessenger,
     poutine.condition_messenger.ConditionMessenger,
@@ -40,15 +38,10 @@ PURE_HANDLERS = (
     poutine.mask_messenger.MaskMessenger,
     poutine.scale_messenger.ScaleMessenger,
 )
-Scalar = (int, float, complex, str, bytes, types.NoneType, torch.dtype, torch.device, torch.Size)
 
 
 class FallbackWarning(UserWarning):
     """A program runs eagerly, at the speed of `pyro.infer.SVI`; the message says why, and the mend."""
-
-
-class NotStaticError(Exception):
-    """The program cannot be recorded as one graph."""
 
 
 class Compiled:
@@ -82,21 +75,21 @@ class Compiled:
         return self.fallback_reason is None and bool(self._recordings)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        leaves, structure = pytree.tree_flatten((args, kwargs))
         if self.fallback_reason is None:
             with self._falling_back():
-                recording = self._find(leaves, structure)
+                leaves, key = _signature(args, kwargs)
+                recording = self._find(leaves, key, args, kwargs)
                 if recording is not None:
                     return recording.replay(leaves)
         return self.function(*args, **kwargs)
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         """Compile for arguments like these now, not at their second call."""
-        leaves, structure = pytree.tree_flatten((args, kwargs))
         if self.fallback_reason is None:
             with self._falling_back():
-                self._seen.add(_signature(leaves, structure))
-                self._find(leaves, structure)
+                leaves, key = _signature(args, kwargs)
+                self._seen.add(key)
+                self._find(leaves, key, args, kwargs)
 
     @contextlib.contextmanager
     def _falling_back(self) -> Iterator[None]:
@@ -111,11 +104,10 @@ class Compiled:
         self.fallback_reason = reason
         warnings.warn(f"running eagerly: {reason}", FallbackWarning, stacklevel=4)
 
-    def _find(self, leaves: Sequence[Any], structure: Any) -> _Recording | None:
+    def _find(self, leaves: Sequence[Any], key: Hashable, args: Any, kwargs: Any) -> _Recording | None:
         """The recording for these arguments, made where it is due."""
-        key = _signature(leaves, structure)
         for recording in self._recordings.get(key, ()):
-            if recording.state_holds():
+            if holds(recording.state):
                 return recording
         if self._recordings and key not in self._seen:
             self._seen.add(key)
@@ -126,16 +118,32 @@ class Compiled:
                 "shapes, and hand over what changes from step to step as float or tensor arguments"
             )
         begin = time.monotonic()
-        recording = _Recording(self.function, self.programs, leaves, structure)
+        recording = _Recording(self.function, self.programs, leaves, pytree.tree_structure((args, kwargs)))
         self.seconds += time.monotonic() - begin
         self._recordings.setdefault(key, []).append(recording)
         return recording
 
 
-def _signature(leaves: Sequence[Any], structure: Any) -> Hashable:
+def _signature(args: Any, kwargs: Any) -> tuple[list[Any], Hashable]:
+    """The leaves, in pytree's order, and what a graph for them depends on."""
+    leaves: list[Any] = []
     surroundings = (torch.is_grad_enabled(), torch.get_default_dtype(), torch.is_autocast_enabled())
     handlers = tuple(map(_handler_key, runtime._PYRO_STACK))
-    return (structure, surroundings, handlers, *map(_leaf_key, leaves))
+    return leaves, (surroundings, handlers, _tree_key(args, leaves), _tree_key(kwargs, leaves))
+
+
+def _tree_key(tree: Any, leaves: list[Any]) -> Hashable:
+    """The key of a tree, whose leaves are appended; quicker for the common kinds than pytree's own walk."""
+    if type(tree) in (tuple, list):
+        return type(tree), *[_tree_key(item, leaves) for item in tree]
+    if type(tree) is dict:
+        return dict, *[(name, _tree_key(item, leaves)) for name, item in tree.items()]
+    if isinstance(tree, Tensor) or pytree.tree_is_leaf(tree):
+        leaves.append(tree)
+        return _leaf_key(tree)
+    its_leaves, structure = pytree.tree_flatten(tree)
+    leaves += its_leaves
+    return structure, *map(_leaf_key, its_leaves)
 
 
 def _leaf_key(leaf: Any) -> Hashable:
@@ -173,28 +181,17 @@ class _Recording:
         self.device = next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), torch.device("cpu"))
         with preserved():
             self._evaluate(leaves)  # makes what programs make at their first run
-            states = [_python_state(programs)]
+            states = [python_state(programs)]
             graphs = []
             for _ in range(2):
                 graphs.append(self._record(leaves))
-                states.append(_python_state(programs))
-        self.state = _stable(states)
+                states.append(python_state(programs))
+        self.state = stable(states)
         self.graph, self.live = _lifted(graphs)
         self.compute = _compile(self.graph, [*self._tensors(leaves), *self.live])
         self._compare(leaves, self.compute, self.graph, 1e-3, "the compiled graph and the recorded one differ")
         if all(tensor.is_cuda for tensor in (*self._tensors(leaves), *self.live)):
             self.compute = _cuda_graph(self.compute, self._tensors(leaves), self.live)
-
-    def state_holds(self) -> bool:
-        """Whether the Python state that the program read is what it was."""
-        try:
-            for container, key, value in self.state:
-                now = container[key]
-                if now is not value and not _same(now, value):
-                    return False
-        except (LookupError, ValueError):
-            return False
-        return True
 
     def replay(self, leaves: Sequence[Any]) -> Any:
         self.calls += 1
@@ -425,129 +422,6 @@ def _lifted(graphs: Sequence[GraphModule]) -> tuple[GraphModule, list[Tensor]]:
     return first, live
 
 
-_MISSING = object()
-_Entry = tuple[Any, Any, Any]  # container, key, value
-_MODULE_KEYS = {"training", "_parameters", "_buffers", "_modules"}
-
-
-def _python_state(roots: Sequence[Any]) -> list[_Entry]:
-    """Where the roots, and what they refer to, keep numbers, tensors and objects, and what is there now."""
-    entries: list[_Entry] = []
-    seen: set[int] = set()
-    standard = vars(nn.Module()).keys() - _MODULE_KEYS
-
-    def visit(value: Any) -> None:
-        if id(value) in seen or isinstance(value, (*Scalar, Tensor, type)) or len(entries) > MAX_GUARDS:
-            return
-        seen.add(id(value))
-        if isinstance(value, types.MethodType):
-            visit(value.__self__)
-            visit(value.__func__)
-        elif isinstance(value, functools.partial):
-            visit_all([value.func, *value.args, *value.keywords.values()])
-        elif isinstance(value, types.FunctionType):
-            if _library(value.__module__):
-                return
-            for cell in value.__closure__ or ():
-                add(_Cell(cell), 0, _get(_Cell(cell), 0))
-            names = _names(value.__code__)
-            for name in names & value.__globals__.keys():
-                target = value.__globals__[name]
-                add(value.__globals__, name, target)
-                if isinstance(target, types.ModuleType) and not _library(target.__name__):
-                    for attribute in names & vars(target).keys():
-                        add(vars(target), attribute, vars(target)[attribute])
-            visit_all([*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()])
-        elif isinstance(value, dict):
-            for key in list(value)[:1000]:
-                add(value, key, value[key])
-        elif isinstance(value, list | tuple):
-            for index in range(min(1000, len(value))):
-                add(value, index, value[index])
-        elif isinstance(value, types.ModuleType):
-            return
-        elif hasattr(value, "__dict__"):
-            ours = not _library(type(value).__module__)
-            if ours or isinstance(value, nn.Module | ELBO):
-                skipped = standard if isinstance(value, nn.Module) else ()
-                for key in [key for key in vars(value) if key not in skipped]:
-                    add(vars(value), key, vars(value)[key])
-            for kind in type(value).__mro__ if ours else ():
-                if not _library(kind.__module__):
-                    visit_all([f for f in vars(kind).values() if isinstance(f, types.FunctionType)])
-
-    def visit_all(values: Sequence[Any]) -> None:
-        for value in values:
-            visit(value)
-
-    def add(container: Any, key: Any, value: Any) -> None:
-        if not isinstance(container, tuple):
-            entries.append((container, key, value))
-        visit(value)
-
-    visit_all(roots)
-    return entries
-
-
-def _library(module: str | None) -> bool:
-    return (module or "").partition(".")[0] in LIBRARIES
-
-
-def _names(code: types.CodeType) -> set[str]:
-    inner = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
-    return set(code.co_names).union(*map(_names, inner))
-
-
-def _stable(states: Sequence[list[_Entry]]) -> list[_Entry]:
-    """The entries that the program does not itself change as it runs.
-
-    Raises:
-        NotStaticError: a number changes.
-    """
-    stable = []
-    later = [{_place(container, key): value for container, key, value in state} for state in states[1:]]
-    for container, key, value in states[0]:
-        values = [value, *(state.get(_place(container, key), _MISSING) for state in later)]
-        if all(_same(value, other) for other in values):
-            stable.append((container, key, value))
-        elif all(isinstance(other, Scalar) for other in values):
-            with contextlib.suppress(TypeError):
-                container[key] = value
-            raise NotStaticError(
-                f"the number {key!r} changes as the program runs ({', '.join(map(repr, values))}). Mend: hand it over "
-                "as an argument of the step"
-            )
-    return stable
-
-
-def _place(container: Any, key: Any) -> Hashable:
-    return (id(container.cell) if isinstance(container, _Cell) else id(container)), key
-
-
-def _get(container: Any, key: Any) -> Any:
-    try:
-        return container[key]
-    except (LookupError, ValueError):
-        return _MISSING
-
-
-class _Cell:
-    """A closure's variable as a container."""
-
-    def __init__(self, cell: types.CellType) -> None:
-        self.cell = cell
-
-    def __getitem__(self, key: int) -> Any:
-        return self.cell.cell_contents
-
-    def __setitem__(self, key: int, value: Any) -> None:
-        self.cell.cell_contents = value
-
-
-def _same(a: Any, b: Any) -> bool:
-    return a is b or (isinstance(a, Scalar) and type(a) is type(b) and a == b)
-
-
 def _reason(error: Exception) -> str:
     """What stopped the recording, and in which line of the program."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/torch/" not in frame.filename]
@@ -569,7 +443,7 @@ def _first_line(error: Exception) -> str:
 def get_random_state() -> dict[str, Any]:
     """The state of torch's generators on the CPU and, where CUDA is in use, on each device."""
     state: dict[str, Any] = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state_all()
     return state
 

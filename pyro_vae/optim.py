@@ -233,11 +233,12 @@ class AdamUpdate:
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.groups = _adam_groups(optimizer)
-        self.factors = [
-            (states[0][0].new_empty(2, len(states)), states[0][0].new_empty(6)) for states, *_ in self.groups
-        ]
-        self.numbers: dict[Tensor, tuple[float, ...]] = {}  # that the constants hold
-        self.unbroken = torch.ones((), dtype=torch.bool, device=self.factors[0][0].device)
+        firsts = [states[0][0] for states, *_ in self.groups]
+        self.rates = [first.new_empty(3, dtype=torch.float64) for first in firsts]
+        self.constants = [first.new_empty(6) for first in firsts]
+        self.places = [(*r.unbind(), *c.unbind()) for r, c in zip(self.rates, self.constants, strict=True)]
+        self.numbers: list[tuple[float, ...]] = [(math.nan,) * 9] * len(firsts)  # in these places
+        self.unbroken = torch.ones((), dtype=torch.bool, device=firsts[0].device)
 
     @staticmethod
     def stands_for(optimizer: torch.optim.Optimizer) -> bool:
@@ -253,28 +254,31 @@ class AdamUpdate:
 
     @torch.no_grad()
     def begin(self, optimizer: torch.optim.Optimizer) -> None:
-        """Put the next step's factors, made in float64, where the graph reads them."""
-        for group, (states, *_), (of_steps, constants) in zip(
-            optimizer.param_groups, self.groups, self.factors, strict=True
-        ):
+        """Put the settings of now where the graph reads them."""
+        for index, (group, places) in enumerate(zip(optimizer.param_groups, self.places, strict=True)):
             lr, decay, (beta1, beta2) = group["lr"], group["weight_decay"], group["betas"]
-            t = torch.stack([step for _, step, _, _ in states]).double() + 1
-            of_steps[0].copy_(lr / (1 - beta1**t))
-            of_steps[1].copy_((1 - beta2**t).sqrt_())
-            numbers = (1 - beta1, beta2, 1 - beta2, group["eps"], decay, 1 - lr * decay)
-            if self.numbers.get(constants) != numbers:
-                for constant, number in zip(constants, numbers, strict=True):
-                    constant.fill_(number)
-                self.numbers[constants] = numbers
+            numbers = (lr, beta1, beta2, 1 - beta1, beta2, 1 - beta2, group["eps"], decay, 1 - lr * decay)
+            for place, number, before in zip(places, numbers, self.numbers[index], strict=True):
+                if number != before:
+                    place.fill_(number)
+            self.numbers[index] = numbers
 
     @torch.no_grad()
-    def __call__(self, gradients: Mapping[Tensor, Tensor], finite: Tensor) -> None:
-        """Update parameters and states in place, unless this step or one since `mend` is not `finite`."""
+    def __call__(self, gradients: Mapping[Tensor, Tensor], finite: Tensor) -> list[Tensor]:
+        """Update parameters and states in place, unless this step or one since `mend` is not `finite`.
+
+        Returns the factors that correct for bias: as results of the graph they are computed once, not per element.
+        """
         finite = finite & self.unbroken
         self.unbroken.copy_(finite)
-        for (states, decays, decoupled), (of_steps, constants) in zip(self.groups, self.factors, strict=True):
+        factors = []
+        for (states, decays, decoupled), rates, constants in zip(self.groups, self.rates, self.constants, strict=True):
+            lr, beta1, beta2 = rates.unbind()
+            t = torch.stack([step for _, step, _, _ in states]).double() + 1
+            corrected = torch.stack([lr / (1 - beta1**t), (1 - beta2**t).sqrt()]).to(constants.dtype)
+            factors.append(corrected)
             new1, old2, new2, eps, decay, shrink = constants.unbind()
-            for (p, step, exp_avg, exp_avg_sq), (rate, correction2) in zip(states, of_steps.unbind(1), strict=True):
+            for (p, step, exp_avg, exp_avg_sq), (rate, correction2) in zip(states, corrected.unbind(1), strict=True):
                 start = p * shrink if decays and decoupled else p
                 g = gradients[p] + decay * p if decays and not decoupled else gradients[p]
                 m = exp_avg + new1 * (g - exp_avg)
@@ -282,6 +286,7 @@ class AdamUpdate:
                 new = start - rate * m / (v.sqrt() / correction2 + eps)
                 for tensor, value in ((p, new), (step, step + 1), (exp_avg, m), (exp_avg_sq, v)):
                     tensor.copy_(torch.where(finite, value, tensor))
+        return factors
 
 
 class _AdamGroup(NamedTuple):

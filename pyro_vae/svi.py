@@ -288,7 +288,7 @@ class CompiledSVI(SVI):
         if adam is not None:
             random_state = get_random_state()
             try:
-                loss, finite = self._whole(adam, args, kwargs)
+                loss, finite, _ = self._whole(adam, args, kwargs)
             except _NewParametersError:
                 pass
             except _UnusedParameterError:
@@ -348,12 +348,11 @@ class CompiledSVI(SVI):
                 return loss, finite, used
         return super()._backward(*args, **kwargs)
 
-    def _whole_step(self, adam: AdamUpdate, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
+    def _whole_step(self, adam: AdamUpdate, args: Any, kwargs: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
         loss, finite, used, gradients = self._loss_and_gradients(frozenset(), args, kwargs)
         if not all(used) or any(gradient is None for gradient in gradients):
             raise _UnusedParameterError
-        adam(dict(zip(self.parameters.values(), gradients, strict=True)), finite)
-        return loss, finite
+        return loss, finite, adam(dict(zip(self.parameters.values(), gradients, strict=True)), finite)
 
     def _loss_and_gradients(self, names: frozenset[str], args: Any, kwargs: Any) -> tuple[Any, ...]:
         loss_function = getattr(self.objective, "differentiable_loss", self.objective)
