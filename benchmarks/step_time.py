@@ -201,7 +201,7 @@ class Regression(Program):
     loss = Trace_ELBO()
 
     def __init__(self) -> None:
-        self.guide = AutoNormal(self.model)
+        self.guide = type(f"AutoNormal{id(self)}", (AutoNormal,), {})(self.model)  # its parameters are its own
         self.locations = {name: nn.Parameter(torch.zeros(shape)) for name, shape in (("w", 20), ("b", ()), ("s", ()))}
         self.scales = {name: nn.Parameter(torch.full_like(p, -2.25)) for name, p in self.locations.items()}
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import operator
+import random
 import sys
 import time
 import traceback
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pyro
 import torch
 from pyro import poutine
@@ -26,11 +29,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .guards import NotStaticError, Scalar, holds, python_state, stable
+from .guards import NotStaticError, Scalar, holds, python_state, restore, stable
 
 __all__ = ["Compiled", "FallbackWarning", "get_random_state", "set_random_state"]
 
 MAX_VARIANTS = 16
+MAX_SEEN_ONCE = 64
+PACKAGE = Path(__file__).parent
+PYRO, TORCH = (Path(str(module.__file__)).parent for module in (pyro, torch))
+FLOATS = (float, np.floating)
 PURE_HANDLERS = (
     poutine.block_messenger.BlockMessenger,
     poutine.condition_messenger.ConditionMessenger,
@@ -42,6 +49,10 @@ PURE_HANDLERS = (
 
 class FallbackWarning(UserWarning):
     """A program runs eagerly, at the speed of `pyro.infer.SVI`; the message says why, and the mend."""
+
+
+class NotNowError(Exception):
+    """Raised by a function that is not to be recorded this time; `Compiled` passes it on."""
 
 
 class Compiled:
@@ -62,9 +73,10 @@ class Compiled:
         (tensor([2., 2., 2.]), True)
     """
 
-    def __init__(self, function: Callable, *programs: Any) -> None:
+    def __init__(self, function: Callable, *programs: Any, places: Sequence[tuple[Any, Any]] = ()) -> None:
         self.function = function
         self.programs = (function, *programs)
+        self.places = places
         self.fallback_reason: str | None = None
         self.seconds = 0.0  # spent on recording and compiling
         self._recordings: dict[Hashable, list[_Recording]] = {}
@@ -75,41 +87,49 @@ class Compiled:
         return self.fallback_reason is None and bool(self._recordings)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        problem = None
         if self.fallback_reason is None:
-            with self._falling_back():
+            try:
                 leaves, key = _signature(args, kwargs)
                 recording = self._find(leaves, key, args, kwargs)
                 if recording is not None:
                     return recording.replay(leaves)
-        return self.function(*args, **kwargs)
+            except NotStaticError as error:
+                problem = error
+        results = self.function(*args, **kwargs)
+        if problem is not None:  # and not the program's own
+            self.fall_back(str(problem))
+        return results
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         """Compile for arguments like these now, not at their second call."""
         if self.fallback_reason is None:
-            with self._falling_back():
+            try:
                 leaves, key = _signature(args, kwargs)
                 self._seen.add(key)
                 self._find(leaves, key, args, kwargs)
-
-    @contextlib.contextmanager
-    def _falling_back(self) -> Iterator[None]:
-        try:
-            yield
-        except NotStaticError as error:
-            self.fall_back(str(error))
+            except NotStaticError as error:
+                self.fall_back(str(error))
 
     def fall_back(self, reason: str) -> None:
         """Run eagerly from now on."""
         self._recordings.clear()
         self.fallback_reason = reason
-        warnings.warn(f"running eagerly: {reason}", FallbackWarning, stacklevel=4)
+        frames = (frame for frame, _ in traceback.walk_stack(sys._getframe()))
+        inner = itertools.takewhile(lambda frame: Path(frame.f_code.co_filename).parent == PACKAGE, frames)
+        warnings.warn(f"running eagerly: {reason}", FallbackWarning, stacklevel=1 + len(list(inner)))
 
     def _find(self, leaves: Sequence[Any], key: Hashable, args: Any, kwargs: Any) -> _Recording | None:
         """The recording for these arguments, made where it is due."""
         for recording in self._recordings.get(key, ()):
-            if holds(recording.state):
+            if recording.holds():
                 return recording
         if self._recordings and key not in self._seen:
+            if len(self._seen) == MAX_SEEN_ONCE:
+                raise NotStaticError(
+                    f"{MAX_SEEN_ONCE} signatures have come, as an argument, or a handler around the step, is new each "
+                    "time. Mend: hand over numbers as floats or tensors, and make handlers and optimisers once"
+                )
             self._seen.add(key)
             return None
         if sum(map(len, self._recordings.values())) == MAX_VARIANTS:
@@ -118,7 +138,9 @@ class Compiled:
                 "shapes, and hand over what changes from step to step as float or tensor arguments"
             )
         begin = time.monotonic()
-        recording = _Recording(self.function, self.programs, leaves, pytree.tree_structure((args, kwargs)))
+        objects = [leaf for leaf in leaves if not isinstance(leaf, (*Scalar, Tensor))]
+        structure = pytree.tree_structure((args, kwargs))
+        recording = _Recording(self.function, (*self.programs, *objects), self.places, leaves, structure)
         self.seconds += time.monotonic() - begin
         self._recordings.setdefault(key, []).append(recording)
         return recording
@@ -127,7 +149,8 @@ class Compiled:
 def _signature(args: Any, kwargs: Any) -> tuple[list[Any], Hashable]:
     """The leaves, in pytree's order, and what a graph for them depends on."""
     leaves: list[Any] = []
-    surroundings = (torch.is_grad_enabled(), torch.get_default_dtype(), torch.is_autocast_enabled())
+    casts = [torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in ("cpu", "cuda")]
+    surroundings = (torch.is_grad_enabled(), torch.get_default_dtype(), *casts)
     handlers = tuple(map(_handler_key, runtime._PYRO_STACK))
     return leaves, (surroundings, handlers, _tree_key(args, leaves), _tree_key(kwargs, leaves))
 
@@ -148,8 +171,11 @@ def _tree_key(tree: Any, leaves: list[Any]) -> Hashable:
 
 def _leaf_key(leaf: Any) -> Hashable:
     if isinstance(leaf, Tensor):
-        return leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad
-    if isinstance(leaf, float):
+        if leaf.layout is not torch.strided or leaf.requires_grad:
+            problem = "requires gradients" if leaf.requires_grad else "is not strided"
+            raise NotStaticError(f"a tensor argument {problem}. Mend: detach() it or make it a parameter; to_dense()")
+        return leaf.shape, leaf.stride(), leaf.dtype, leaf.device
+    if isinstance(leaf, FLOATS):
         return float
     try:
         hash(leaf)
@@ -166,52 +192,101 @@ def _handler_key(handler: Any) -> Hashable:
             f"{type(handler).__name__} around the step would see no sites of a compiled one. Mend: use it inside the "
             "model or the guide"
         )
-    return type(handler), tuple((k, v if isinstance(v, Scalar) else id(v)) for k, v in vars(handler).items())
+    return type(handler), tuple((key, _identity(value)) for key, value in vars(handler).items())
+
+
+def _identity(value: Any) -> Hashable:
+    if isinstance(value, dict):
+        return tuple((key, _identity(item)) for key, item in value.items())
+    return value if isinstance(value, Scalar) else id(value)
 
 
 class _Recording:
     """One graph: the function's tensor operations for one signature, on its arguments and on live tensors."""
 
-    def __init__(self, function: Callable, programs: Sequence[Any], leaves: Sequence[Any], structure: Any) -> None:
+    def __init__(
+        self,
+        function: Callable,
+        programs: Sequence[Any],
+        places: Sequence[tuple[Any, Any]],
+        leaves: Sequence[Any],
+        structure: Any,
+    ) -> None:
         self.function, self.structure = function, structure
-        self.handlers = list(runtime._PYRO_STACK)  # kept alive, as their ids are in the key
+        self.handlers = [dict(vars(handler)) for handler in runtime._PYRO_STACK]  # kept alive: their ids are in the key
         self.calls = 0
         dtypes = [leaf.dtype for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         self.float_dtype = functools.reduce(torch.promote_types, dtypes, torch.get_default_dtype())
         self.device = next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), torch.device("cpu"))
-        with preserved():
-            self._evaluate(leaves)  # makes what programs make at their first run
-            states = [python_state(programs)]
-            graphs = []
-            for _ in range(2):
-                graphs.append(self._record(leaves))
-                states.append(python_state(programs))
-        self.state = stable(states)
-        self.graph, self.live = _lifted(graphs)
-        self.compute = _compile(self.graph, [*self._tensors(leaves), *self.live])
-        self._compare(leaves, self.compute, self.graph, 1e-3, "the compiled graph and the recorded one differ")
-        if all(tensor.is_cuda for tensor in (*self._tensors(leaves), *self.live)):
-            self.compute = _cuda_graph(self.compute, self._tensors(leaves), self.live)
+        before = python_state(programs, places)
+        try:
+            with preserved():
+                self._evaluate(leaves)  # makes what programs make at their first run
+                states = [python_state(programs, places)]
+                graphs = []
+                for _ in range(2):
+                    graphs.append(self._record(leaves))
+                    states.append(python_state(programs, places))
+            self.state = stable(states)
+            self.graph, self.live = _lifted(graphs)
+            self.compute = _compile(self.graph, [*self._tensors(leaves), *self.live])
+            self._compare(leaves, self.compute, self.graph, 1e-3, "the compiled graph and the recorded one differ")
+            if all(tensor.is_cuda for tensor in (*self._tensors(leaves), *self.live)):
+                self.compute = _cuda_graph(self.compute, self._tensors(leaves), self.live)
+        except (NotStaticError, NotNowError):
+            restore(before)
+            raise
+        except Exception as error:
+            restore(before)
+            raise NotStaticError(_reason(error)) from error
+        self.tensors_were = self._tensors_are()
+        self.specifications = self._specifications()
+
+    def holds(self) -> bool:
+        """Whether the program reads what it read when it was recorded, values of tensors apart."""
+        if (now := self._tensors_are()) != self.tensors_were:
+            if self._specifications() != self.specifications:
+                return False
+            self.tensors_were = now
+        return holds(self.state)
+
+    def _tensors_are(self) -> list[Any]:
+        """What changes when a live tensor becomes another in place: quick to find."""
+        return [(tensor.data_ptr(), tensor.requires_grad, tensor._backward_hooks) for tensor in self.live]
+
+    def _specifications(self) -> list[Any]:
+        return [
+            (*_form(tensor), tensor.requires_grad, tensor._backward_hooks and tuple(tensor._backward_hooks))
+            for tensor in self.live
+        ]
 
     def replay(self, leaves: Sequence[Any]) -> Any:
         self.calls += 1
         if self.calls & (self.calls - 1) == 0:
             self._compare(
                 leaves,
-                self.graph,
+                self.compute,
                 lambda *_: self._evaluate(leaves),
-                1e4 * torch.finfo(self.float_dtype).eps,
+                1e4 * self._epsilon(),
                 f"at call {self.calls} of its graph the program gives other numbers than the graph: something that is "
                 "no tensor argument, parameter or buffer changes between calls. Mend: hand it over as an argument",
             )
         with torch.no_grad():
             return pytree.tree_unflatten(self._filled(self.compute(*self._tensors(leaves), *self.live)), self.outputs)
 
+    def _epsilon(self) -> float:
+        """Of the least precise numbers that the graph computes with."""
+        values = [node.meta.get("val") for node in self.graph.graph.nodes]
+        dtypes = {v.dtype for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.ndim}
+        return max(torch.finfo(dtype).eps for dtype in dtypes or {self.float_dtype})
+
     def _tensors(self, leaves: Sequence[Any]) -> list[Tensor]:
         return [
-            leaf if isinstance(leaf, Tensor) else torch.full((), leaf, dtype=self.float_dtype, device=self.device)
+            leaf
+            if isinstance(leaf, Tensor)
+            else torch.full((), float(leaf), dtype=self.float_dtype, device=self.device)
             for leaf in leaves
-            if isinstance(leaf, Tensor | float)
+            if isinstance(leaf, (Tensor, *FLOATS))
         ]
 
     def _evaluate(self, leaves: Sequence[Any]) -> list[Any]:
@@ -222,19 +297,15 @@ class _Recording:
     def _record(self, leaves: Sequence[Any]) -> GraphModule:
         def function(*tensors: Tensor) -> list[Tensor]:
             rest = iter(tensors)
-            given = [next(rest) if isinstance(leaf, Tensor | float) else leaf for leaf in leaves]
+            given = [next(rest) if isinstance(leaf, (Tensor, *FLOATS)) else leaf for leaf in leaves]
             args, kwargs = pytree.tree_unflatten(given, self.structure)
             results, self.outputs = pytree.tree_flatten(self.function(*args, **kwargs))
             self.fixed = [None if isinstance(result, Tensor) else (result,) for result in results]
             return [result for result in results if isinstance(result, Tensor)]
 
-        try:
-            with _recordable():
-                return make_fx(function)(*self._tensors(leaves))
-        except NotStaticError:
-            raise
-        except Exception as error:
-            raise NotStaticError(_reason(error)) from error
+        with _recordable():
+            apart = [tensor.detach() for tensor in self._tensors(leaves)]  # from what the program reads elsewhere
+            return _owning(make_fx(function)(*apart))
 
     def _filled(self, results: Sequence[Tensor]) -> list[Any]:
         rest = iter(results)
@@ -256,6 +327,41 @@ class _Recording:
             finite = bool((a.isfinite() == b.isfinite()).all())
             if not finite or difference > tolerance * (norm + 1e-3 * max(norms)):
                 raise NotStaticError(f"{complaint} (by {difference:.3g} of {norm:.3g})")
+
+
+def _form(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def _is_view(function: Any) -> bool:
+    return function is operator.getitem or any(result.alias_info for result in function._schema.returns)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether its elements fill its memory, each in a place of its own."""
+    dimensions = sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
+    places = itertools.accumulate((size for _, size in dimensions), operator.mul, initial=1)
+    return all(stride == place for (stride, _), place in zip(dimensions, places, strict=False))
+
+
+def _owning(graph: GraphModule) -> GraphModule:
+    """The graph with results that share memory neither with each other nor with what it reads."""
+    (output,) = (node for node in graph.graph.nodes if node.op == "output")
+    results, used = [], set()
+    for result in output.args[0]:
+        base = result
+        while base.op == "call_function" and _is_view(base.target):
+            base = base.args[0]
+        if base in used or base.op != "call_function" or not _is_dense(result.meta["val"]):
+            with graph.graph.inserting_before(output):
+                result = graph.graph.call_function(
+                    torch.ops.aten.clone.default, (result,), {"memory_format": torch.contiguous_format}
+                )
+        used.add(base)
+        results.append(result)
+    output.args = (results,)
+    graph.recompile()
+    return graph
 
 
 def _compile(graph: GraphModule, tensors: Sequence[Tensor]) -> Callable:
@@ -355,12 +461,15 @@ class _Preserved(TorchDispatchMode):
         self.created: set[int] = set()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for argument, value in zip(function._schema.arguments, args, strict=False):
-            written = argument.is_write or argument.name in ("running_mean", "running_var")  # undeclared in batch norm
-            if written and isinstance(value, Tensor) and id(value) not in self.kept and self._old(value):
-                self.before.append((value, value.clone()))
-                self.kept.add(id(value))
-        results = function(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        for index, argument in enumerate(function._schema.arguments):
+            if argument.is_write or argument.name in ("running_mean", "running_var"):  # undeclared in batch norm
+                written = args[index] if index < len(args) else kwargs.get(argument.name)
+                for tensor in written if isinstance(written, list | tuple) else [written]:
+                    if isinstance(tensor, Tensor) and id(tensor) not in self.kept and self._old(tensor):
+                        self.before.append((tensor, tensor.clone()))
+                        self.kept.add(id(tensor))
+        results = function(*args, **kwargs)
         fresh = function is torch.ops.aten.lift_fresh.default or not any(r.alias_info for r in function._schema.returns)
         if fresh:
             leaves = pytree.tree_leaves(results)
@@ -373,16 +482,21 @@ class _Preserved(TorchDispatchMode):
 
 @contextlib.contextmanager
 def preserved(*tensors: Tensor) -> Iterator[None]:
-    """Random state and all tensors of before the block are after it what they were.
+    """Random state (torch's, NumPy's, Python's) and all tensors of before the block are after it what they were.
 
     Name the `tensors` that a compiled graph may write into, which no dispatch mode sees.
     """
     random_state, mode = get_random_state(), _Preserved(tensors)
+    others, mkldnn = (random.getstate(), np.random.get_state()), torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)  # its recurrent layers are for no dispatch mode
     try:
         with mode:
             yield
     finally:
+        torch._C._set_mkldnn_enabled(mkldnn)
         set_random_state(random_state)
+        random.setstate(others[0])
+        np.random.set_state(others[1])
         with torch.no_grad():
             for tensor, before in reversed(mode.before):
                 if not torch.equal(tensor, before):
@@ -424,16 +538,17 @@ def _lifted(graphs: Sequence[GraphModule]) -> tuple[GraphModule, list[Tensor]]:
 
 def _reason(error: Exception) -> str:
     """What stopped the recording, and in which line of the program."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/torch/" not in frame.filename]
-    programs = [f for f in frames if "/pyro/" not in f.filename and Path(f.filename).parent != Path(__file__).parent]
-    frame = (programs or frames)[-1]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if TORCH not in Path(f.filename).parents]
+    programs = [f for f in frames if not {PACKAGE, PYRO} & set(Path(f.filename).parents)]
+    frame = [*frames, *programs][-1]
     where = f"at {frame.filename}:{frame.lineno}, {frame.line!r}"
     if "_local_scalar_dense" in str(error):
         return (
             f"the program reads the value of a tensor on the host {where}, so that its structure may depend on it. "
             "Mend: torch.where, masks and tensor arithmetic in the place of if, float() and numpy"
         )
-    return f"the program cannot be recorded {where}: {type(error).__name__}: {_first_line(error)}"
+    problem = f"{type(error).__name__}: {_first_line(error)}"
+    return f"the program cannot be recorded {where}: {problem}. Mend: tensor operations that torch.compile takes"
 
 
 def _first_line(error: Exception) -> str:

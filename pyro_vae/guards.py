@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
 import sys
@@ -10,10 +11,12 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
+from pyro import poutine
 from pyro.infer import ELBO
+from pyro.poutine.trace_messenger import TraceHandler
 from torch import Tensor, nn
 
-__all__ = ["Entry", "NotStaticError", "Scalar", "holds", "python_state", "stable"]
+__all__ = ["Entry", "NotStaticError", "Scalar", "holds", "python_state", "restore", "stable"]
 
 MAX_GUARDS = 5_000
 LIBRARIES = {"torch", "pyro", "pyro_vae", "numpy", *sys.stdlib_module_names}
@@ -27,65 +30,101 @@ class NotStaticError(Exception):
 _MISSING = object()
 Entry = tuple[Any, Any, Any]  # container, key, value
 _MODULE_KEYS = {"training", "_parameters", "_buffers", "_modules"}
+_ENTERED = (nn.Module, ELBO, poutine.messenger.Messenger, TraceHandler, argparse.Namespace, types.SimpleNamespace)
 
 
-def python_state(roots: Sequence[Any]) -> list[Entry]:
-    """Where the roots, and what they refer to, keep numbers, tensors and objects, and what is there now."""
+def python_state(roots: Sequence[Any], places: Sequence[tuple[Any, Any]] = ()) -> list[Entry]:
+    """Where the roots, and what they refer to, keep numbers, tensors and objects, and what is there now.
+
+    `places` are pairs of a container and a key, whose values are roots too.
+    """
     entries: list[Entry] = []
     seen: set[int] = set()
     standard = vars(nn.Module()).keys() - _MODULE_KEYS
 
     def visit(value: Any) -> None:
-        if id(value) in seen or isinstance(value, (*Scalar, Tensor, type)) or len(entries) > MAX_GUARDS:
+        if id(value) in seen or isinstance(value, (*Scalar, Tensor, types.ModuleType)) or len(entries) > MAX_GUARDS:
             return
         seen.add(id(value))
         if isinstance(value, types.MethodType):
-            visit(value.__self__)
-            visit(value.__func__)
+            visit_all([value.__self__, value.__func__])
         elif isinstance(value, functools.partial):
             visit_all([value.func, *value.args, *value.keywords.values()])
+        elif isinstance(value, property):
+            visit_all([value.fget])
+        elif isinstance(value, staticmethod | classmethod):
+            visit(value.__func__)
         elif isinstance(value, types.FunctionType):
-            if _library(value.__module__):
-                return
-            for cell in value.__closure__ or ():
-                add(_Cell(cell), 0, _get(_Cell(cell), 0))
-            names = _names(value.__code__)
-            for name in names & value.__globals__.keys():
-                target = value.__globals__[name]
-                add(value.__globals__, name, target)
-                if isinstance(target, types.ModuleType) and not _library(target.__name__):
-                    for attribute in names & vars(target).keys():
-                        add(vars(target), attribute, vars(target)[attribute])
-            visit_all([*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()])
+            visit_function(value)
         elif isinstance(value, dict):
             for key in list(value)[:1000]:
-                add(value, key, value[key])
+                add(value, key)
         elif isinstance(value, list | tuple):
             for index in range(min(1000, len(value))):
-                add(value, index, value[index])
-        elif isinstance(value, types.ModuleType):
-            return
+                add(value, index)
+        elif isinstance(value, type):
+            visit_class(value)
         elif hasattr(value, "__dict__"):
-            ours = not _library(type(value).__module__)
-            if ours or isinstance(value, nn.Module | ELBO):
+            if not _library(type(value).__module__) or isinstance(value, _ENTERED):
                 skipped = standard if isinstance(value, nn.Module) else ()
                 for key in [key for key in vars(value) if key not in skipped]:
-                    add(vars(value), key, vars(value)[key])
-            for kind in type(value).__mro__ if ours else ():
-                if not _library(kind.__module__):
-                    visit_all([f for f in vars(kind).values() if isinstance(f, types.FunctionType)])
+                    add(vars(value), key)
+                add(_Size(vars(value)), 0)
+                for key in _MODULE_KEYS & vars(value).keys() - {"training"}:
+                    add(_Size(vars(value)[key]), 0)
+            visit_class(type(value))
+
+    def visit_function(function: types.FunctionType) -> None:
+        if _library(function.__module__):
+            return
+        for cell in function.__closure__ or ():
+            add(_Cell(cell), 0)
+            sized(_get(_Cell(cell), 0))
+        visit_names(_names(function.__code__), function.__globals__)
+        visit_all([*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(), vars(function)])
+
+    def visit_names(names: set[str], namespace: dict[str, Any]) -> None:
+        for name in names & namespace.keys():
+            add(namespace, name)
+            sized(namespace[name])
+            module = namespace[name]
+            if isinstance(module, types.ModuleType) and not _library(module.__name__) and id(module) not in seen:
+                seen.add(id(module))
+                visit_names(names, vars(module))
+
+    def visit_class(kind: type) -> None:
+        for base in kind.__mro__:
+            if not _library(base.__module__):
+                for key, member in list(vars(base).items()):
+                    if not key.startswith("__") or isinstance(member, types.FunctionType):
+                        add(_Class(base), key)
 
     def visit_all(values: Sequence[Any]) -> None:
         for value in values:
             visit(value)
 
-    def add(container: Any, key: Any, value: Any) -> None:
+    def sized(value: Any) -> None:
+        if isinstance(value, list | dict):
+            add(_Size(value), 0)
+
+    def add(container: Any, key: Any) -> None:
+        value = _get(container, key)
         if not isinstance(container, tuple):
             entries.append((container, key, value))
         visit(value)
 
     visit_all(roots)
+    for container, key in places:
+        add(container, key)
     return entries
+
+
+def restore(state: Sequence[Entry]) -> None:
+    """Put back what a program has changed since."""
+    for container, key, value in state:
+        if value is not _MISSING and not _same(_get(container, key), value):
+            with contextlib.suppress(TypeError):  # a class's, or a size
+                container[key] = value
 
 
 def _library(module: str | None) -> bool:
@@ -103,20 +142,18 @@ def stable(states: Sequence[list[Entry]]) -> list[Entry]:
     Raises:
         NotStaticError: a number changes.
     """
-    stable = []
+    entries = []
     later = [{_place(container, key): value for container, key, value in state} for state in states[1:]]
     for container, key, value in states[0]:
         values = [value, *(state.get(_place(container, key), _MISSING) for state in later)]
         if all(_same(value, other) for other in values):
-            stable.append((container, key, value))
-        elif all(isinstance(other, Scalar) for other in values):
-            with contextlib.suppress(TypeError):
-                container[key] = value
+            entries.append((container, key, value))
+        elif all(isinstance(other, Scalar) for other in values) and not isinstance(container, _Size):
             raise NotStaticError(
                 f"the number {key!r} changes as the program runs ({', '.join(map(repr, values))}). Mend: hand it over "
                 "as an argument of the step"
             )
-    return stable
+    return entries
 
 
 def holds(state: Sequence[Entry]) -> bool:
@@ -132,7 +169,8 @@ def holds(state: Sequence[Entry]) -> bool:
 
 
 def _place(container: Any, key: Any) -> Hashable:
-    return (id(container.cell) if isinstance(container, _Cell) else id(container)), key
+    inner = getattr(container, "inner", container)
+    return type(container), id(inner), key
 
 
 def _get(container: Any, key: Any) -> Any:
@@ -146,13 +184,33 @@ class _Cell:
     """A closure's variable as a container."""
 
     def __init__(self, cell: types.CellType) -> None:
-        self.cell = cell
+        self.inner = cell
 
     def __getitem__(self, key: int) -> Any:
-        return self.cell.cell_contents
+        return self.inner.cell_contents
 
     def __setitem__(self, key: int, value: Any) -> None:
-        self.cell.cell_contents = value
+        self.inner.cell_contents = value
+
+
+class _Class:
+    """A class's own members."""
+
+    def __init__(self, kind: type) -> None:
+        self.inner = kind
+
+    def __getitem__(self, key: str) -> Any:
+        return vars(self.inner)[key]
+
+
+class _Size:
+    """The number of a container's items as its one item."""
+
+    def __init__(self, container: Any) -> None:
+        self.inner = container
+
+    def __getitem__(self, key: int) -> int:
+        return len(self.inner)
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 import pyro
 import torch
 from pyro.optim import PyroOptim
+from pyro.optim.adagrad_rmsprop import AdagradRMSProp
 from pyro.optim.clipped_adam import ClippedAdam
 from pyro.optim.lr_scheduler import PyroLRScheduler
 from pyro.params.param_store import normalize_param_name
@@ -26,6 +27,12 @@ FUSED = {
     torch.optim.AdamW: ("cpu", "cuda"),
     torch.optim.SGD: ("cpu", "cuda"),
     torch.optim.Adagrad: ("cpu",),
+}
+# that update each element from its own history: one of them for all parameters is as good as one for each
+ELEMENTWISE = {
+    *FUSED,
+    *(torch.optim.Adadelta, torch.optim.Adamax, torch.optim.ASGD, torch.optim.NAdam, torch.optim.RAdam),
+    *(torch.optim.RMSprop, torch.optim.Rprop, ClippedAdam, AdagradRMSProp),
 }
 
 
@@ -47,10 +54,11 @@ class Update:
         self.schedulers: list[Any] = []
         self.settings: list[dict[str, Any]] = []  # of each group, as given
         self._clips: list[tuple[Callable, Tensor]] = []
-        self._joint: torch.optim.Optimizer | None = None
+        self._joint: Any = None
         self._adam: AdamUpdate | None = None
-        self._rejoined = False  # since the update above was made
+        self._takes_adam = False
         self._seen: list[Any] = []
+        self._held: list[Any] = []  # what is known by its id in the list above
         self._members: list[list[dict[str, Any]]] = []
 
     @property
@@ -127,31 +135,38 @@ class Update:
         as only numbers among the settings change.
         """
         joint = self._joined()
-        if self._clips or not AdamUpdate.stands_for(joint):
+        if not self._takes_adam:
             return None
-        if self._adam is None or (self._rejoined and not _same_groups(self._adam.groups, _adam_groups(joint))):
+        if self._adam is None or not self._adam.acts_on(joint):
             self._adam = AdamUpdate(joint)
             for optimizer in self.optimizers:
                 optimizer._had_gradient = True  # type: ignore[attr-defined]
-        self._rejoined = False
         self._adam.begin(joint)
         return self._adam
 
-    def _joined(self) -> torch.optim.Optimizer:
+    def _joined(self) -> Any:
         """All optimisers as one."""
         if self._joint is None or self._seen != self._now():
             self._joint = self._join()
-            self._rejoined = True
+            self._takes_adam = not self._clips and AdamUpdate.stands_for(self._joint)
         return self._joint
 
     def _now(self) -> list[Any]:
         """All that a joint optimiser was made from, and that its user may change."""
-        return [*(id(optimizer.state) for optimizer in self.optimizers), *map(dict, self.groups)]
+        found: list[Any] = list(map(dict, self.groups))
+        for optimizer in self.optimizers:
+            found += [id(optimizer.state), *map(id, optimizer.state.values())]
+            found += [len(optimizer._optimizer_step_pre_hooks), len(optimizer._optimizer_step_post_hooks)]
+        return found
 
-    def _join(self) -> torch.optim.Optimizer:
+    def _join(self) -> Any:
         """One optimiser on the states of all, with a group for each kind of settings."""
+        joint: Any
         if len(self.optimizers) == 1:
             joint = self.optimizers[0]
+            self._members = [[group] for group in joint.param_groups]
+        elif type(self.optimizers[0]) not in ELEMENTWISE:
+            joint = _OneByOne(self.optimizers)
             self._members = [[group] for group in joint.param_groups]
         else:
             kind = type(self.optimizers[0])
@@ -166,7 +181,7 @@ class Update:
                 optimizer._opt_called = True  # type: ignore[attr-defined]  # else its scheduler warns
                 for group in optimizer.param_groups:
                     joint.state |= {p: optimizer.state[p] for p in group["params"]}
-                    same = [i for i, other in enumerate(merged) if _settings(other) == _settings(group)]
+                    same = [i for i, other in enumerate(merged) if _kind(other) == _kind(group)]
                     if same:
                         merged[same[0]]["params"] += group["params"]
                         self._members[same[0]].append(group)
@@ -181,6 +196,7 @@ class Update:
                     if "step" in (state := joint.state[p]):
                         state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=p.device)
         self._seen = self._now()
+        self._held = [(optimizer.state, *optimizer.state.values()) for optimizer in self.optimizers]
         return joint
 
     def schedule(self, metric: float) -> None:
@@ -219,9 +235,13 @@ def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key != "params"}
 
 
+def _kind(group: Mapping[str, Any]) -> tuple[Any, ...]:
+    return _settings(group), {p.dtype for p in group["params"]}
+
+
 def _can_fuse(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> bool:
     devices = FUSED.get(type(optimizer), ())
-    free = all(group.get(key) in (None, False) for key in ("fused", "foreach", "differentiable"))
+    free = group.get("fused") is None and not group.get("foreach") and not group.get("differentiable")
     return free and all(
         p.device.type in devices and p.is_floating_point() and (p.grad is None or p.grad.layout is torch.strided)
         for p in group["params"]
@@ -242,11 +262,29 @@ class AdamUpdate:
 
     @staticmethod
     def stands_for(optimizer: torch.optim.Optimizer) -> bool:
+        if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
+            return False
         unusual = ("amsgrad", "maximize", "capturable", "differentiable", "foreach")
-        return type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) and all(
-            group["fused"] and not any(group[key] for key in unusual) and not isinstance(group["lr"], Tensor)
+        hooked = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+        return not hooked and all(
+            group["fused"]
+            and not any(group[key] for key in unusual)
+            and not isinstance(group["lr"], Tensor)
+            and len({p.dtype for p in group["params"]}) == 1
             for group in optimizer.param_groups
         )
+
+    def acts_on(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether the optimiser's parameters, states and kinds of decay are those that this was made for."""
+        if len(optimizer.param_groups) != len(self.groups):
+            return False
+        for group, (states, *decay) in zip(optimizer.param_groups, self.groups, strict=True):
+            now = [(p, *map(optimizer.state[p].get, ("step", "exp_avg", "exp_avg_sq"))) for p in group["params"]]
+            if [group["weight_decay"] != 0, group["decoupled_weight_decay"]] != decay or len(now) != len(states):
+                return False
+            if not all(map(operator.is_, itertools.chain(*now), itertools.chain(*states))):
+                return False
+        return True
 
     def mend(self) -> None:
         """Let updates through again after a step that was not finite."""
@@ -307,9 +345,20 @@ def _adam_groups(optimizer: torch.optim.Optimizer) -> list[_AdamGroup]:
     return groups
 
 
-def _same_groups(first: Sequence[_AdamGroup], second: Sequence[_AdamGroup]) -> bool:
-    a, b = ([x for states, *flags in groups for x in (*itertools.chain(*states), *flags)] for groups in (first, second))
-    return len(a) == len(b) and all(map(operator.is_, a, b))
+class _OneByOne:
+    """Optimisers of a kind that is not known, each for itself."""
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        self.optimizers = optimizers
+        self.param_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+
+    def step(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
 
 
 class _FusedClippedAdam(ClippedAdam):

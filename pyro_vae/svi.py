@@ -15,7 +15,7 @@ from pyro import poutine
 from pyro.optim import PyroOptim
 from torch import Tensor, nn
 
-from .compiled import Compiled, get_random_state, preserved, set_random_state
+from .compiled import Compiled, NotNowError, get_random_state, preserved, set_random_state
 from .optim import AdamUpdate, Optimizer, Update
 
 __all__ = ["SVI", "CompiledSVI", "NonFiniteLossError", "latent_scale"]
@@ -250,15 +250,16 @@ class CompiledSVI(SVI):
         self, model: Callable, guide: Callable, optim: Optimizer, loss: Any, *, clip_norm: float | None = None
     ) -> None:
         super().__init__(model, guide, optim, loss, clip_norm=clip_norm)
-        programs = (model, guide, loss, vars(pyro.get_param_store()))
-        self._whole = Compiled(self._whole_step, *programs)
-        self._gradients = Compiled(self._loss_and_gradients, *programs)
-        self._bound = Compiled(self._loss, *programs)
+        store, places = vars(pyro.get_param_store()), [(vars(self), name) for name in ("model", "guide", "objective")]
+        self._whole = Compiled(self._whole_step, store, places=places)
+        self._gradients = Compiled(self._loss_and_gradients, store, places=places)
+        self._bound = Compiled(self._loss, store, places=[*places, (vars(self), "loss")])
         self._unsettled: collections.deque[_Step] = collections.deque()
         self._partial = clip_norm is not None  # the optimiser acts beside the graph, not in it
-        if isinstance(loss, pyro.infer.ELBO) and not hasattr(loss, "differentiable_loss"):
+        if isinstance(loss, pyro.infer.ELBO) and not _derives_gradients(type(loss)):
             self._gradients.fall_back(
-                f"{type(loss).__name__} has no differentiable_loss to record. Mend: use one that has, like Trace_ELBO"
+                f"{type(loss).__name__} has no differentiable_loss to record, or one that its loss_and_grads replaces. "
+                "Mend: use a loss that has, like Trace_ELBO"
             )
 
     @property
@@ -278,7 +279,9 @@ class CompiledSVI(SVI):
         super().initialize(*args, **kwargs)
         self._prepare(args, kwargs)
 
-    def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
+    def evaluate_loss(self, *args: Any, **kwargs: Any) -> Any:
+        if self.fallback_reason is not None:
+            return super().evaluate_loss(*args, **kwargs)
         with torch.no_grad():
             return self._bound(*args, **kwargs).item()
 
@@ -361,7 +364,9 @@ class CompiledSVI(SVI):
         known = {id(parameter) for parameter in self.parameters.values()}
         if any(id(site["value"].unconstrained()) not in known for site in captured.trace.nodes.values()):
             raise _NewParametersError
-        gradients = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
+        free = [parameter for parameter in self.parameters.values() if parameter.requires_grad]
+        found = dict(zip(free, torch.autograd.grad(loss, free, allow_unused=True), strict=True))
+        gradients = [found.get(parameter) for parameter in self.parameters.values()]
         loss = loss.detach().double()
         finite = _finite(loss, [gradient for gradient in gradients if gradient is not None])
         return loss, finite, self._used(captured.trace), gradients
@@ -398,12 +403,19 @@ class _Step(NamedTuple):
     kwargs: Any
 
 
-class _NewParametersError(Exception):
+class _NewParametersError(NotNowError):
     """The program makes parameters that the optimiser does not know yet."""
 
 
-class _UnusedParameterError(Exception):
+class _UnusedParameterError(NotNowError):
     """A parameter has no gradient, so that the optimiser leaves it out."""
+
+
+def _derives_gradients(kind: type) -> bool:
+    """Whether ``loss_and_grads`` are those of ``differentiable_loss``, as neither replaces an inherited other."""
+    names = ("differentiable_loss", "loss_and_grads")
+    owners = [next((base for base in kind.__mro__ if name in vars(base)), object) for name in names]
+    return owners[0] is not object and issubclass(*owners)
 
 
 def _finite(loss: Tensor, gradients: Sequence[Tensor]) -> Tensor:

@@ -1,9 +1,14 @@
 """CompiledSVI gives SVI's numbers, for every kind of program, or says why it runs eagerly."""
 
+import argparse
 import array
 import functools
+import math
+import random
+import types
 import warnings
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -23,6 +28,7 @@ from pyro.infer import (
 from torch import nn
 
 import pyro_vae.compiled
+import pyro_vae.svi
 from pyro_vae import CompiledSVI, checkpoint, evaluate, fit
 from pyro_vae.compiled import FallbackWarning
 
@@ -257,21 +263,76 @@ class TestOptimisers:
         assert_equal(found, expected)
         assert svi.update.optimizers == made and made[0].param_groups[0]["fused"]
 
+    def test_an_optimiser_of_an_unknown_kind_is_one_for_each_parameter(self, recorded):
+        class Normalised(torch.optim.SGD):
+            """Divides by the norm over its group, and counts."""
+
+            def step(self, closure=None):
+                for group in self.param_groups:
+                    group["count"] = group.get("count", 0) + 1
+                    norm = sum(p.grad.square().sum() for p in group["params"]).sqrt()
+                    for p in group["params"]:
+                        p.data -= group["lr"] * p.grad / (norm * group["count"])
+
+        optim = functools.partial(pyro.optim.PyroOptim, Normalised, {"lr": 0.05})
+        svi = assert_same_trajectory(*PROGRAMS["AutoNormal"], optim=optim)
+        assert {o.param_groups[0]["count"] for o in svi.optim.optim_objs.values()} == {5}
+
+    @pytest.mark.parametrize("edit", ["replaced", "cleared"])
+    def test_a_state_that_is_edited_by_hand(self, edit, recorded):
+        def after_step(svi):
+            for optimizer in svi.optim.optim_objs.values():
+                for p, state in list(optimizer.state.items()):
+                    if edit == "replaced":
+                        state["exp_avg"] = 2 * state["exp_avg"]
+                    else:
+                        del optimizer.state[p]
+
+        assert_same_trajectory(*PROGRAMS["AutoNormal"], after_step=after_step)
+
+    def test_numbers_changed_by_hand_take_effect(self, recorded):
+        def after_step(svi):
+            for optimizer in svi.optim.optim_objs.values():
+                group = optimizer.param_groups[0]
+                group["betas"] = (group["betas"][0] * 0.9, group["betas"][1] * 0.99)
+                group["eps"] *= 3
+                group["weight_decay"] *= 2
+
+        assert_same_trajectory(
+            *PROGRAMS["AutoNormal"], after_step=after_step, optim=lambda: adam(eps=0.01, weight_decay=0.1)
+        )
+
+    def test_gradients_that_share_memory_are_clipped_once(self, recorded):
+        def model(x):
+            a, b = (pyro.param(name, torch.zeros(2)) for name in "ab")
+            pyro.sample("x", dist.Normal(a + b, 1.0).expand(x.shape).to_event(2), obs=x)
+
+        found = []
+        for svi_class in (pyro_vae.svi.SVI, CompiledSVI):
+            pyro.clear_param_store()
+            svi = svi_class(model, lambda x: None, functools.partial(torch.optim.SGD, lr=0.1), ELBO, clip_norm=0.5)
+            for _ in range(3):
+                svi.step(X)
+            found.append(values())
+        assert svi.compiled
+        assert_equal(found[1], found[0])
+
     def test_settings_of_the_user_stand(self, recorded):
         svi = assert_same_trajectory(*PROGRAMS["AutoNormal"], optim=lambda: adam(foreach=True))
         assert [group["fused"] for group in svi.update._joint.param_groups] == [None]
 
 
-def eager_steps(model, guide, args=(X,), loss=ELBO, steps=4):
+def eager_steps(make, args=(X,), loss=ELBO, steps=4):
     """The steps of a program that falls back are those of stock SVI; returns the one warning's reason."""
-    expected = trajectory(SVI, lambda: (model, guide), loss, args, steps=steps)
+    expected = trajectory(SVI, make, loss, args, steps=steps)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        losses, found, svi = trajectory(CompiledSVI, lambda: (model, guide), loss, args, steps=steps)
+        losses, found, svi = trajectory(CompiledSVI, make, loss, args, steps=steps)
     assert losses == pytest.approx(expected[0], rel=1e-12)
     assert_equal(found, expected[1], 1e-12)
     said = [w for w in caught if issubclass(w.category, FallbackWarning)]
     assert not svi.compiled and len(said) == 1 and svi.fallback_reason in str(said[0].message)
+    assert said[0].filename == __file__
     assert "Mend: " in svi.fallback_reason
     return svi.fallback_reason
 
@@ -293,7 +354,7 @@ class TestFallBacks:
             m = pyro.sample("m", dist.Normal(0.0, 1.0))
             pyro.sample("x", dist.Normal(m if m > 0 else 2 * m, 1.0), obs=x[0, 0])
 
-        assert "m if m > 0 else 2 * m" in eager_steps(model, location_guide)
+        assert "m if m > 0 else 2 * m" in eager_steps(lambda: (model, location_guide))
 
     @pytest.mark.parametrize(
         "read", [lambda m: float(m.detach()), lambda m: m.detach().numpy().item(), lambda m: m.detach().tolist()]
@@ -303,43 +364,111 @@ class TestFallBacks:
             m = pyro.sample("m", dist.Normal(0.0, 1.0))
             pyro.sample("x", dist.Normal(read(m), 1.0), obs=x[0, 0])
 
-        assert "on the host" in eager_steps(model, location_guide)
+        assert "on the host" in eager_steps(lambda: (model, location_guide))
 
     def test_a_structure_that_changes(self, recorded):
-        runs = []
+        def make():
+            runs = []
 
-        def model(x):
-            runs.append(None)
-            m = pyro.sample("m", dist.Normal(0.0, 1.0))
-            for i in range(1 + len(runs) % 2):
-                pyro.sample(f"x{i}", dist.Normal(m, 1.0), obs=x[i, 0])
+            def model(x):
+                runs.append(None)
+                m = pyro.sample("m", dist.Normal(0.0, 1.0))
+                for i in range(1 + len(runs) % 2):
+                    pyro.sample(f"x{i}", dist.Normal(m, 1.0), obs=x[i, 0])
+
+            return model, location_guide
 
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            svi = trajectory(CompiledSVI, lambda: (model, location_guide), ELBO)[2]
+            svi = trajectory(CompiledSVI, make, ELBO)[2]
         assert not svi.compiled and "Mend: " in svi.fallback_reason and len(caught) == 1
 
-    def test_a_counter_of_the_program(self, recorded):
-        class Annealed:
+    @pytest.mark.parametrize("kind", ["number", "buffer", "two numbers"])
+    def test_a_counter_of_the_program_counts_its_own_runs_alone(self, kind, recorded):
+        class Annealed(nn.Module):
             def __init__(self):
-                self.calls = 0
+                super().__init__()
+                self.calls, self.others = 0, 0
+                self.register_buffer("average", torch.zeros(()))
 
-            def __call__(self, x):
-                self.calls += 1
-                location_model(x, weight=1 / self.calls)
+            def forward(self, x):
+                if kind == "buffer":
+                    self.average = 0.9 * self.average + x.mean()
+                else:
+                    self.calls += 1
+                    self.others += kind == "two numbers"
+                location_model(x, weight=1 / (1 + self.calls + 2 * self.others + self.average.detach()))
 
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            svi = trajectory(CompiledSVI, lambda: (Annealed(), location_guide), ELBO)[2]
-        assert not svi.compiled and "'calls' changes as the program runs" in svi.fallback_reason and len(caught) == 1
+        reason = eager_steps(lambda: (Annealed(), location_guide))
+        expected = "a constant of the program is" if kind == "buffer" else "'calls' changes as the program runs"
+        assert expected in reason
+
+    def test_numbers_from_elsewhere(self, recorded):
+        def model(x):
+            location_model(x, weight=0.5 + random.random() + np.random.rand())
+
+        def make():
+            random.seed(0)
+            np.random.seed(0)
+            return model, location_guide
+
+        eager_steps(make)
+
+    def test_gradients_that_are_not_those_of_the_differentiable_loss(self, recorded):
+        class Scaled(Trace_ELBO):
+            def loss_and_grads(self, model, guide, *args, **kwargs):
+                loss = 0.1 * self.differentiable_loss(model, guide, *args, **kwargs)
+                loss.backward()
+                return loss.item()
+
+        assert "its loss_and_grads replaces" in eager_steps(lambda: (location_model, location_guide), loss=Scaled())
+
+    def test_a_tensor_argument_that_requires_gradients(self, recorded):
+        x = X.clone().requires_grad_()
+        assert "requires gradients" in eager_steps(lambda: (location_model, location_guide), (x,))
+
+    def test_an_argument_that_is_new_each_time(self, recorded, monkeypatch):
+        monkeypatch.setattr(pyro_vae.compiled, "MAX_SEEN_ONCE", 3)
+        svi = CompiledSVI(lambda x, i: location_model(x), lambda x, i: location_guide(x), adam(), ELBO)
+        with pytest.warns(FallbackWarning, match="3 signatures have come"):
+            for i in range(5):
+                svi.step(X, i)
+
+    def test_an_error_of_the_program_is_its_own(self, recorded):
+        svi = CompiledSVI(location_model, location_guide, adam(), ELBO)
+        svi.step(X)
+        for _ in range(2):
+            with pytest.raises(TypeError, match="len"):
+                svi.step(torch.zeros(()))
+        svi.step(X)
+        assert svi.compiled
+
+    def test_what_no_compiled_step_can_run(self, monkeypatch):
+        """An error after the recording leads to eager steps, not out of the loop."""
+        monkeypatch.setattr(pyro_vae.compiled, "_compile", lambda graph, tensors: lambda *tensors: 1 / 0)
+        assert "ZeroDivisionError" in eager_steps(lambda: (location_model, location_guide))
+
+    def test_a_loss_that_is_a_pair(self):
+        def model(x):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[0, 0])
+
+        def guide(x):
+            pyro.sample("z", dist.Normal(pyro.param("location", torch.zeros(())), 1.0))
+
+        loss = pyro.infer.ReweightedWakeSleep(num_particles=2, vectorize_particles=False)
+        with pytest.warns(FallbackWarning, match="ReweightedWakeSleep has no differentiable_loss"):
+            svi = CompiledSVI(model, guide, adam(), loss)
+        assert len(svi.evaluate_loss(X)) == 2
 
     def test_an_argument_that_cannot_be_compared(self, recorded):
-        reason = eager_steps(lambda x, o: location_model(x), lambda x, o: location_guide(x), (X, {1, 2}))
+        programs = (lambda x, o: location_model(x), lambda x, o: location_guide(x))
+        reason = eager_steps(lambda: programs, (X, {1, 2}))
         assert "an argument is a set" in reason
 
     @pytest.mark.parametrize("loss", [TraceGraph_ELBO(), RenyiELBO(num_particles=2)], ids=lambda x: type(x).__name__)
     def test_a_loss_that_is_no_differentiable_function(self, loss, recorded):
-        assert type(loss).__name__ in eager_steps(location_model, location_guide, loss=loss)
+        assert type(loss).__name__ in eager_steps(lambda: (location_model, location_guide), loss=loss)
 
     def test_a_handler_that_would_see_no_sites(self, recorded):
         svi = CompiledSVI(location_model, location_guide, adam(), ELBO)
@@ -363,7 +492,7 @@ class TestFallBacks:
     def test_no_working_compiler(self, monkeypatch):
         pyro_vae.compiled._compiler_works.cache_clear()
         monkeypatch.setattr(torch._inductor, "standalone_compile", lambda *a, **k: 1 / 0)
-        assert "torch finds no working C++ compiler" in eager_steps(location_model, location_guide)
+        assert "torch finds no working C++ compiler" in eager_steps(lambda: (location_model, location_guide))
         pyro_vae.compiled._compiler_works.cache_clear()
 
     def test_a_graph_that_the_compiler_cannot_take(self, monkeypatch):
@@ -373,7 +502,7 @@ class TestFallBacks:
             return real(graph, *args, **kwargs) if len(graph.graph.nodes) < 5 else 1 / 0
 
         monkeypatch.setattr(torch._inductor, "standalone_compile", small_graphs_only)
-        assert "cannot compile the program's graph: ZeroDiv" in eager_steps(location_model, location_guide)
+        assert "cannot compile the program's graph: ZeroDiv" in eager_steps(lambda: (location_model, location_guide))
 
 
 class Switch:
@@ -390,10 +519,25 @@ def global_model(x):
     location_model(x, GLOBAL_WEIGHT)
 
 
+def package_model(x):
+    location_model(x, package.inner.weight)  # noqa: F821
+
+
+class PropertySwitch:
+    @property
+    def weight(self):
+        return GLOBAL_WEIGHT
+
+
+def module_model(net, x):
+    pyro.module("net", net)
+    location_model(net(x))
+
+
 class TestGuards:
     """A number of Python that changes between steps leads to a new graph, not to old numbers."""
 
-    def assert_same_steps(self, step, make=lambda: (location_model, location_guide), steps=6):
+    def assert_same_steps(self, step, make=lambda: (location_model, location_guide), steps=7, tolerance=1e-10):
         """`step(svi, i)` for i = 0, 1, ...: of stock SVI and CompiledSVI the same losses, parameters and buffers."""
         found = []
         for svi_class in (SVI, CompiledSVI):
@@ -402,8 +546,8 @@ class TestGuards:
             svi = svi_class(*make(), adam(), ELBO)
             losses = [step(svi, i) for i in range(steps)]
             found.append((losses, values(svi.model, svi.guide)))
-        assert found[1][0] == pytest.approx(found[0][0], rel=1e-10) and svi.compiled
-        assert_equal(found[1][1], found[0][1])
+        assert found[1][0] == pytest.approx(found[0][0], rel=tolerance) and svi.compiled
+        assert_equal(found[1][1], found[0][1], tolerance)
         return svi
 
     def assert_same(self, model, change):
@@ -427,6 +571,126 @@ class TestGuards:
             weight = value
 
         self.assert_same(lambda x: location_model(x, weight), change)
+
+    @pytest.mark.parametrize("kind", [argparse.Namespace, types.SimpleNamespace])
+    def test_a_namespace(self, kind, recorded):
+        options = kind(weight=1.0)
+        self.assert_same(lambda x: location_model(x, options.weight), lambda w: setattr(options, "weight", w))
+
+    def test_an_attribute_of_a_class(self, recorded, monkeypatch):
+        self.assert_same(lambda x: location_model(x, Switch.weight), lambda w: monkeypatch.setattr(Switch, "weight", w))
+
+    def test_an_attribute_of_a_class_that_its_instance_gets(self, recorded):
+        switch = Switch()
+        change = lambda w: setattr(switch, "weight", w) if w != 1 else vars(switch).clear()  # noqa: E731
+        self.assert_same(lambda x: location_model(x, switch.weight), change)
+
+    def test_an_attribute_of_a_function(self, recorded):
+        def model(x):
+            location_model(x, model.weight)
+
+        self.assert_same(model, lambda w: setattr(model, "weight", w))
+
+    def test_a_global_that_a_property_reads(self, recorded, monkeypatch):
+        switch = PropertySwitch()
+        self.assert_same(
+            lambda x: location_model(x, switch.weight), lambda w: monkeypatch.setitem(globals(), "GLOBAL_WEIGHT", w)
+        )
+
+    def test_an_attribute_of_a_module_in_a_package(self, recorded, monkeypatch):
+        package = types.ModuleType("package")
+        package.inner = types.ModuleType("package.inner")
+        monkeypatch.setitem(globals(), "package", package)
+        self.assert_same(package_model, lambda w: setattr(package.inner, "weight", w))
+
+    def test_a_list_that_grows(self, recorded):
+        weights = []
+        change = lambda w: weights.__setitem__(slice(None), [w] if w != 1 else [])  # noqa: E731
+        self.assert_same(lambda x: location_model(x, math.prod(weights[:1])), change)
+
+    def test_a_key_that_appears(self, recorded):
+        options = {}
+        change = lambda w: options.clear() if w == 1 else options.update(weight=w)  # noqa: E731
+        self.assert_same(lambda x: location_model(x, options.get("weight", 1.0)), change)
+
+    def test_a_handler_as_model(self, recorded):
+        options = {"weight": 1.0}
+        model = poutine.trace(lambda x: location_model(x, options["weight"]))
+        self.assert_same(model, lambda w: options.update(weight=w))
+
+    def test_values_that_a_handler_conditions_on(self, recorded):
+        data, values = {}, {w: torch.tensor(w) for w in (1.0, 0.25)}
+
+        def model(x):
+            location_model(x)
+            pyro.sample("y", dist.Normal(pyro.param("location"), 1.0))
+
+        conditioned = poutine.condition(model, data=data)
+        self.assert_same(conditioned, lambda w: data.update(y=values[w]))
+
+    def test_an_object_as_argument(self, recorded):
+        switch = Switch()
+
+        def step(svi, i):
+            switch.weight = 1.0 if i < 3 else 0.25
+            return svi.step(X, switch)
+
+        programs = (lambda x, s: location_model(x, s.weight), lambda x, s: location_guide(x))
+        self.assert_same_steps(step, lambda: programs)
+
+    def test_another_model_of_the_svi(self, recorded):
+        def step(svi, i):
+            if i == 3:
+                svi.model = functools.partial(location_model, weight=0.25)
+            return svi.step(X)
+
+        self.assert_same_steps(step)
+
+    def test_one_tensor_twice_and_then_two(self, recorded):
+        programs = (lambda x, y: location_model(x + 2 * y), lambda x, y: location_guide(x))
+        self.assert_same_steps(lambda svi, i: svi.step(X if i < 3 else X + 1, X), lambda: programs)
+
+    def test_an_argument_that_the_program_reads_elsewhere_too(self, recorded):
+        programs = (lambda x: location_model(x + 2 * X), location_guide)
+        self.assert_same_steps(lambda svi, i: svi.step(X if i < 3 else X + 1), lambda: programs)
+
+    @pytest.mark.filterwarnings("ignore:weight was not registered")
+    @pytest.mark.parametrize("frozen_first", [True, False])
+    def test_a_parameter_that_is_frozen_or_set_free(self, frozen_first, recorded):
+        def make():
+            net = nn.Linear(2, 2)
+            return functools.partial(module_model, net), location_guide
+
+        def step(svi, i):
+            svi.model.args[0].weight.requires_grad_((i < 3) != frozen_first)
+            return svi.step(X)
+
+        self.assert_same_steps(step, make)
+
+    def test_a_hook_on_a_gradient(self, recorded):
+        def make():
+            net = nn.Linear(2, 2)
+            return functools.partial(module_model, net), location_guide
+
+        def step(svi, i):
+            if i == 3:
+                svi.model.args[0].weight.register_hook(lambda gradient: 0 * gradient)
+            return svi.step(X)
+
+        self.assert_same_steps(step, make)
+
+    def test_autocast(self, recorded):
+        def make():
+            torch.set_default_dtype(torch.float32)
+            torch.manual_seed(0)
+            net = nn.Linear(2, 2)
+            return functools.partial(module_model, net), location_guide
+
+        def step(svi, i):
+            with torch.autocast("cpu", torch.bfloat16, enabled=i >= 3):
+                return svi.step(X.float())
+
+        self.assert_same_steps(step, make, tolerance=1e-6)
 
     def test_an_item_of_a_dictionary(self, recorded):
         settings = {"weight": 1.0}
@@ -513,6 +777,38 @@ def test_a_recording_leaves_random_state_buffers_store_and_modules_as_they_were(
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert all(parameter.grad is None for parameter in svi.parameters.values())
     assert poutine.runtime._PYRO_STACK == []
+
+
+@pytest.mark.parametrize("write", [lambda b: torch.mul(b, 0.9, out=b), lambda b: torch._foreach_mul_([b], 0.9)])
+def test_a_buffer_that_is_written_in_unusual_ways(write, recorded):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("weight", torch.ones(()))
+
+        def forward(self, x):
+            write(self.weight)
+            location_model(x, self.weight.clone())
+
+    assert assert_same_trajectory(lambda: (Model(), location_guide), ELBO).compiled
+
+
+def test_a_recurrent_network_in_single_precision(recorded):
+    torch.set_default_dtype(torch.float32)
+
+    def make():
+        net = nn.LSTM(2, 3, batch_first=True)
+
+        def model(x):
+            pyro.module("net", net)
+            location_model(x + net(x[None])[0][0, :, :2])
+
+        return model, location_guide
+
+    expected = trajectory(SVI, make, ELBO, (X.float(),))
+    losses, found, svi = trajectory(CompiledSVI, make, ELBO, (X.float(),))
+    assert svi.compiled and losses == pytest.approx(expected[0], rel=1e-5)
+    assert_equal(found, expected[1], 1e-4)
 
 
 def test_evaluate_loss_is_compiled_apart(recorded):
