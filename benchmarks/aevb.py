@@ -207,8 +207,10 @@ def draw(source: Path, target: Path) -> None:
             if "probabilistic_pca_test" in result:
                 axes.axhline(result["probabilistic_pca_test"], color="grey", linestyle=":", label="pPCA, test")
             stopped = result["best_epoch"] * (50_000 if name == "mnist" else 1_565)
-            axes.plot(stopped, result["test"]["bound"], "ko", label="test, at the best validation bound")
-            axes.set(xscale="log", title=f"{name}, $N_z$ = {latent_dim}", xlabel="training samples")
+            axes.plot(stopped, result["test"]["bound"], "ko", label="test, scored once")
+            axes.set(
+                xscale="log", title=f"{name}, $N_z$ = {latent_dim}".replace("_r", ", r"), xlabel="training samples"
+            )
             axes.set_ylim((-170, -90) if name == "mnist" else (-200, 1500))
         for axes in axes_of_row[len(dims) :]:
             axes.axis("off")
