@@ -2,8 +2,8 @@
 
 784-200-200-50 tanh, 50,000 / 10,000 / 10,000 images, batch 100, the analytic KL, Adam at 2e-3 falling to 0 along half a
 cosine, and then twice more from the weights that this gave; the loss is a sum over the batch, so that eps = 1e-2 is the
-paper's 1e-4 on a mean. Schedule, step size and KL were chosen on validation data in shorter runs. The test set is
-scored once, with L_5000. A single run: no interval over seeds.
+paper's 1e-4 on a mean. Schedule, step size and KL were chosen on validation data in shorter runs. The script
+scores the test set once, with L_5000; for the result beside it, see its note. A single run: no interval over seeds.
 
     python benchmarks/mnist_vae.py   # 700, 500 and 500 epochs; goes on where it was interrupted
 """

@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .guards import NotStaticError, Scalar, holds, python_state, restore, stable
+from .guards import Entry, NotStaticError, Scalar, holds, python_state, restore, stable
 
 __all__ = ["Compiled", "FallbackWarning", "get_random_state", "set_random_state"]
 
@@ -218,8 +218,9 @@ class _Recording:
         dtypes = [leaf.dtype for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         self.float_dtype = functools.reduce(torch.promote_types, dtypes, torch.get_default_dtype())
         self.device = next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), torch.device("cpu"))
-        before = python_state(programs, places)
+        before: list[Entry] = []
         try:
+            before = python_state(programs, places)
             with preserved():
                 self._evaluate(leaves)  # makes what programs make at their first run
                 states = [python_state(programs, places)]
@@ -334,7 +335,8 @@ def _form(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _is_view(function: Any) -> bool:
-    return function is operator.getitem or any(result.alias_info for result in function._schema.returns)
+    schema = getattr(function, "_schema", None)  # operators of higher order have none
+    return function is operator.getitem or (schema is not None and any(result.alias_info for result in schema.returns))
 
 
 def _is_dense(tensor: Tensor) -> bool:

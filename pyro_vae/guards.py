@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dis
 import functools
 import sys
 import types
@@ -30,100 +31,130 @@ class NotStaticError(Exception):
 _MISSING = object()
 Entry = tuple[Any, Any, Any]  # container, key, value
 _MODULE_KEYS = {"training", "_parameters", "_buffers", "_modules"}
-_ENTERED = (nn.Module, ELBO, poutine.messenger.Messenger, TraceHandler, argparse.Namespace, types.SimpleNamespace)
+_MODULE_INTERNALS = vars(nn.Module()).keys() - _MODULE_KEYS
+_LIBRARY_OBJECTS = (
+    *(nn.Module, ELBO, poutine.messenger.Messenger, TraceHandler),
+    *(argparse.Namespace, types.SimpleNamespace),
+)
 
 
 def python_state(roots: Sequence[Any], places: Sequence[tuple[Any, Any]] = ()) -> list[Entry]:
     """Where the roots, and what they refer to, keep numbers, tensors and objects, and what is there now.
 
-    `places` are pairs of a container and a key, whose values are roots too.
+    Of an object or class this is what functions that the roots reach name, so that a training loop may keep what it
+    likes beside. `places` are pairs of a container and a key, whose values are roots too.
     """
-    entries: list[Entry] = []
-    seen: set[int] = set()
-    standard = vars(nn.Module()).keys() - _MODULE_KEYS
+    names: set[str] = set()
+    while True:
+        walk = _Walk(frozenset(names))
+        for root in roots:
+            walk.visit(root)
+        for container, key in places:
+            walk.add(container, key)
+        if walk.named <= names:
+            return walk.entries
+        names |= walk.named
 
-    def visit(value: Any) -> None:
-        if id(value) in seen or isinstance(value, (*Scalar, Tensor, types.ModuleType)) or len(entries) > MAX_GUARDS:
+
+class _Walk:
+    """A walk over objects, into the attributes of these names alone."""
+
+    def __init__(self, names: frozenset[str]) -> None:
+        self.names = names
+        self.named: set[str] = set()  # by the functions that were met
+        self.entries: list[Entry] = []
+        self.seen: set[int] = set()
+
+    def visit(self, value: Any) -> None:
+        if id(value) in self.seen or isinstance(value, (*Scalar, Tensor, types.ModuleType)):
             return
-        seen.add(id(value))
+        if len(self.entries) > MAX_GUARDS:
+            return
+        self.seen.add(id(value))
         if isinstance(value, types.MethodType):
-            visit_all([value.__self__, value.__func__])
+            self.visit_all([value.__self__, value.__func__])
         elif isinstance(value, functools.partial):
-            visit_all([value.func, *value.args, *value.keywords.values()])
+            self.visit_all([value.func, *value.args, *value.keywords.values()])
         elif isinstance(value, property):
-            visit_all([value.fget])
+            self.visit(value.fget)
         elif isinstance(value, staticmethod | classmethod):
-            visit(value.__func__)
+            self.visit(value.__func__)
         elif isinstance(value, types.FunctionType):
-            visit_function(value)
+            self.visit_function(value)
         elif isinstance(value, dict):
             for key in list(value)[:1000]:
-                add(value, key)
+                self.add(value, key)
         elif isinstance(value, list | tuple):
             for index in range(min(1000, len(value))):
-                add(value, index)
+                self.add(value, index)
         elif isinstance(value, type):
-            visit_class(value)
+            self.visit_class(value)
         elif hasattr(value, "__dict__"):
-            if not _library(type(value).__module__) or isinstance(value, _ENTERED):
-                skipped = standard if isinstance(value, nn.Module) else ()
-                for key in [key for key in vars(value) if key not in skipped]:
-                    add(vars(value), key)
-                add(_Size(vars(value)), 0)
-                for key in _MODULE_KEYS & vars(value).keys() - {"training"}:
-                    add(_Size(vars(value)[key]), 0)
-            visit_class(type(value))
+            self.visit_object(value)
 
-    def visit_function(function: types.FunctionType) -> None:
-        if _library(function.__module__):
-            return
-        for cell in function.__closure__ or ():
-            add(_Cell(cell), 0)
-            sized(_get(_Cell(cell), 0))
-        visit_names(_names(function.__code__), function.__globals__)
-        visit_all([*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(), vars(function)])
+    def visit_all(self, values: Sequence[Any]) -> None:
+        for value in values:
+            self.visit(value)
 
-    def visit_names(names: set[str], namespace: dict[str, Any]) -> None:
-        for name in names & namespace.keys():
-            add(namespace, name)
-            sized(namespace[name])
-            module = namespace[name]
-            if isinstance(module, types.ModuleType) and not _library(module.__name__) and id(module) not in seen:
-                seen.add(id(module))
-                visit_names(names, vars(module))
+    def visit_object(self, value: Any) -> None:
+        attributes = vars(value)
+        if _library(type(value).__module__):
+            if not isinstance(value, _LIBRARY_OBJECTS):
+                return
+            skipped = _MODULE_INTERNALS if isinstance(value, nn.Module) else ()
+            keys = [key for key in attributes if key not in skipped]
+        else:
+            keys = [key for key in attributes if key in self.names or key in _MODULE_KEYS]
+            for key in self.names - attributes.keys():  # that the instance may get, in the place of its class's
+                if any(key in vars(kind) and not callable(vars(kind)[key]) for kind in type(value).__mro__):
+                    self.add(attributes, key)
+        for key in keys:
+            self.add(attributes, key, sized=key in self.names or key in _MODULE_KEYS)
+        self.visit_class(type(value))
 
-    def visit_class(kind: type) -> None:
+    def visit_class(self, kind: type) -> None:
         for base in kind.__mro__:
             if not _library(base.__module__):
                 for key, member in list(vars(base).items()):
-                    if not key.startswith("__") or isinstance(member, types.FunctionType):
-                        add(_Class(base), key)
+                    run_unnamed = key == "forward" or (key.startswith("__") and isinstance(member, types.FunctionType))
+                    if run_unnamed or key in self.names:
+                        self.add(_Class(base), key)
+            elif base not in (object, nn.Module):
+                functions = [member for member in vars(base).values() if isinstance(member, types.FunctionType)]
+                self.named = self.named.union(*(_names(function.__code__)[1] for function in functions))
 
-    def visit_all(values: Sequence[Any]) -> None:
-        for value in values:
-            visit(value)
+    def visit_function(self, function: types.FunctionType) -> None:
+        if _library(function.__module__):
+            return
+        for cell in function.__closure__ or ():
+            self.add(_Cell(cell), 0, sized=True)
+        variables, attributes = _names(function.__code__)
+        self.named |= attributes
+        self.visit_names(variables, attributes, function.__globals__)
+        self.visit_all([*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(), vars(function)])
 
-    def sized(value: Any) -> None:
-        if isinstance(value, list | dict):
-            add(_Size(value), 0)
+    def visit_names(self, variables: frozenset[str], attributes: frozenset[str], namespace: dict[str, Any]) -> None:
+        for name in variables & namespace.keys():
+            self.add(namespace, name, sized=True)
+            module = namespace[name]
+            if isinstance(module, types.ModuleType) and not _library(module.__name__) and id(module) not in self.seen:
+                self.seen.add(id(module))
+                self.visit_names(attributes, attributes, vars(module))
 
-    def add(container: Any, key: Any) -> None:
+    def add(self, container: Any, key: Any, sized: bool = False) -> None:
         value = _get(container, key)
         if not isinstance(container, tuple):
-            entries.append((container, key, value))
-        visit(value)
-
-    visit_all(roots)
-    for container, key in places:
-        add(container, key)
-    return entries
+            self.entries.append((container, key, value))
+        if sized and isinstance(value, list | dict | set):
+            self.entries.append((_Size(value), 0, len(value)))
+        self.visit(value)
 
 
 def restore(state: Sequence[Entry]) -> None:
-    """Put back what a program has changed since."""
+    """Put back what a program has changed since, as far as it can be put back."""
     for container, key, value in state:
         if value is not _MISSING and not _same(_get(container, key), value):
-            with contextlib.suppress(TypeError):  # a class's, or a size
+            with contextlib.suppress(Exception):  # a class's members, a size, a list that has become shorter
                 container[key] = value
 
 
@@ -131,9 +162,20 @@ def _library(module: str | None) -> bool:
     return (module or "").partition(".")[0] in LIBRARIES
 
 
-def _names(code: types.CodeType) -> set[str]:
-    inner = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
-    return set(code.co_names).union(*map(_names, inner))
+@functools.cache
+def _names(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
+    """The global variables and the attributes that code reads."""
+    variables, attributes = set(), set()
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            variables.add(instruction.argval)
+        elif instruction.opname.startswith("LOAD_") and instruction.opname.endswith(("ATTR", "METHOD")):
+            attributes.add(instruction.argval)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            inner = _names(constant)
+            variables, attributes = variables | inner[0], attributes | inner[1]
+    return frozenset(variables), frozenset(attributes)
 
 
 def stable(states: Sequence[list[Entry]]) -> list[Entry]:
@@ -158,13 +200,10 @@ def stable(states: Sequence[list[Entry]]) -> list[Entry]:
 
 def holds(state: Sequence[Entry]) -> bool:
     """Whether each place holds what it held."""
-    try:
-        for container, key, value in state:
-            now = container[key]
-            if now is not value and not _same(now, value):
-                return False
-    except (LookupError, ValueError):
-        return False
+    for container, key, value in state:
+        now = _get(container, key)
+        if now is not value and not _same(now, value):
+            return False
     return True
 
 
@@ -174,6 +213,8 @@ def _place(container: Any, key: Any) -> Hashable:
 
 
 def _get(container: Any, key: Any) -> Any:
+    if isinstance(container, dict):
+        return dict.get(container, key, _MISSING)  # makes no entry, as a defaultdict's own would
     try:
         return container[key]
     except (LookupError, ValueError):

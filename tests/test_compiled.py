@@ -2,6 +2,7 @@
 
 import argparse
 import array
+import collections
 import functools
 import math
 import random
@@ -434,6 +435,26 @@ class TestFallBacks:
             for i in range(5):
                 svi.step(X, i)
 
+    def test_objects_that_cannot_be_walked(self, recorded):
+        class Link:
+            def __init__(self, next):
+                self.next = next
+
+        def make():
+            link = None
+            for _ in range(600):
+                link = Link(link)
+
+            def model(x):
+                location_model(x, 1.0 if link.next is not None else 0.5)
+
+            return model, location_guide
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FallbackWarning)
+            expected, found = (trajectory(svi_class, make, ELBO) for svi_class in (SVI, CompiledSVI))
+        assert found[0] == pytest.approx(expected[0], rel=1e-10)
+
     def test_an_error_of_the_program_is_its_own(self, recorded):
         svi = CompiledSVI(location_model, location_guide, adam(), ELBO)
         svi.step(X)
@@ -559,6 +580,72 @@ class TestGuards:
 
     def test_an_attribute(self, recorded):
         self.assert_same(lambda x: location_model(x, SWITCH.weight), lambda w: setattr(SWITCH, "weight", w))
+
+    @pytest.mark.parametrize(
+        "keep",
+        [
+            lambda self, i, loss: self.losses.append(loss),
+            lambda self, i, loss: setattr(self, "last", loss),
+            lambda self, i, loss: setattr(self, f"loss{i}", loss),
+            lambda self, i, loss: self.history.update({i: loss}),
+            lambda self, i, loss: globals().update(mean=loss),
+        ],
+    )
+    def test_what_a_training_loop_keeps_beside_costs_no_graph(self, keep, recorded):
+        class Trainer:
+            """Its methods are model, guide and training loop."""
+
+            def __init__(self, svi_class):
+                self.losses, self.history, self.last, self.weight = [], {}, 0.0, 1.0
+                self.svi = svi_class(self.model, self.guide, adam(), ELBO)
+
+            def model(self, x):
+                location_model(x - x.mean(), self.weight)
+
+            def guide(self, x):
+                location_guide(x)
+
+            def train(self, i):
+                loss = self.svi.step(X)
+                keep(self, i, loss)
+                return loss + 0 * (self.last + len(self.losses) + len(self.history))
+
+        losses = []
+        for svi_class in (SVI, CompiledSVI):
+            pyro.clear_param_store()
+            torch.manual_seed(0)
+            trainer = Trainer(svi_class)
+            losses.append([trainer.train(i) for i in range(6)])
+        assert len(graphs(trainer.svi)) == 1
+        assert losses[1] == pytest.approx(losses[0], rel=1e-10)
+
+    def test_a_list_among_the_attributes_that_grows(self, recorded):
+        switch = Switch()
+        switch.weights = []
+        change = lambda w: switch.weights.__setitem__(slice(None), [w] if w != 1 else [])  # noqa: E731
+        self.assert_same(lambda x: location_model(x, math.prod(switch.weights[:1])), change)
+
+    def test_a_default_dictionary_gets_no_entries(self, recorded):
+        options = collections.defaultdict(lambda: 1.0, weight=1.0)
+        change = lambda w: options.clear() if w != 1 else options.update(weight=w)  # noqa: E731
+        self.assert_same(lambda x: location_model(x, 1.0 if "weight" in options else 0.25), change)
+        assert not options
+
+    def test_a_setting_of_a_loss_of_the_users_own(self, recorded):
+        class Own(Trace_ELBO):
+            pass
+
+        def step(svi, i):
+            svi.objective.num_particles = 1 if i < 3 else 2
+            return svi.step(X)
+
+        losses = []
+        for svi_class in (pyro_vae.svi.SVI, CompiledSVI):
+            pyro.clear_param_store()
+            torch.manual_seed(0)
+            svi = svi_class(location_model, location_guide, adam(), Own())
+            losses.append([step(svi, i) for i in range(7)])
+        assert losses[1] == pytest.approx(losses[0], rel=1e-10) and svi.compiled
 
     def test_a_global(self, recorded, monkeypatch):
         self.assert_same(global_model, lambda w: monkeypatch.setitem(globals(), "GLOBAL_WEIGHT", w))
