@@ -29,12 +29,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .guards import Entry, NotStaticError, Scalar, holds, python_state, restore, stable
+from .guards import Entry, Guards, NotStaticError, Scalar, python_state, restore, stable
 
 __all__ = ["Compiled", "FallbackWarning", "get_random_state", "set_random_state"]
 
 MAX_VARIANTS = 16
 MAX_SEEN_ONCE = 64
+_requires_grad, _hooks = map(operator.attrgetter, ("requires_grad", "_backward_hooks"))
 PACKAGE = Path(__file__).parent
 PYRO, TORCH = (Path(str(module.__file__)).parent for module in (pyro, torch))
 FLOATS = (float, np.floating)
@@ -133,9 +134,11 @@ class Compiled:
             self._seen.add(key)
             return None
         if sum(map(len, self._recordings.values())) == MAX_VARIANTS:
+            alike = self._recordings.get(key)
+            change = alike[-1].guards.difference() if alike else None
             raise NotStaticError(
-                f"{MAX_VARIANTS} graphs have been compiled, and another signature came. Mend: pad the data to a few "
-                "shapes, and hand over what changes from step to step as float or tensor arguments"
+                f"{MAX_VARIANTS} graphs have been compiled, and {change or 'another signature came'}. Mend: pad the "
+                "data to a few shapes, and hand over what changes from step to step as float or tensor arguments"
             )
         begin = time.monotonic()
         objects = [leaf for leaf in leaves if not isinstance(leaf, (*Scalar, Tensor))]
@@ -157,10 +160,11 @@ def _signature(args: Any, kwargs: Any) -> tuple[list[Any], Hashable]:
 
 def _tree_key(tree: Any, leaves: list[Any]) -> Hashable:
     """The key of a tree, whose leaves are appended; quicker for the common kinds than pytree's own walk."""
-    if type(tree) in (tuple, list):
-        return type(tree), *[_tree_key(item, leaves) for item in tree]
-    if type(tree) is dict:
-        return dict, *[(name, _tree_key(item, leaves)) for name, item in tree.items()]
+    kind = type(tree)
+    if kind is tuple or kind is list:
+        return kind, *[_tree_key(item, leaves) for item in tree]
+    if kind is dict:
+        return kind, *[(name, _tree_key(item, leaves)) for name, item in tree.items()]
     if isinstance(tree, Tensor) or pytree.tree_is_leaf(tree):
         leaves.append(tree)
         return _leaf_key(tree)
@@ -228,7 +232,7 @@ class _Recording:
                 for _ in range(2):
                     graphs.append(self._record(leaves))
                     states.append(python_state(programs, places))
-            self.state = stable(states)
+            self.guards = Guards(stable(states))
             self.graph, self.live = _lifted(graphs)
             self.compute = _compile(self.graph, [*self._tensors(leaves), *self.live])
             self._compare(leaves, self.compute, self.graph, 1e-3, "the compiled graph and the recorded one differ")
@@ -249,11 +253,11 @@ class _Recording:
             if self._specifications() != self.specifications:
                 return False
             self.tensors_were = now
-        return holds(self.state)
+        return self.guards.hold()
 
     def _tensors_are(self) -> list[Any]:
         """What changes when a live tensor becomes another in place: quick to find."""
-        return [(tensor.data_ptr(), tensor.requires_grad, tensor._backward_hooks) for tensor in self.live]
+        return [*map(Tensor.data_ptr, self.live), *map(_requires_grad, self.live), *map(_hooks, self.live)]
 
     def _specifications(self) -> list[Any]:
         return [
@@ -273,7 +277,8 @@ class _Recording:
                 "no tensor argument, parameter or buffer changes between calls. Mend: hand it over as an argument",
             )
         with torch.no_grad():
-            return pytree.tree_unflatten(self._filled(self.compute(*self._tensors(leaves), *self.live)), self.outputs)
+            results = self.compute(*self._tensors(leaves), *self.live)
+        return tuple(results) if self.plain else pytree.tree_unflatten(self._filled(results), self.outputs)
 
     def _epsilon(self) -> float:
         """Of the least precise numbers that the graph computes with."""
@@ -302,6 +307,7 @@ class _Recording:
             args, kwargs = pytree.tree_unflatten(given, self.structure)
             results, self.outputs = pytree.tree_flatten(self.function(*args, **kwargs))
             self.fixed = [None if isinstance(result, Tensor) else (result,) for result in results]
+            self.plain = self.outputs == pytree.tree_structure((*results,)) and not any(self.fixed)
             return [result for result in results if isinstance(result, Tensor)]
 
         with _recordable():
@@ -453,6 +459,20 @@ def _recordable() -> Iterator[None]:
         yield
 
 
+class _PlainRecurrent(TorchFunctionMode):
+    """An LSTM not by mkldnn, whose own is for no dispatch mode."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        enabled = torch._C._get_mkldnn_enabled()
+        if function is torch.lstm:
+            torch._C._set_mkldnn_enabled(False)
+        try:
+            return function(*args, **(kwargs or {}))
+        finally:
+            if function is torch.lstm:
+                torch._C._set_mkldnn_enabled(enabled)
+
+
 class _Preserved(TorchDispatchMode):
     """Keeps a copy of every tensor that is not of its own time before an operation first writes into it."""
 
@@ -489,13 +509,11 @@ def preserved(*tensors: Tensor) -> Iterator[None]:
     Name the `tensors` that a compiled graph may write into, which no dispatch mode sees.
     """
     random_state, mode = get_random_state(), _Preserved(tensors)
-    others, mkldnn = (random.getstate(), np.random.get_state()), torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)  # its recurrent layers are for no dispatch mode
+    others = random.getstate(), np.random.get_state()
     try:
-        with mode:
+        with mode, _PlainRecurrent():
             yield
     finally:
-        torch._C._set_mkldnn_enabled(mkldnn)
         set_random_state(random_state)
         random.setstate(others[0])
         np.random.set_state(others[1])
@@ -527,7 +545,6 @@ def _lifted(graphs: Sequence[GraphModule]) -> tuple[GraphModule, list[Tensor]]:
                 with first.graph.inserting_before(start):
                     nodes[node.target] = first.graph.placeholder(f"live{node.target}")
             node.replace_all_uses_with(nodes[node.target])
-            first.graph.erase_node(node)
         elif not isinstance(a, Tensor) or not torch.equal(a, b):
             raise NotStaticError(
                 f"a constant of the program is {a} in one run and {b} in the next. Mend: hand it over as an argument"

@@ -6,6 +6,8 @@ import argparse
 import contextlib
 import dis
 import functools
+import itertools
+import operator
 import sys
 import types
 from collections.abc import Hashable, Sequence
@@ -17,7 +19,7 @@ from pyro.infer import ELBO
 from pyro.poutine.trace_messenger import TraceHandler
 from torch import Tensor, nn
 
-__all__ = ["Entry", "NotStaticError", "Scalar", "holds", "python_state", "restore", "stable"]
+__all__ = ["Entry", "Guards", "NotStaticError", "Scalar", "python_state", "restore", "stable"]
 
 MAX_GUARDS = 5_000
 LIBRARIES = {"torch", "pyro", "pyro_vae", "numpy", *sys.stdlib_module_names}
@@ -29,6 +31,9 @@ class NotStaticError(Exception):
 
 
 _MISSING = object()
+_MISSINGS = itertools.repeat(_MISSING)
+_item = dict.get  # makes no entry, as a defaultdict's own would
+_cell_contents = operator.attrgetter("cell_contents")
 Entry = tuple[Any, Any, Any]  # container, key, value
 _MODULE_KEYS = {"training", "_parameters", "_buffers", "_modules"}
 _MODULE_INTERNALS = vars(nn.Module()).keys() - _MODULE_KEYS
@@ -192,19 +197,59 @@ def stable(states: Sequence[list[Entry]]) -> list[Entry]:
             entries.append((container, key, value))
         elif all(isinstance(other, Scalar) for other in values) and not isinstance(container, _Size):
             raise NotStaticError(
-                f"the number {key!r} changes as the program runs ({', '.join(map(repr, values))}). Mend: hand it over "
-                "as an argument of the step"
+                f"{_name(container, key)} changes as the program runs ({', '.join(map(repr, values))}). Mend: hand it "
+                "over as an argument of the step"
             )
     return entries
 
 
-def holds(state: Sequence[Entry]) -> bool:
-    """Whether each place holds what it held."""
-    for container, key, value in state:
-        now = _get(container, key)
-        if now is not value and not _same(now, value):
+class Guards:
+    """Whether places still hold what they held. Looked up by loops in C, as this is done at every step."""
+
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        self.entries = entries = list(
+            {_place(container, key): (container, key, v) for container, key, v in entries}.values()
+        )
+        self.in_dicts = _transposed([entry for entry in entries if isinstance(entry[0], dict)])
+        self.in_lists = _transposed([entry for entry in entries if isinstance(entry[0], list)])
+        self.in_classes = _transposed([(vars(c.inner), key, v) for c, key, v in entries if isinstance(c, _Class)])
+        self.in_cells = _transposed([(c.inner, key, value) for c, key, value in entries if isinstance(c, _Cell)])
+        self.sizes = _transposed([(c.inner, key, value) for c, key, value in entries if isinstance(c, _Size)])
+
+    def hold(self) -> bool:
+        return self._identical() or all(_same(_get(container, key), value) for container, key, value in self.entries)
+
+    def difference(self) -> str | None:
+        """The first place that holds another thing, in words."""
+        for container, key, value in self.entries:
+            if not _same(now := _get(container, key), value):
+                return f"{_name(container, key)} is now {now!r:.80}, not {value!r:.80}"
+        return None
+
+    def _identical(self) -> bool:
+        places: Any
+        try:
+            for places, keys, values in (self.in_lists, self.in_classes):
+                if not all(map(operator.is_, map(operator.getitem, places, keys), values)):
+                    return False
+            cells, _, values = self.in_cells
+            if not all(map(operator.is_, map(_cell_contents, cells), values)):
+                return False
+        except (LookupError, ValueError):  # no such item, an empty cell
             return False
-    return True
+        places, keys, values = self.in_dicts
+        sized, _, sizes = self.sizes
+        return (*map(len, sized),) == sizes and all(map(operator.is_, map(_item, places, keys, _MISSINGS), values))
+
+
+def _transposed(entries: Sequence[Entry]) -> tuple[Any, Any, Any]:
+    containers, keys, values = zip(*entries, strict=True) if entries else ((), (), ())
+    return containers, keys, values
+
+
+def _name(container: Any, key: Any) -> str:
+    special = {_Cell: "a closure's variable", _Size: "the size of a container"}
+    return special.get(type(container), repr(key))
 
 
 def _place(container: Any, key: Any) -> Hashable:
@@ -214,7 +259,7 @@ def _place(container: Any, key: Any) -> Hashable:
 
 def _get(container: Any, key: Any) -> Any:
     if isinstance(container, dict):
-        return dict.get(container, key, _MISSING)  # makes no entry, as a defaultdict's own would
+        return _item(container, key, _MISSING)
     try:
         return container[key]
     except (LookupError, ValueError):

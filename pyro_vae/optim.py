@@ -6,7 +6,7 @@ import itertools
 import math
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import pyro
@@ -28,6 +28,7 @@ FUSED = {
     torch.optim.SGD: ("cpu", "cuda"),
     torch.optim.Adagrad: ("cpu",),
 }
+MAX_IN_GRAPH = 32  # parameters: each takes a C++ compiler half a second, and torch's fused kernel is nearly as fast
 # that update each element from its own history: one of them for all parameters is as good as one for each
 ELEMENTWISE = {
     *FUSED,
@@ -57,8 +58,9 @@ class Update:
         self._joint: Any = None
         self._adam: AdamUpdate | None = None
         self._takes_adam = False
-        self._seen: list[Any] = []
-        self._held: list[Any] = []  # what is known by its id in the list above
+        self._begun = False  # whether it acts by the settings of now
+        self._places: list[Iterable[Any]] = []  # of all that a joint optimiser is made from
+        self._held: list[Any] = []  # there
         self._members: list[list[dict[str, Any]]] = []
 
     @property
@@ -128,36 +130,47 @@ class Update:
             if group.get("lr") != members[0].get("lr"):  # decayed by the optimiser itself
                 for member in members:
                     member["lr"] = group["lr"]
-                self._seen = self._now()
+                self._hold()
 
     def adam(self) -> AdamUpdate | None:
         """The next update in tensor arithmetic, where it is Adam's and nothing comes between; the same object as long
         as only numbers among the settings change.
         """
         joint = self._joined()
-        if not self._takes_adam:
-            return None
-        if self._adam is None or not self._adam.acts_on(joint):
-            self._adam = AdamUpdate(joint)
-            for optimizer in self.optimizers:
-                optimizer._had_gradient = True  # type: ignore[attr-defined]
-        self._adam.begin(joint)
-        return self._adam
+        if self._takes_adam and not self._begun:
+            if self._adam is None or not self._adam.acts_on(joint):
+                self._adam = AdamUpdate(joint)
+                for optimizer in self.optimizers:
+                    optimizer._had_gradient = True  # type: ignore[attr-defined]
+            self._adam.begin(joint)
+            self._hold()
+            self._begun = True
+        return self._adam if self._takes_adam else None
 
     def _joined(self) -> Any:
         """All optimisers as one."""
-        if self._joint is None or self._seen != self._now():
+        if self._joint is None or not self._unchanged():
             self._joint = self._join()
             self._takes_adam = not self._clips and AdamUpdate.stands_for(self._joint)
+            self._begun = False
+            self._hold()
         return self._joint
 
-    def _now(self) -> list[Any]:
-        """All that a joint optimiser was made from, and that its user may change."""
-        found: list[Any] = list(map(dict, self.groups))
+    def _hold(self) -> None:
+        """Take note of every object that a user may replace, to make the update another."""
+        self._places = []
         for optimizer in self.optimizers:
-            found += [id(optimizer.state), *map(id, optimizer.state.values())]
-            found += [len(optimizer._optimizer_step_pre_hooks), len(optimizer._optimizer_step_post_hooks)]
-        return found
+            self._places += [vars(optimizer).values(), optimizer.param_groups, optimizer.state.values()]
+            self._places += [hooks.values() for hooks in _hooks(optimizer)]
+            for group in optimizer.param_groups:
+                self._places += [group.values(), group["params"]]
+            if self._takes_adam:
+                self._places += [state.values() for state in optimizer.state.values()]
+        self._places.append([self._places])  # so that what is added at the end is seen
+        self._held = [*itertools.chain.from_iterable(self._places)]
+
+    def _unchanged(self) -> bool:
+        return all(map(operator.is_, itertools.chain.from_iterable(self._places), self._held))
 
     def _join(self) -> Any:
         """One optimiser on the states of all, with a group for each kind of settings."""
@@ -195,8 +208,6 @@ class Update:
                 for p in group["params"]:
                     if "step" in (state := joint.state[p]):
                         state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=p.device)
-        self._seen = self._now()
-        self._held = [(optimizer.state, *optimizer.state.values()) for optimizer in self.optimizers]
         return joint
 
     def schedule(self, metric: float) -> None:
@@ -235,6 +246,10 @@ def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key != "params"}
 
 
+def _hooks(optimizer: torch.optim.Optimizer) -> list[dict[int, Any]]:
+    return [optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks]
+
+
 def _kind(group: Mapping[str, Any]) -> tuple[Any, ...]:
     return _settings(group), {p.dtype for p in group["params"]}
 
@@ -265,13 +280,17 @@ class AdamUpdate:
         if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
             return False
         unusual = ("amsgrad", "maximize", "capturable", "differentiable", "foreach")
-        hooked = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-        return not hooked and all(
-            group["fused"]
-            and not any(group[key] for key in unusual)
-            and not isinstance(group["lr"], Tensor)
-            and len({p.dtype for p in group["params"]}) == 1
-            for group in optimizer.param_groups
+        on_cpu = [p for group in optimizer.param_groups for p in group["params"] if not p.is_cuda]
+        return (
+            not any(_hooks(optimizer))
+            and len(on_cpu) <= MAX_IN_GRAPH
+            and all(
+                group["fused"]
+                and not any(group[key] for key in unusual)
+                and not isinstance(group["lr"], Tensor)
+                and len({p.dtype for p in group["params"]}) == 1
+                for group in optimizer.param_groups
+            )
         )
 
     def acts_on(self, optimizer: torch.optim.Optimizer) -> bool:

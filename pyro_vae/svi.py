@@ -80,7 +80,14 @@ class SVI(pyro.infer.SVI):
     """
 
     def __init__(
-        self, model: Callable, guide: Callable, optim: Optimizer, loss: Any, *, clip_norm: float | None = None
+        self,
+        model: Callable,
+        guide: Callable,
+        optim: Optimizer,
+        loss: Any,
+        loss_and_grads: Callable | None = None,
+        *,
+        clip_norm: float | None = None,
     ) -> None:
         if clip_norm is not None and not clip_norm > 0:
             raise ValueError(f"expected clip_norm > 0, got {clip_norm}: give a positive number")
@@ -88,7 +95,9 @@ class SVI(pyro.infer.SVI):
             raise ValueError(
                 f"expected a loss with num_particles >= 1, got {loss.num_particles}: give a positive number"
             )
-        super().__init__(model, guide, optim if isinstance(optim, PyroOptim) else PyroOptim(optim, {}), loss)
+        super().__init__(
+            model, guide, optim if isinstance(optim, PyroOptim) else PyroOptim(optim, {}), loss, loss_and_grads
+        )
         self.objective = loss
         self.clip_norm = clip_norm
         self.steps = 0
@@ -109,7 +118,9 @@ class SVI(pyro.infer.SVI):
         self._collect(captured.trace)
 
     def step_async(self, *args: Any, **kwargs: Any) -> Tensor:
-        """A step; returns the loss as a scalar tensor."""
+        """A step; returns the loss as a tensor (), or the losses of one that gives several, like Pyro's
+        `ReweightedWakeSleep`, as a tensor (parts,).
+        """
         random_state = get_random_state()
         loss, finite, used = self._backward(*args, **kwargs)
         if not bool(finite):
@@ -124,21 +135,22 @@ class SVI(pyro.infer.SVI):
         """The loss; whether it and the gradients, left in the parameters, are finite; which parameters were used."""
         with poutine.trace(param_only=True) as captured:
             loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
-        loss = torch.as_tensor(loss[0] if isinstance(loss, tuple) else loss, dtype=torch.float64).detach()
+        losses = [torch.as_tensor(part, dtype=torch.float64).detach() for part in _parts(loss)]
         self._collect(captured.trace)
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        return loss, _finite(loss, gradients), self._used(captured.trace)
+        values = torch.stack(losses) if isinstance(loss, tuple) else losses[0]
+        return values, _finite(sum(losses), gradients), self._used(captured.trace)
 
     def _used(self, trace: poutine.Trace) -> list[bool]:
         """Which of the parameters this step takes up: all but those of ``pyro.param`` statements that did not run."""
         ran = {id(site["value"].unconstrained()) for site in trace.nodes.values()}
         return [id(p) in ran or not name.startswith("param.") for name, p in self.parameters.items()]
 
-    def step(self, *args: Any, **kwargs: Any) -> float:
-        """A step of the optimiser; returns the loss in nats, summed over the batch."""
-        loss = self.step_async(*args, **kwargs).item()
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """A step of the optimiser; returns the loss in nats, summed over the batch (the losses, if it has several)."""
+        loss = self.step_async(*args, **kwargs).tolist()
         self.settle()
-        return loss
+        return tuple(loss) if isinstance(loss, list) else loss
 
     def settle(self) -> None:
         """Wait until all steps are known to have been finite, which `step_async` of a compiled one may not yet know.
@@ -180,7 +192,7 @@ class SVI(pyro.infer.SVI):
         sites = [site for trace in (guide_trace, model_trace) for site in _broken_sites(trace)]
         set_random_state(random_state)
         return NonFiniteLossError(
-            f"step {self.steps + 1}: the loss is {loss.item()}; "
+            f"step {self.steps + 1}: the loss is {loss.tolist()}; "
             + (f"first at {sites[0]}; " if sites else "every site is finite; ")
             + (f"the gradient of parameter {broken[0]!r} is not finite" if broken else "gradients are finite")
             + f" ({len(broken)} of {len(self.parameters)}). The parameters are still those of step {self.steps}. "
@@ -247,13 +259,21 @@ class CompiledSVI(SVI):
     """
 
     def __init__(
-        self, model: Callable, guide: Callable, optim: Optimizer, loss: Any, *, clip_norm: float | None = None
+        self,
+        model: Callable,
+        guide: Callable,
+        optim: Optimizer,
+        loss: Any,
+        loss_and_grads: Callable | None = None,
+        *,
+        clip_norm: float | None = None,
     ) -> None:
-        super().__init__(model, guide, optim, loss, clip_norm=clip_norm)
-        store, places = vars(pyro.get_param_store()), [(vars(self), name) for name in ("model", "guide", "objective")]
-        self._whole = Compiled(self._whole_step, store, places=places)
-        self._gradients = Compiled(self._loss_and_gradients, store, places=places)
-        self._bound = Compiled(self._loss, store, places=[*places, (vars(self), "loss")])
+        super().__init__(model, guide, optim, loss, loss_and_grads, clip_norm=clip_norm)
+        places = [(vars(pyro.get_param_store()), name) for name in ("_params", "_constraints")]
+        places += [(vars(self), name) for name in ("model", "guide", "objective")]
+        self._whole = Compiled(self._whole_step, places=places)
+        self._gradients = Compiled(self._loss_and_gradients, places=places)
+        self._bound = Compiled(self._loss, places=[*places, (vars(self), "loss")])
         self._unsettled: collections.deque[_Step] = collections.deque()
         self._partial = clip_norm is not None  # the optimiser acts beside the graph, not in it
         if isinstance(loss, pyro.infer.ELBO) and not _derives_gradients(type(loss)):
@@ -261,6 +281,8 @@ class CompiledSVI(SVI):
                 f"{type(loss).__name__} has no differentiable_loss to record, or one that its loss_and_grads replaces. "
                 "Mend: use a loss that has, like Trace_ELBO"
             )
+        elif loss_and_grads is not None and not isinstance(loss, pyro.infer.ELBO):
+            self._gradients.fall_back("loss_and_grads was given. Mend: leave it out where autograd gives the gradients")
 
     @property
     def compiled(self) -> bool:
@@ -291,7 +313,7 @@ class CompiledSVI(SVI):
         if adam is not None:
             random_state = get_random_state()
             try:
-                loss, finite, _ = self._whole(adam, args, kwargs)
+                loss, finite, *_ = self._whole(adam, args, kwargs)
             except _NewParametersError:
                 pass
             except _UnusedParameterError:
@@ -351,11 +373,11 @@ class CompiledSVI(SVI):
                 return loss, finite, used
         return super()._backward(*args, **kwargs)
 
-    def _whole_step(self, adam: AdamUpdate, args: Any, kwargs: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def _whole_step(self, adam: AdamUpdate, args: Any, kwargs: Any) -> tuple[Tensor, ...]:
         loss, finite, used, gradients = self._loss_and_gradients(frozenset(), args, kwargs)
         if not all(used) or any(gradient is None for gradient in gradients):
             raise _UnusedParameterError
-        return loss, finite, adam(dict(zip(self.parameters.values(), gradients, strict=True)), finite)
+        return loss, finite, *adam(dict(zip(self.parameters.values(), gradients, strict=True)), finite)
 
     def _loss_and_gradients(self, names: frozenset[str], args: Any, kwargs: Any) -> tuple[Any, ...]:
         loss_function = getattr(self.objective, "differentiable_loss", self.objective)
@@ -418,7 +440,11 @@ def _derives_gradients(kind: type) -> bool:
     return owners[0] is not object and issubclass(*owners)
 
 
-def _finite(loss: Tensor, gradients: Sequence[Tensor]) -> Tensor:
+def _parts(loss: Any) -> tuple[Any, ...]:
+    return loss if isinstance(loss, tuple) else (loss,)
+
+
+def _finite(loss: Any, gradients: Sequence[Tensor]) -> Tensor:
     return loss + sum((0 * gradient).sum() for gradient in gradients) == loss  # 0 * inf is NaN, which equals nothing
 
 

@@ -215,7 +215,7 @@ def fit(
                         group["lr"] = given["lr"] * learning_rate(now)
                 args, kwargs = data.batch(index, state.generator)
                 with scale or contextlib.nullcontext():
-                    state.total = state.total + svi.step_async(*args, **kwargs)
+                    state.total = state.total + svi.step_async(*args, **kwargs).reshape(-1)[0]
                 state.position += 1
                 bar.update()
                 if interrupted.is_set() or time.monotonic() - state.saved > SAVE_EVERY:

@@ -481,6 +481,27 @@ class TestFallBacks:
         with pytest.warns(FallbackWarning, match="ReweightedWakeSleep has no differentiable_loss"):
             svi = CompiledSVI(model, guide, adam(), loss)
         assert len(svi.evaluate_loss(X)) == 2
+        losses, found, _ = trajectory(pyro_vae.svi.SVI, lambda: (model, guide), loss)
+        expected, after, _ = trajectory(SVI, lambda: (model, guide), loss)
+        assert losses == expected and len(losses[0]) == 2
+        assert_equal(found, after)
+
+    def test_gradients_of_the_users_own(self):
+        def loss_and_grads(model, guide, x):
+            loss = ELBO.differentiable_loss(model, guide, x)
+            (2 * loss).backward()
+            return loss.item()
+
+        results = []
+        for kind in (SVI, CompiledSVI):
+            pyro.clear_param_store()
+            torch.manual_seed(0)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FallbackWarning)
+                svi = kind(location_model, location_guide, adam(), ELBO.loss, loss_and_grads)
+            losses = [svi.step(X) for _ in range(3)]
+            results.append([*losses, *(p.tolist() for p in pyro.get_param_store().values())])
+        assert results[0] == results[1] and "loss_and_grads was given" in svi.fallback_reason
 
     def test_an_argument_that_cannot_be_compared(self, recorded):
         programs = (lambda x, o: location_model(x), lambda x, o: location_guide(x))
@@ -506,9 +527,23 @@ class TestFallBacks:
         for rows in (6, 5, 5):
             svi.step(X[:rows])
         assert svi.compiled
-        with pytest.warns(FallbackWarning, match="2 graphs have been compiled"):
+        with pytest.warns(FallbackWarning, match="2 graphs have been compiled, and another signature came"):
             for _ in range(2):
                 svi.step(X[:4])
+
+    def test_more_numbers_than_are_bounded(self, recorded, monkeypatch):
+        monkeypatch.setattr(pyro_vae.compiled, "MAX_VARIANTS", 2)
+        weights = {"kl": 1.0}
+
+        def model(x):
+            with poutine.scale(scale=weights["kl"]):
+                location_model(x)
+
+        svi = CompiledSVI(model, location_guide, adam(), ELBO)
+        svi.step(X)
+        with pytest.warns(FallbackWarning, match="2 graphs have been compiled, and 'kl' is now 3.0, not 2.0"):
+            for weights["kl"] in (2.0, 3.0):
+                svi.step(X)
 
     def test_no_working_compiler(self, monkeypatch):
         pyro_vae.compiled._compiler_works.cache_clear()
@@ -896,6 +931,25 @@ def test_a_recurrent_network_in_single_precision(recorded):
     losses, found, svi = trajectory(CompiledSVI, make, ELBO, (X.float(),))
     assert svi.compiled and losses == pytest.approx(expected[0], rel=1e-5)
     assert_equal(found, expected[1], 1e-4)
+
+
+def test_convolutions_that_mkldnn_takes():
+    torch.set_default_dtype(torch.float32)
+    x = torch.rand(100, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    def make():
+        network = nn.Sequential(nn.Conv2d(1, 16, 4, 2, 1), nn.ReLU(), nn.Conv2d(16, 8, 4, 2, 1))
+
+        def model(x):
+            pyro.module("network", network)
+            pyro.sample("x", dist.Normal(network(x), 1.0).to_event(), obs=x[..., :4, :4].expand(-1, 8, -1, -1))
+
+        return model, lambda x: None
+
+    expected, after, _ = trajectory(SVI, make, ELBO, (x,))
+    losses, found, svi = trajectory(CompiledSVI, make, ELBO, (x,))
+    assert svi.compiled and losses == pytest.approx(expected, rel=1e-5)
+    assert_equal(found, after, 1e-3)
 
 
 def test_evaluate_loss_is_compiled_apart(recorded):
