@@ -385,7 +385,9 @@ def _compile(graph: GraphModule, tensors: Sequence[Tensor]) -> Callable:
 
 
 def _inductor(graph: GraphModule, tensors: Sequence[Tensor]) -> Callable:
-    with torch.no_grad(), torch._inductor.config.patch(fallback_random=True):
+    with torch.no_grad(), torch._inductor.config.patch(fallback_random=True), warnings.catch_warnings():
+        for category in (DeprecationWarning, FutureWarning):  # of torch about itself, which -W error makes failures
+            warnings.simplefilter("ignore", category)
         return torch._inductor.standalone_compile(graph, list(tensors), dynamic_shapes="from_example_inputs")
 
 

@@ -29,6 +29,7 @@ from pyro.infer import (
 from torch import nn
 
 import pyro_vae.compiled
+import pyro_vae.optim
 import pyro_vae.svi
 from pyro_vae import CompiledSVI, checkpoint, evaluate, fit
 from pyro_vae.compiled import FallbackWarning
@@ -212,6 +213,11 @@ class TestOptimisers:
         kernel = [group.get("fused") for group in svi.update._joint.param_groups]
         assert len(kernel) == (2 if name == "per parameter" else 1)
         assert all(kernel) == (name in ("Adam", "AdamW", "SGD", "Adagrad", "per parameter", "clip_norm", "clip_value"))
+
+    def test_adam_on_many_parameters_acts_beside_the_graph(self, recorded, monkeypatch):
+        monkeypatch.setattr(pyro_vae.optim, "MAX_IN_GRAPH", 3)
+        svi = assert_same_trajectory(*PROGRAMS["AutoNormal"])
+        assert svi.compiled and svi._gradients.compiled and not svi._whole.compiled
 
     @pytest.mark.parametrize("schedule", ["ExponentialLR", "ReduceLROnPlateau"])
     def test_a_scheduler_is_stepped_through_its_own_object(self, schedule, recorded):
