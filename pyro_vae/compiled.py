@@ -35,7 +35,7 @@ __all__ = ["Compiled", "FallbackWarning", "get_random_state", "set_random_state"
 
 MAX_VARIANTS = 16
 MAX_SEEN_ONCE = 64
-_requires_grad, _hooks = map(operator.attrgetter, ("requires_grad", "_backward_hooks"))
+_requires_grad = operator.attrgetter("requires_grad")
 PACKAGE = Path(__file__).parent
 PYRO, TORCH = (Path(str(module.__file__)).parent for module in (pyro, torch))
 FLOATS = (float, np.floating)
@@ -53,7 +53,7 @@ class FallbackWarning(UserWarning):
 
 
 class NotNowError(Exception):
-    """Raised by a function that is not to be recorded this time; `Compiled` passes it on."""
+    """There is no graph for this call: its signature is new, or the function is not to be recorded this time."""
 
 
 class Compiled:
@@ -89,18 +89,29 @@ class Compiled:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         problem = None
-        if self.fallback_reason is None:
-            try:
-                leaves, key = _signature(args, kwargs)
-                recording = self._find(leaves, key, args, kwargs)
-                if recording is not None:
-                    return recording.replay(leaves)
-            except NotStaticError as error:
-                problem = error
+        try:
+            return self.replay(*args, **kwargs)
+        except NotNowError:
+            pass
+        except NotStaticError as error:
+            problem = error
         results = self.function(*args, **kwargs)
         if problem is not None:  # and not the program's own
             self.fall_back(str(problem))
         return results
+
+    def replay(self, *args: Any, **kwargs: Any) -> Any:
+        """The results by a graph, or nothing has happened.
+
+        Raises:
+            NotNowError: there is none now. NotStaticError: there can be none; `fall_back` is due.
+        """
+        if self.fallback_reason is None:
+            leaves, key = _signature(args, kwargs)
+            recording = self._find(leaves, key, args, kwargs)
+            if recording is not None:
+                return recording.replay(leaves)
+        raise NotNowError
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         """Compile for arguments like these now, not at their second call."""
@@ -257,13 +268,12 @@ class _Recording:
 
     def _tensors_are(self) -> list[Any]:
         """What changes when a live tensor becomes another in place: quick to find."""
-        return [*map(Tensor.data_ptr, self.live), *map(_requires_grad, self.live), *map(_hooks, self.live)]
+        live = self.live
+        places = [*map(Tensor.data_ptr, live), *map(Tensor.size, live), *map(Tensor.stride, live)]
+        return [*places, *map(_requires_grad, live), *map(_hooks, live)]
 
     def _specifications(self) -> list[Any]:
-        return [
-            (*_form(tensor), tensor.requires_grad, tensor._backward_hooks and tuple(tensor._backward_hooks))
-            for tensor in self.live
-        ]
+        return [(*_form(tensor), tensor.requires_grad, _hooks(tensor)) for tensor in self.live]
 
     def replay(self, leaves: Sequence[Any]) -> Any:
         self.calls += 1
@@ -334,6 +344,11 @@ class _Recording:
             finite = bool((a.isfinite() == b.isfinite()).all())
             if not finite or difference > tolerance * (norm + 1e-3 * max(norms)):
                 raise NotStaticError(f"{complaint} (by {difference:.3g} of {norm:.3g})")
+
+
+def _hooks(tensor: Tensor) -> tuple[Any, ...]:
+    on_gradient, after = tensor._backward_hooks, tensor._post_accumulate_grad_hooks
+    return on_gradient and tuple(on_gradient), after and tuple(after)
 
 
 def _form(tensor: Tensor) -> tuple[Any, ...]:

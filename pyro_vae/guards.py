@@ -33,12 +33,13 @@ class NotStaticError(Exception):
 _MISSING = object()
 _MISSINGS = itertools.repeat(_MISSING)
 _item = dict.get  # makes no entry, as a defaultdict's own would
-_cell_contents = operator.attrgetter("cell_contents")
 Entry = tuple[Any, Any, Any]  # container, key, value
 _MODULE_KEYS = {"training", "_parameters", "_buffers", "_modules"}
+_MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _MODULE_INTERNALS = vars(nn.Module()).keys() - _MODULE_KEYS
 _LIBRARY_OBJECTS = (
     *(nn.Module, ELBO, poutine.messenger.Messenger, TraceHandler),
+    *(torch.distributions.Distribution, torch.distributions.Transform),
     *(argparse.Namespace, types.SimpleNamespace),
 )
 
@@ -71,12 +72,15 @@ class _Walk:
         self.seen: set[int] = set()
 
     def visit(self, value: Any) -> None:
-        if id(value) in self.seen or isinstance(value, (*Scalar, Tensor, types.ModuleType)):
+        if id(value) in self.seen or isinstance(value, (*Scalar, Tensor)):
             return
         if len(self.entries) > MAX_GUARDS:
             return
         self.seen.add(id(value))
-        if isinstance(value, types.MethodType):
+        if isinstance(value, types.ModuleType):
+            for name in () if _library(value.__name__) else self.names & vars(value).keys():
+                self.add(vars(value), name, sized=True)
+        elif isinstance(value, types.MethodType):
             self.visit_all([value.__self__, value.__func__])
         elif isinstance(value, functools.partial):
             self.visit_all([value.func, *value.args, *value.keywords.values()])
@@ -88,10 +92,10 @@ class _Walk:
             self.visit_function(value)
         elif isinstance(value, dict):
             for key in list(value)[:1000]:
-                self.add(value, key)
+                self.add(value, key, sized=True)
         elif isinstance(value, list | tuple):
             for index in range(min(1000, len(value))):
-                self.add(value, index)
+                self.add(value, index, sized=True)
         elif isinstance(value, type):
             self.visit_class(value)
         elif hasattr(value, "__dict__"):
@@ -99,6 +103,7 @@ class _Walk:
 
     def visit_all(self, values: Sequence[Any]) -> None:
         for value in values:
+            self.size(value)
             self.visit(value)
 
     def visit_object(self, value: Any) -> None:
@@ -109,10 +114,15 @@ class _Walk:
             skipped = _MODULE_INTERNALS if isinstance(value, nn.Module) else ()
             keys = [key for key in attributes if key not in skipped]
         else:
+            self.entries.append((_Attributes(value), "__dict__", attributes))
             keys = [key for key in attributes if key in self.names or key in _MODULE_KEYS]
             for key in self.names - attributes.keys():  # that the instance may get, in the place of its class's
-                if any(key in vars(kind) and not callable(vars(kind)[key]) for kind in type(value).__mro__):
+                if any(key in vars(kind) for kind in type(value).__mro__):
                     self.add(attributes, key)
+        if isinstance(value, nn.Module):
+            self.add(attributes, "forward")
+            for name in _MODULE_HOOKS:
+                self.size(attributes.get(name))
         for key in keys:
             self.add(attributes, key, sized=key in self.names or key in _MODULE_KEYS)
         self.visit_class(type(value))
@@ -124,6 +134,9 @@ class _Walk:
                     run_unnamed = key == "forward" or (key.startswith("__") and isinstance(member, types.FunctionType))
                     if run_unnamed or key in self.names:
                         self.add(_Class(base), key)
+                for key in self.names - vars(base).keys():  # that it may get, in the place of a base's
+                    if hasattr(base, key):
+                        self.add(_Class(base), key)
             elif base not in (object, nn.Module):
                 functions = [member for member in vars(base).values() if isinstance(member, types.FunctionType)]
                 self.named = self.named.union(*(_names(function.__code__)[1] for function in functions))
@@ -132,27 +145,28 @@ class _Walk:
         if _library(function.__module__):
             return
         for cell in function.__closure__ or ():
-            self.add(_Cell(cell), 0, sized=True)
-        variables, attributes = _names(function.__code__)
+            self.add(_Attributes(cell), "cell_contents", sized=True)
+        for key in ("__code__", "__defaults__", "__kwdefaults__"):
+            self.add(_Attributes(function), key, sized=True)
+        variables, attributes, modules = _names(function.__code__)
         self.named |= attributes
-        self.visit_names(variables, attributes, function.__globals__)
-        self.visit_all([*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(), vars(function)])
-
-    def visit_names(self, variables: frozenset[str], attributes: frozenset[str], namespace: dict[str, Any]) -> None:
-        for name in variables & namespace.keys():
-            self.add(namespace, name, sized=True)
-            module = namespace[name]
-            if isinstance(module, types.ModuleType) and not _library(module.__name__) and id(module) not in self.seen:
-                self.seen.add(id(module))
-                self.visit_names(attributes, attributes, vars(module))
+        for name in variables:  # of a builtin, a global may come to take the place
+            self.add(function.__globals__, name, sized=True)
+        for name in modules & sys.modules.keys():
+            self.visit(sys.modules[name])
+        self.visit(vars(function))
 
     def add(self, container: Any, key: Any, sized: bool = False) -> None:
         value = _get(container, key)
         if not isinstance(container, tuple):
             self.entries.append((container, key, value))
-        if sized and isinstance(value, list | dict | set):
-            self.entries.append((_Size(value), 0, len(value)))
+        if sized:
+            self.size(value)
         self.visit(value)
+
+    def size(self, value: Any) -> None:
+        if isinstance(value, list | dict | set):
+            self.entries.append((_Size(value), 0, len(value)))
 
 
 def restore(state: Sequence[Entry]) -> None:
@@ -168,19 +182,21 @@ def _library(module: str | None) -> bool:
 
 
 @functools.cache
-def _names(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
-    """The global variables and the attributes that code reads."""
-    variables, attributes = set(), set()
+def _names(code: types.CodeType) -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
+    """The global variables and the attributes that code reads, and the modules that it imports."""
+    variables, attributes, modules = set(), set(), set()
     for instruction in dis.get_instructions(code):
         if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
             variables.add(instruction.argval)
-        elif instruction.opname.startswith("LOAD_") and instruction.opname.endswith(("ATTR", "METHOD")):
+        elif instruction.opname.endswith(("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "IMPORT_FROM")):
             attributes.add(instruction.argval)
+        elif instruction.opname == "IMPORT_NAME":
+            modules.add(instruction.argval)
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             inner = _names(constant)
-            variables, attributes = variables | inner[0], attributes | inner[1]
-    return frozenset(variables), frozenset(attributes)
+            variables, attributes, modules = variables | inner[0], attributes | inner[1], modules | inner[2]
+    return frozenset(variables), frozenset(attributes), frozenset(modules)
 
 
 def stable(states: Sequence[list[Entry]]) -> list[Entry]:
@@ -213,7 +229,7 @@ class Guards:
         self.in_dicts = _transposed([entry for entry in entries if isinstance(entry[0], dict)])
         self.in_lists = _transposed([entry for entry in entries if isinstance(entry[0], list)])
         self.in_classes = _transposed([(vars(c.inner), key, v) for c, key, v in entries if isinstance(c, _Class)])
-        self.in_cells = _transposed([(c.inner, key, value) for c, key, value in entries if isinstance(c, _Cell)])
+        self.slots = _transposed([(c.inner, key, value) for c, key, value in entries if isinstance(c, _Attributes)])
         self.sizes = _transposed([(c.inner, key, value) for c, key, value in entries if isinstance(c, _Size)])
 
     def hold(self) -> bool:
@@ -227,19 +243,18 @@ class Guards:
         return None
 
     def _identical(self) -> bool:
-        places: Any
+        get: Any
         try:
-            for places, keys, values in (self.in_lists, self.in_classes):
-                if not all(map(operator.is_, map(operator.getitem, places, keys), values)):
+            for (places, keys, values), get in ((self.in_lists, operator.getitem), (self.slots, getattr)):
+                if not all(map(operator.is_, map(get, places, keys), values)):
                     return False
-            cells, _, values = self.in_cells
-            if not all(map(operator.is_, map(_cell_contents, cells), values)):
-                return False
-        except (LookupError, ValueError):  # no such item, an empty cell
+        except (LookupError, ValueError, AttributeError):  # no such item, an empty cell
             return False
-        places, keys, values = self.in_dicts
+        for (places, keys, values), get in ((self.in_dicts, _item), (self.in_classes, types.MappingProxyType.get)):
+            if not all(map(operator.is_, map(get, places, keys, _MISSINGS), values)):
+                return False
         sized, _, sizes = self.sizes
-        return (*map(len, sized),) == sizes and all(map(operator.is_, map(_item, places, keys, _MISSINGS), values))
+        return (*map(len, sized),) == sizes
 
 
 def _transposed(entries: Sequence[Entry]) -> tuple[Any, Any, Any]:
@@ -248,8 +263,9 @@ def _transposed(entries: Sequence[Entry]) -> tuple[Any, Any, Any]:
 
 
 def _name(container: Any, key: Any) -> str:
-    special = {_Cell: "a closure's variable", _Size: "the size of a container"}
-    return special.get(type(container), repr(key))
+    if isinstance(container, _Size):
+        return "the size of a container"
+    return "a closure's variable" if key == "cell_contents" else repr(key)
 
 
 def _place(container: Any, key: Any) -> Hashable:
@@ -262,21 +278,21 @@ def _get(container: Any, key: Any) -> Any:
         return _item(container, key, _MISSING)
     try:
         return container[key]
-    except (LookupError, ValueError):
+    except (LookupError, ValueError, AttributeError):
         return _MISSING
 
 
-class _Cell:
-    """A closure's variable as a container."""
+class _Attributes:
+    """What an object keeps beside its ``__dict__``: a cell its value, a function its code and defaults."""
 
-    def __init__(self, cell: types.CellType) -> None:
-        self.inner = cell
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
 
-    def __getitem__(self, key: int) -> Any:
-        return self.inner.cell_contents
+    def __getitem__(self, key: str) -> Any:
+        return getattr(self.inner, key)
 
-    def __setitem__(self, key: int, value: Any) -> None:
-        self.inner.cell_contents = value
+    def __setitem__(self, key: str, value: Any) -> None:
+        setattr(self.inner, key, value)
 
 
 class _Class:
@@ -300,4 +316,4 @@ class _Size:
 
 
 def _same(a: Any, b: Any) -> bool:
-    return a is b or (isinstance(a, Scalar) and type(a) is type(b) and a == b)
+    return a is b or (isinstance(a, Scalar) and type(a) is type(b) and a == b and str(a) == str(b))  # 0.0 is not -0.0

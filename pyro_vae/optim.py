@@ -18,6 +18,7 @@ from pyro.optim.lr_scheduler import PyroLRScheduler
 from pyro.params.param_store import normalize_param_name
 from torch import Tensor
 from torch.optim.adam import adam
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 __all__ = ["Optimizer", "Update"]
 
@@ -74,9 +75,7 @@ class Update:
         self.parameters |= parameters
         try:
             if isinstance(self.optim, PyroOptim):
-                self.optimizers, self.schedulers, self._clips = [], [], []
-                for name, parameter in self.parameters.items():
-                    self._adopt(self.optim, name, parameter)
+                self._adopt_all(self.optim)
             elif self.optimizers:
                 self.optimizers[0].add_param_group({"params": list(parameters.values())})
             else:
@@ -85,6 +84,11 @@ class Update:
             raise ValueError(f"expected arguments that the optimiser takes, got {error}: correct them") from None
         self.settings = [given.get(id(group["params"][0])) or _settings(group) for group in self.groups]
         self._joint = None
+
+    def _adopt_all(self, optim: PyroOptim) -> None:
+        self.optimizers, self.schedulers, self._clips = [], [], []
+        for name, parameter in self.parameters.items():
+            self._adopt(optim, name, parameter)
 
     def _adopt(self, optim: PyroOptim, name: str, parameter: Tensor) -> None:
         """Find the parameter's own optimiser, or make it as `PyroOptim` does."""
@@ -124,6 +128,14 @@ class Update:
             if parameter.grad is not None:
                 clip(parameter)
         joint = self._joined()
+        if not all(used) and len(self.optimizers) == len(used):
+            joint = _OneByOne([optimizer for optimizer, it in zip(self.optimizers, used, strict=True) if it])
+            joint.step()
+            joint.zero_grad()
+            return
+        for group in joint.param_groups:
+            if group.get("fused") and not _fits_kernel(joint, group):
+                group["fused"] = False
         joint.step()
         joint.zero_grad()
         for group, members in zip(joint.param_groups, self._members, strict=True):
@@ -140,18 +152,27 @@ class Update:
         if self._takes_adam and not self._begun:
             if self._adam is None or not self._adam.acts_on(joint):
                 self._adam = AdamUpdate(joint)
-                for optimizer in self.optimizers:
-                    optimizer._had_gradient = True  # type: ignore[attr-defined]
             self._adam.begin(joint)
             self._hold()
             self._begun = True
         return self._adam if self._takes_adam else None
 
+    def acted(self, update: AdamUpdate) -> None:
+        """An update, as part of a graph, has acted on all parameters."""
+        if not update.has_acted:
+            update.has_acted = True
+            for optimizer in self.optimizers:
+                optimizer._had_gradient = True  # type: ignore[attr-defined]
+
     def _joined(self) -> Any:
         """All optimisers as one."""
         if self._joint is None or not self._unchanged():
+            if self._joint is not None and isinstance(self.optim, PyroOptim):
+                self._adopt_all(self.optim)
             self._joint = self._join()
-            self._takes_adam = not self._clips and AdamUpdate.stands_for(self._joint)
+            grouped = {id(p) for group in self._joint.param_groups for p in group["params"]}
+            own = grouped == {id(p) for p in self.parameters.values()}
+            self._takes_adam = own and not self._clips and AdamUpdate.stands_for(self._joint)
             self._begun = False
             self._hold()
         return self._joint
@@ -159,11 +180,13 @@ class Update:
     def _hold(self) -> None:
         """Take note of every object that a user may replace, to make the update another."""
         self._places = []
+        if isinstance(self.optim, PyroOptim):
+            self._places += [self.optim.optim_objs.values(), self.optim.grad_clip.values()]
         for optimizer in self.optimizers:
             self._places += [vars(optimizer).values(), optimizer.param_groups, optimizer.state.values()]
             self._places += [hooks.values() for hooks in _hooks(optimizer)]
             for group in optimizer.param_groups:
-                self._places += [group.values(), group["params"]]
+                self._places += [group.values(), *(value for value in group.values() if isinstance(value, list))]
             if self._takes_adam:
                 self._places += [state.values() for state in optimizer.state.values()]
         self._places.append([self._places])  # so that what is added at the end is seen
@@ -178,7 +201,7 @@ class Update:
         if len(self.optimizers) == 1:
             joint = self.optimizers[0]
             self._members = [[group] for group in joint.param_groups]
-        elif type(self.optimizers[0]) not in ELEMENTWISE:
+        elif type(self.optimizers[0]) not in ELEMENTWISE or any(any(_hooks(o)) for o in self.optimizers):
             joint = _OneByOne(self.optimizers)
             self._members = [[group] for group in joint.param_groups]
         else:
@@ -246,12 +269,14 @@ def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key != "params"}
 
 
-def _hooks(optimizer: torch.optim.Optimizer) -> list[dict[int, Any]]:
-    return [optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks]
+def _hooks(optimizer: torch.optim.Optimizer) -> list[dict[Any, Any]]:
+    own: list[Any] = [optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks]
+    return [*own, _global_optimizer_pre_hooks, _global_optimizer_post_hooks]
 
 
 def _kind(group: Mapping[str, Any]) -> tuple[Any, ...]:
-    return _settings(group), {p.dtype for p in group["params"]}
+    settings = {key: id(value) if isinstance(value, Tensor) else value for key, value in _settings(group).items()}
+    return settings, {p.dtype for p in group["params"]}
 
 
 def _can_fuse(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> bool:
@@ -261,6 +286,13 @@ def _can_fuse(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> boo
         p.device.type in devices and p.is_floating_point() and (p.grad is None or p.grad.layout is torch.strided)
         for p in group["params"]
     )
+
+
+def _fits_kernel(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> bool:
+    """Whether torch's fused kernels take these gradients: dense, and with SGD's buffers all there or all to be made."""
+    used = [p for p in group["params"] if p.grad is not None]
+    buffers = {optimizer.state[p].get("momentum_buffer") is None for p in used}
+    return not any(p.grad.is_sparse for p in used) and len(buffers) <= 1
 
 
 class AdamUpdate:
@@ -273,6 +305,7 @@ class AdamUpdate:
         self.constants = [first.new_empty(6) for first in firsts]
         self.places = [(*r.unbind(), *c.unbind()) for r, c in zip(self.rates, self.constants, strict=True)]
         self.numbers: list[tuple[float, ...]] = [(math.nan,) * 9] * len(firsts)  # in these places
+        self.has_acted = False
         self.unbroken = torch.ones((), dtype=torch.bool, device=firsts[0].device)
 
     @staticmethod

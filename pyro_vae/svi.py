@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor, nn
 
 from .compiled import Compiled, NotNowError, get_random_state, preserved, set_random_state
+from .guards import NotStaticError
 from .optim import AdamUpdate, Optimizer, Update
 
 __all__ = ["SVI", "CompiledSVI", "NonFiniteLossError", "latent_scale"]
@@ -88,6 +88,7 @@ class SVI(pyro.infer.SVI):
         loss_and_grads: Callable | None = None,
         *,
         clip_norm: float | None = None,
+        **arguments: Any,
     ) -> None:
         if clip_norm is not None and not clip_norm > 0:
             raise ValueError(f"expected clip_norm > 0, got {clip_norm}: give a positive number")
@@ -95,13 +96,13 @@ class SVI(pyro.infer.SVI):
             raise ValueError(
                 f"expected a loss with num_particles >= 1, got {loss.num_particles}: give a positive number"
             )
-        super().__init__(
-            model, guide, optim if isinstance(optim, PyroOptim) else PyroOptim(optim, {}), loss, loss_and_grads
-        )
+        stock = optim if isinstance(optim, PyroOptim) else PyroOptim(optim, {})
+        super().__init__(model, guide, stock, loss, loss_and_grads, **arguments)
         self.objective = loss
         self.clip_norm = clip_norm
         self.steps = 0
         self.update = Update(optim)
+        self._of_update = self.optim
 
     @property
     def parameters(self) -> dict[str, Tensor]:
@@ -121,6 +122,7 @@ class SVI(pyro.infer.SVI):
         """A step; returns the loss as a tensor (), or the losses of one that gives several, like Pyro's
         `ReweightedWakeSleep`, as a tensor (parts,).
         """
+        self._follow()
         random_state = get_random_state()
         loss, finite, used = self._backward(*args, **kwargs)
         if not bool(finite):
@@ -131,11 +133,17 @@ class SVI(pyro.infer.SVI):
         self.steps += 1
         return loss
 
+    def _follow(self) -> None:
+        """Take up another optimiser that was put in the place of the one of before."""
+        if self.optim is not self._of_update:
+            parameters, self.update, self._of_update = self.parameters, Update(self.optim), self.optim
+            self.update.add(parameters)
+
     def _backward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Sequence[bool]]:
         """The loss; whether it and the gradients, left in the parameters, are finite; which parameters were used."""
         with poutine.trace(param_only=True) as captured:
             loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
-        losses = [torch.as_tensor(part, dtype=torch.float64).detach() for part in _parts(loss)]
+        losses = [torch.as_tensor(part, dtype=torch.float64).detach().reshape(()) for part in _parts(loss)]
         self._collect(captured.trace)
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         values = torch.stack(losses) if isinstance(loss, tuple) else losses[0]
@@ -267,15 +275,17 @@ class CompiledSVI(SVI):
         loss_and_grads: Callable | None = None,
         *,
         clip_norm: float | None = None,
+        **arguments: Any,
     ) -> None:
-        super().__init__(model, guide, optim, loss, loss_and_grads, clip_norm=clip_norm)
+        super().__init__(model, guide, optim, loss, loss_and_grads, clip_norm=clip_norm, **arguments)
         places = [(vars(pyro.get_param_store()), name) for name in ("_params", "_constraints")]
         places += [(vars(self), name) for name in ("model", "guide", "objective")]
         self._whole = Compiled(self._whole_step, places=places)
         self._gradients = Compiled(self._loss_and_gradients, places=places)
         self._bound = Compiled(self._loss, places=[*places, (vars(self), "loss")])
         self._unsettled: collections.deque[_Step] = collections.deque()
-        self._partial = clip_norm is not None  # the optimiser acts beside the graph, not in it
+        self._own_gradients = self.loss_and_grads
+        self._partial = False  # the optimiser acts beside the graph, not in it
         if isinstance(loss, pyro.infer.ELBO) and not _derives_gradients(type(loss)):
             self._gradients.fall_back(
                 f"{type(loss).__name__} has no differentiable_loss to record, or one that its loss_and_grads replaces. "
@@ -308,25 +318,36 @@ class CompiledSVI(SVI):
             return self._bound(*args, **kwargs).item()
 
     def step_async(self, *args: Any, **kwargs: Any) -> Tensor:
+        self._follow()
         known = len(self.parameters)
-        adam = self._adam()
+        adam, problem = self._adam(), None
         if adam is not None:
             random_state = get_random_state()
             try:
-                loss, finite, *_ = self._whole(adam, args, kwargs)
-            except _NewParametersError:
-                pass
+                loss, finite, *_ = self._whole.replay(adam, args, kwargs)
             except _UnusedParameterError:
                 self._partial = True
+            except NotNowError:
+                pass
+            except NotStaticError as error:
+                problem = error
             else:
+                self.update.acted(adam)
                 self.steps += 1
                 self._unsettled.append(_Step(self.steps, loss, _Flag(finite), random_state, args, kwargs))
                 self._settle(lambda flag: flag.arrived())
                 return loss
         loss = super().step_async(*args, **kwargs)
+        if problem is not None:  # and not the program's own
+            self._whole.fall_back(str(problem))
         if len(self.parameters) != known:
             self._prepare(args, kwargs)
         return loss
+
+    def _follow(self) -> None:
+        super()._follow()
+        if self.loss_and_grads is not self._own_gradients and self.fallback_reason is None:
+            self._gradients.fall_back("svi.loss_and_grads is another. Mend: hand over the loss when the SVI is made")
 
     def settle(self) -> None:
         self._settle(lambda flag: True)
@@ -349,7 +370,8 @@ class CompiledSVI(SVI):
     def _adam(self) -> AdamUpdate | None:
         """The update, where it can be part of the graph."""
         parameters = self.parameters.values()
-        if not parameters or self.fallback_reason or self._partial or any(p.grad is not None for p in parameters):
+        beside = self._partial or self.clip_norm is not None
+        if not parameters or self.fallback_reason or beside or any(p.grad is not None for p in parameters):
             return None
         return self.update.adam()
 
@@ -364,14 +386,23 @@ class CompiledSVI(SVI):
             self._gradients.prepare(frozenset(self.parameters), args, kwargs)
 
     def _backward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Sequence[bool]]:
+        problem = None
         if self.parameters and self.fallback_reason is None and self._adam() is None:
-            with contextlib.suppress(_NewParametersError):
-                loss, finite, used, gradients = self._gradients(frozenset(self.parameters), args, kwargs)
+            try:
+                loss, finite, used, gradients = self._gradients.replay(frozenset(self.parameters), args, kwargs)
+            except NotNowError:
+                pass
+            except NotStaticError as error:
+                problem = error
+            else:
                 for parameter, gradient in zip(self.parameters.values(), gradients, strict=True):
                     if gradient is not None:
                         parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
                 return loss, finite, used
-        return super()._backward(*args, **kwargs)
+        results = super()._backward(*args, **kwargs)
+        if problem is not None:  # and not the program's own
+            self._gradients.fall_back(str(problem))
+        return results
 
     def _whole_step(self, adam: AdamUpdate, args: Any, kwargs: Any) -> tuple[Tensor, ...]:
         loss, finite, used, gradients = self._loss_and_gradients(frozenset(), args, kwargs)
@@ -386,10 +417,12 @@ class CompiledSVI(SVI):
         known = {id(parameter) for parameter in self.parameters.values()}
         if any(id(site["value"].unconstrained()) not in known for site in captured.trace.nodes.values()):
             raise _NewParametersError
+        if any(parameter._post_accumulate_grad_hooks for parameter in self.parameters.values()):
+            raise NotStaticError("a hook waits for a parameter's gradient. Mend: register_hook instead")
         free = [parameter for parameter in self.parameters.values() if parameter.requires_grad]
         found = dict(zip(free, torch.autograd.grad(loss, free, allow_unused=True), strict=True))
         gradients = [found.get(parameter) for parameter in self.parameters.values()]
-        loss = loss.detach().double()
+        loss = loss.detach().double().reshape(())
         finite = _finite(loss, [gradient for gradient in gradients if gradient is not None])
         return loss, finite, self._used(captured.trace), gradients
 

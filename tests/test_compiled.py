@@ -1069,3 +1069,207 @@ class TestCuda:
         assert_equal(values(svi.guide), before, 0.0)
         svi.step(x)
         assert any(not torch.equal(value, before[name]) for name, value in values(svi.guide).items())
+
+
+class Settings:
+    """What a program reads, and its tests change."""
+
+    def __init__(self):
+        self.nested = {"list": [1.0], "dict": {"x": 1.0}}
+        self.module = types.ModuleType("settings")
+        self.module.a, self.module.b = 1.0, 1.0
+        self.prior = dist.Normal(torch.zeros(2), 1.0)
+
+    def method(self):
+        return 1.0
+
+
+class Derived(Settings):
+    pass
+
+
+def settings_programs(settings):
+    def scale(x, default=[1.0], *, keyword=1.0):  # noqa: B006
+        nested, module = settings.nested, settings.module
+        lengths = len(nested["list"]), len(nested["dict"]), len(default)
+        return settings.method() * keyword * math.prod(lengths) * module.a + second()
+
+    def second():
+        return settings.module.b
+
+    def model(x):
+        with poutine.scale(scale=scale(x)):
+            m = pyro.sample("m", settings.prior.to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(m, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.sample("m", dist.Normal(pyro.param("location", torch.zeros(2)), 1.0).to_event(1))
+
+    settings.scale = scale
+    return model, guide
+
+
+def optimiser_of(svi, name="location"):
+    return svi.optim.optim_objs[pyro.get_param_store()._params[name]]
+
+
+def zero_gradient(optimizer, args, kwargs):
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.data.zero_()
+
+
+def forget_gradient(parameter):
+    parameter.grad.zero_()
+
+
+class TestChangesBetweenSteps:
+    """Each is made after the fifth step of SVI and of CompiledSVI."""
+
+    OF_PROGRAMS = {
+        "list in a dictionary": lambda s: s.nested["list"].append(1.0),
+        "dictionary in a dictionary": lambda s: s.nested["dict"].update(y=1.0),
+        "default's item": lambda s: s.scale.__defaults__[0].append(1.0),
+        "defaults": lambda s: setattr(s.scale, "__defaults__", ([1.0, 1.0],)),
+        "keyword defaults": lambda s: setattr(s.scale, "__kwdefaults__", {"keyword": 3.0}),
+        "module's attribute": lambda s: setattr(s.module, "a", 3.0),
+        "module's attribute in another function": lambda s: setattr(s.module, "b", 3.0),
+        "method of the instance": lambda s: setattr(s, "method", lambda: 3.0),
+        "dictionary of the instance": lambda s: setattr(s, "__dict__", {**vars(s), "nested": {"list": [], "dict": {}}}),
+        "method of the derived class": lambda s: setattr(Derived, "method", lambda self: 3.0),
+        "attribute of a distribution": lambda s: setattr(s.prior, "loc", torch.ones(2)),
+    }
+    OF_OPTIMISERS = {
+        "hook on one": lambda svi: optimiser_of(svi).register_step_post_hook(zero_gradient),
+        "betas": lambda svi: optimiser_of(svi).param_groups[0].update(betas=(0.1, 0.9)),
+        "optim_objs cleared": lambda svi: svi.optim.optim_objs.clear(),
+        "optimiser": lambda svi: setattr(svi, "optim", pyro.optim.SGD({"lr": 0.01})),
+        "clipping": lambda svi: svi.optim.grad_clip.update(
+            dict.fromkeys(svi.optim.grad_clip, lambda p: p.grad.clamp_(-0.1, 0.1))
+        ),
+        "gradients": lambda svi: setattr(svi, "loss_and_grads", TraceMeanField_ELBO(num_particles=2).loss_and_grads),
+        "new memory": lambda svi: setattr(pyro.get_param_store()._params["location"], "data", torch.ones(())),
+    }
+
+    def trajectories(self, make, change, **arguments):
+        results = []
+        for kind in (SVI, CompiledSVI):
+            count, made = [], []
+
+            def programs(made=made):
+                made.append(make())
+                return made[0][:2]
+
+            def after_step(svi, count=count, made=made):
+                count.append(svi)
+                if len(count) == 5:
+                    change(svi, *made[0][2:])
+
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FallbackWarning)
+                results.append(trajectory(kind, programs, ELBO, steps=10, after_step=after_step, **arguments))
+        (expected_losses, expected, _), (losses, found, svi) = results
+        assert losses == pytest.approx(expected_losses, rel=1e-10)
+        assert_equal(found, expected)
+        return svi
+
+    @pytest.mark.parametrize("change", OF_PROGRAMS)
+    def test_of_what_programs_read(self, change, recorded, monkeypatch):
+        monkeypatch.setattr(Derived, "method", Settings.method, raising=False)
+        monkeypatch.delattr(Derived, "method")
+
+        def make():
+            if "method" in vars(Derived):
+                del Derived.method
+            settings = Derived()
+            return *settings_programs(settings), settings
+
+        svi = self.trajectories(make, lambda svi, settings: self.OF_PROGRAMS[change](settings))
+        assert svi.compiled and len(graphs(svi)) == 2
+        if "method" in vars(Derived):
+            del Derived.method
+
+    @pytest.mark.parametrize("change", OF_OPTIMISERS)
+    def test_of_optimisers(self, change, recorded):
+        svi = self.trajectories(
+            lambda: (location_model, location_guide),
+            lambda svi: self.OF_OPTIMISERS[change](svi),
+        )
+        assert svi.compiled == (change != "gradients")
+
+    @pytest.mark.parametrize("hook", ["removed", "second", "after accumulation", "of a module", "forward"])
+    def test_of_hooks(self, hook, recorded):
+        def make():
+            network = nn.Linear(2, 2)
+            handle = network.weight.register_hook(lambda gradient: 2 * gradient)
+
+            def model(x):
+                pyro.module("network", network)
+                with pyro.plate("data", len(x)):
+                    pyro.sample("x", dist.Normal(network(x), 1.0).to_event(1), obs=x)
+
+            return model, lambda x: None, network, handle
+
+        def change(svi, network, handle):
+            if hook == "removed":
+                handle.remove()
+            elif hook == "second":
+                network.weight.register_hook(lambda gradient: gradient + 1)
+            elif hook == "after accumulation":
+                network.weight.register_post_accumulate_grad_hook(forget_gradient)
+            elif hook == "of a module":
+                network.register_forward_hook(lambda module, given, result: 2 * result)
+            else:
+                network.forward = lambda x: 3 * nn.functional.linear(x, network.weight, network.bias)
+
+        assert self.trajectories(make, change).compiled == (hook != "after accumulation")
+
+
+class TestParametersOfSomeSteps:
+    """A parameter that only some signatures use, or make."""
+
+    OPTIMISERS = {
+        "Adam": lambda: pyro.optim.Adam({"lr": 0.05, "weight_decay": 0.5}),
+        "AdamW": lambda: pyro.optim.AdamW({"lr": 0.05, "weight_decay": 0.5}),
+        "ClippedAdam": lambda: pyro.optim.ClippedAdam({"lr": 0.05, "lrd": 0.5}),
+        "SGD": lambda: pyro.optim.SGD({"lr": 0.001, "momentum": 0.9}),
+        "NAdam": lambda: pyro.optim.NAdam({"lr": 0.05}),
+    }
+
+    @pytest.mark.parametrize("optimiser", OPTIMISERS)
+    @pytest.mark.parametrize("kind", ["made later", "on some steps"])
+    def test_the_numbers_are_those_of_svi(self, kind, optimiser, recorded):
+        def model(x):
+            shift = pyro.param("shift", torch.zeros(2)) if len(x) == 3 else 0.0
+            location_model(x + shift)
+
+        results = []
+        for svi_class in (SVI, CompiledSVI):
+            pyro.clear_param_store()
+            torch.manual_seed(0)
+            svi = svi_class(model, location_guide, self.OPTIMISERS[optimiser](), ELBO)
+            rows = [5, 5, 5, 3, 3, 3, 5, 3] if kind == "made later" else [3, 5, 3, 5, 5, 3, 3, 5]
+            losses = [svi.step(X[:count]) for count in rows]
+            results.append((losses, values()))
+        assert results[0][0] == pytest.approx(results[1][0], rel=1e-10)
+        assert_equal(results[1][1], results[0][1])
+
+    def test_an_unused_parameter_does_not_decay(self, recorded):
+        def make():
+            network = nn.ModuleDict({"used": nn.Linear(2, 2), "unused": nn.Linear(2, 2)})
+
+            def model(x):
+                pyro.module("network", network)
+                location_model(network["used"](x))
+
+            return model, location_guide
+
+        assert_same_trajectory(make, ELBO, optim=self.OPTIMISERS["AdamW"])
+
+    def test_a_loss_of_one_element(self, recorded):
+        def loss(model, guide, x):
+            return ELBO.differentiable_loss(model, guide, x).reshape(1)
+
+        svi = assert_same_trajectory(lambda: (location_model, location_guide), loss)
+        assert svi.compiled
