@@ -36,6 +36,7 @@ __all__ = ["Compiled", "FallbackWarning", "get_random_state", "set_random_state"
 MAX_VARIANTS = 16
 MAX_SEEN_ONCE = 64
 _requires_grad = operator.attrgetter("requires_grad")
+_hook_lists = operator.attrgetter("_backward_hooks", "_post_accumulate_grad_hooks")
 PACKAGE = Path(__file__).parent
 PYRO, TORCH = (Path(str(module.__file__)).parent for module in (pyro, torch))
 FLOATS = (float, np.floating)
@@ -270,7 +271,10 @@ class _Recording:
         """What changes when a live tensor becomes another in place: quick to find."""
         live = self.live
         places = [*map(Tensor.data_ptr, live), *map(Tensor.size, live), *map(Tensor.stride, live)]
-        return [*places, *map(_requires_grad, live), *map(_hooks, live)]
+        hooks = [*map(_hook_lists, live)]
+        if hooks.count((None, None)) < len(hooks):
+            hooks = [*map(_hooks, live)]
+        return [*places, *map(_requires_grad, live), *hooks]
 
     def _specifications(self) -> list[Any]:
         return [(*_form(tensor), tensor.requires_grad, _hooks(tensor)) for tensor in self.live]
@@ -347,7 +351,7 @@ class _Recording:
 
 
 def _hooks(tensor: Tensor) -> tuple[Any, ...]:
-    on_gradient, after = tensor._backward_hooks, tensor._post_accumulate_grad_hooks
+    on_gradient, after = _hook_lists(tensor)
     return on_gradient and tuple(on_gradient), after and tuple(after)
 
 
