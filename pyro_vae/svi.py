@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -99,6 +100,7 @@ class SVI(pyro.infer.SVI):
         stock = optim if isinstance(optim, PyroOptim) else PyroOptim(optim, {})
         super().__init__(model, guide, stock, loss, loss_and_grads, **arguments)
         self.objective = loss
+        self.given_gradients = None if isinstance(loss, pyro.infer.ELBO) else loss_and_grads  # which Pyro leaves aside
         self.clip_norm = clip_norm
         self.steps = 0
         self.update = Update(optim)
@@ -137,7 +139,8 @@ class SVI(pyro.infer.SVI):
         """Take up another optimiser that was put in the place of the one of before."""
         if self.optim is not self._of_update:
             parameters, self.update, self._of_update = self.parameters, Update(self.optim), self.optim
-            self.update.add(parameters)
+            if parameters:
+                self.update.add(parameters)
 
     def _backward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Sequence[bool]]:
         """The loss; whether it and the gradients, left in the parameters, are finite; which parameters were used."""
@@ -266,18 +269,10 @@ class CompiledSVI(SVI):
         (True, None)
     """
 
-    def __init__(
-        self,
-        model: Callable,
-        guide: Callable,
-        optim: Optimizer,
-        loss: Any,
-        loss_and_grads: Callable | None = None,
-        *,
-        clip_norm: float | None = None,
-        **arguments: Any,
-    ) -> None:
-        super().__init__(model, guide, optim, loss, loss_and_grads, clip_norm=clip_norm, **arguments)
+    __signature__ = inspect.signature(SVI)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         places = [(vars(pyro.get_param_store()), name) for name in ("_params", "_constraints")]
         places += [(vars(self), name) for name in ("model", "guide", "objective")]
         self._whole = Compiled(self._whole_step, places=places)
@@ -286,12 +281,13 @@ class CompiledSVI(SVI):
         self._unsettled: collections.deque[_Step] = collections.deque()
         self._own_gradients = self.loss_and_grads
         self._partial = False  # the optimiser acts beside the graph, not in it
-        if isinstance(loss, pyro.infer.ELBO) and not _derives_gradients(type(loss)):
+        loss = type(self.objective)
+        if issubclass(loss, pyro.infer.ELBO) and not _derives_gradients(loss):
             self._gradients.fall_back(
-                f"{type(loss).__name__} has no differentiable_loss to record, or one that its loss_and_grads replaces. "
+                f"{loss.__name__} has no differentiable_loss to record, or one that its loss_and_grads replaces. "
                 "Mend: use a loss that has, like Trace_ELBO"
             )
-        elif loss_and_grads is not None and not isinstance(loss, pyro.infer.ELBO):
+        elif self.given_gradients is not None:
             self._gradients.fall_back("loss_and_grads was given. Mend: leave it out where autograd gives the gradients")
 
     @property

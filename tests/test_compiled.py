@@ -419,7 +419,7 @@ class TestFallBacks:
             np.random.seed(0)
             return model, location_guide
 
-        eager_steps(make)
+        assert "two runs of the program differ" in eager_steps(make)
 
     def test_gradients_that_are_not_those_of_the_differentiable_loss(self, recorded):
         class Scaled(Trace_ELBO):
