@@ -8,6 +8,7 @@ import itertools
 import operator
 import random
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -40,6 +41,10 @@ _hook_lists = operator.attrgetter("_backward_hooks", "_post_accumulate_grad_hook
 PACKAGE = Path(__file__).parent
 PYRO, TORCH = (Path(str(module.__file__)).parent for module in (pyro, torch))
 FLOATS = (float, np.floating)
+TINY_KERNEL = """
+#include <torch/csrc/inductor/cpp_prefix.h>
+extern "C" void kernel(float* x) { at::vec::Vectorized<float>::loadu(x).store(x); }
+"""
 PURE_HANDLERS = (
     poutine.block_messenger.BlockMessenger,
     poutine.condition_messenger.ConditionMessenger,
@@ -235,6 +240,8 @@ class _Recording:
         self.float_dtype = functools.reduce(torch.promote_types, dtypes, torch.get_default_dtype())
         self.device = next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), torch.device("cpu"))
         before: list[Entry] = []
+        if self.device.type == "cpu":
+            _wake_compiler()
         try:
             before = python_state(programs, places)
             with preserved():
@@ -431,6 +438,18 @@ def _cuda_graph(compute: Callable, given: Sequence[Tensor], live: Sequence[Tenso
         return [result.clone() if isinstance(result, Tensor) else result for result in results]
 
     return replay
+
+
+@functools.cache
+def _wake_compiler() -> None:
+    """Compile a tiny kernel beside the recording: torch probes a C++ compiler at its first, for seconds."""
+    from torch._inductor.codecache import CppPythonBindingsCodeCache
+
+    def compile() -> None:
+        with contextlib.suppress(Exception):  # which the graph's own kernels meet too, and name
+            CppPythonBindingsCodeCache.load_pybinding(["float*"], TINY_KERNEL)
+
+    threading.Thread(target=compile, daemon=True).start()
 
 
 @functools.cache
