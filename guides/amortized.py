@@ -1,38 +1,50 @@
-"""The variational autoencoder's inference half, q(z | x)."""
+"""The inference half, q(z | x), of any Pyro model of static structure."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.nn import PyroModule
 from torch import Tensor, nn
+from torch.distributions import biject_to, constraints
+from torch.distributions.constraints import MixtureSameFamilyConstraint
 
 from ..config import Configured
 from ..nn import MLP, bind
-from .families import DiagonalNormal, Family
+from .families import Bernoulli, Categorical, DiagonalNormal, Family
 
 __all__ = ["AmortizedGuide"]
 
 Example = tuple[Sequence[Any], Mapping[str, Any]]
+Dependencies = Literal["earlier", "none"] | Mapping[str, Sequence[str]]
 
 
 class AmortizedGuide(Configured, PyroModule):
     """``q(z | x) = prod_i q(z_i | encoder(x), z_<i)`` over the latent sites of `model`, in the model's order.
 
-    The model is traced once: each latent site in its plate ``"data"`` gets a copy of `family` whose features are the
-    encoder's output beside the earlier sites' values. `encoder` is any module from a datum to a vector of features,
-    `encoder_inputs(*args, **kwargs)` returns what it is fed (the first tensor by default). The sizes come from
-    `example`, ``(args, kwargs)`` of a call, else from a draw ``model(num_data=2)``, else from the first call. The model
-    is not a submodule: its parameters are its own.
+    The model is traced for its latent sites, their shapes, plates and supports. Each gets a copy of `family`, or of
+    ``family[site]``, whose features are the encoder's output beside the values of earlier sites (`dependencies`:
+    "earlier", "none", or the names for each site). A constrained support is reached through ``biject_to``; discrete
+    sites get a `Categorical` or `Bernoulli`; those that the model marks for enumeration are left to it. Sites outside
+    the data's plate are global: their q has parameters of its own.
+
+    `encoder` is any module from a datum to a vector of features, or to ``(*plates, features)`` for plates within the
+    data's; it is fed `encoder_inputs(*args, **kwargs)`, by default the first tensor, with zeros in the place of NaN. A
+    site gets the mean of the features over plates that it is not in. An argument with a latent site's name is that
+    site's value: it is conditioned on, not drawn. The sizes come from `example`, ``(args, kwargs)`` of a call, else
+    from a draw ``model(num_data=2)``, else from the first call. The model is not a submodule: its parameters are its
+    own.
 
     Raises:
-        ValueError: a latent site that is discrete, constrained, outside the plate ``"data"``, or deeper than it.
+        ValueError: sites, shapes or supports that differ between two runs of the model; supports that differ from datum
+            to datum; sequential plates; unbounded counts; features that do not broadcast to a site's plates.
 
     Example:
         >>> from pyro_vae.models import VAE
@@ -46,40 +58,55 @@ class AmortizedGuide(Configured, PyroModule):
         self,
         model: Callable,
         encoder: nn.Module | None = None,
-        family: Family = DiagonalNormal(),  # noqa: B008  a declaration: `bind` copies it
+        family: Family | Mapping[str, Family] = DiagonalNormal(),  # noqa: B008  a declaration: `bind` copies it
         encoder_inputs: Callable[..., Tensor] | None = None,
         example: Example | None = None,
+        dependencies: Dependencies = "earlier",
     ) -> None:
         super().__init__()
-        self._declared = (model, encoder, family)
+        self._declared = (model, encoder, family, dependencies)
         self._encoder_inputs = encoder_inputs
+        self._sites: dict[str, _Latent] = {}
+        self._parents: dict[str, tuple[str, ...]] = {}
+        self._data: Any = None
         self.heads: Any = nn.ModuleDict()
         if example is None:
             if "num_data" not in inspect.signature(getattr(model, "forward", model)).parameters:
                 return
-            with _untouched(model), poutine.block():
-                drawn = model(num_data=2)
+            try:
+                with _untouched(model), poutine.block():
+                    drawn = model(num_data=2)
+            except (TypeError, ValueError):  # it wants more: the first call has it
+                return
             example = (drawn if isinstance(drawn, tuple) else (drawn,), {})
         self._build(*example)
 
     def _build(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        model, encoder, family = self._declared
-        inputs = self.encoded(*args, **kwargs)
-        like = inputs if inputs.is_floating_point() else torch.empty(0, device=inputs.device)
-        encoder = bind(MLP() if encoder is None else encoder, inputs.shape[1:]).to(like)
-        with _untouched(model, encoder), poutine.block(), torch.no_grad():
-            trace = poutine.trace(model).get_trace(*args, **kwargs)
-            features = encoder(inputs).shape[-1]
-        self.encoder = encoder
-        for name, site in trace.nodes.items():
-            if site["type"] != "sample" or site["is_observed"] or site_is_subsample(site):
-                continue
-            _check_site(name, site)
-            shape = site["fn"].event_shape
-            self.heads[name] = bind(family, features, shape).to(like)
-            features += shape.numel()
-        if not self.heads:
+        model, encoder, family, dependencies = self._declared
+        with _untouched(model), poutine.block(), torch.no_grad():
+            (sites, self._data), *others = [_latents(poutine.trace(model).get_trace(*args, **kwargs)) for _ in range(8)]
+        for again, _ in others:
+            _check_static(sites, again)
+        if not sites:
             raise ValueError("expected a model with latent sites, got one without: there is nothing to infer")
+        families = family if isinstance(family, Mapping) else dict.fromkeys(sites, family)
+        for given in (families, {} if isinstance(dependencies, str) else dependencies):
+            if not given.keys() <= sites.keys():
+                raise ValueError(f"expected names among the latent sites {list(sites)}, got {list(given)}")
+        features, like = 0, torch.empty(0)
+        if any(self._data in site.plates for site in sites.values()):
+            inputs = self.encoded(*args, **kwargs)
+            like = inputs if inputs.is_floating_point() else torch.empty(0, device=inputs.device)
+            encoder = bind(MLP() if encoder is None else encoder, inputs.shape[1:]).to(like)
+            with _untouched(encoder), torch.no_grad():
+                features = encoder(inputs).shape[-1]
+            self.encoder = encoder
+        for name, site in sites.items():
+            self._parents[name] = _parents(site, sites, dependencies, self._data)
+            known = sum(sites[parent].size for parent in self._parents[name])
+            own = features if self._data in site.plates else 0
+            self.heads[name] = site.head(families.get(name, DiagonalNormal()), own + known).to(like)
+        self._sites = sites
 
     def encoded(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the encoder is fed, shape ``(B, ...)``."""
@@ -88,43 +115,226 @@ class AmortizedGuide(Configured, PyroModule):
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         if not tensors:
             raise ValueError("expected a tensor of data to encode, got none: call guide(x)")
-        return tensors[0]
+        like = next(self.parameters(), torch.empty(0))
+        x = tensors[0] if tensors[0].is_floating_point() else tensors[0].to(like.dtype)
+        return x.where(x == x, 0.0)
 
     def posterior(self, *args: Any, site: str = "z", **kwargs: Any) -> Any:
-        """``q(z | x)`` of the first latent site, as a distribution with batch shape ``(B,)``."""
-        if next(iter(self.heads)) != site:
+        """``q(z | x)`` of a latent site that depends on no other, as a distribution with batch shape ``(B,)``."""
+        if site not in self.heads or self._parents[site]:
             raise ValueError(f"q({site} | x) depends on other draws, or is no latent site: use guide(...)")
-        return self.heads[site](self.encoder(self.encoded(*args, **kwargs)))
+        return self._q(site, self._encode(args, kwargs)[0], {})
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draw every latent site; returns ``{site: value}``."""
         if not self.heads:
             self._build(args, kwargs)
-        inputs = self.encoded(*args, **kwargs)
-        h = self.encoder(inputs)
-        draws: dict[str, Tensor] = {}
-        with pyro.plate("data", len(inputs)):
-            for name, head in self.heads.items():
-                draws[name] = z = pyro.sample(name, head(h))
-                if len(draws) < len(self.heads):
-                    flat = z.flatten(start_dim=-len(head.event_shape)) if head.event_shape else z[..., None]
-                    h = torch.cat([h.expand(*flat.shape[:-1], h.shape[-1]), flat], dim=-1)
+        h, plates = self._encode(args, kwargs)
+        given = _arguments(self._declared[0], args, kwargs)
+        values: dict[str, Tensor] = {}
+        draws = {}
+        for name, site in self._sites.items():
+            if isinstance(given.get(name), Tensor):
+                values[name] = given[name]
+                continue
+            with contextlib.ExitStack() as stack:
+                for plate in site.plates:
+                    stack.enter_context(plates[plate.name])
+                values[name] = draws[name] = pyro.sample(name, self._q(name, h, values))
         return draws
 
+    def _encode(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """Features, ``(*plates, features)``, and the plates."""
+        known = {plate for site in self._sites.values() for plate in site.plates}
+        plates = {p.name: pyro.plate(p.name, p.full_size, p.size, dim=p.dim) for p in known if p != self._data}
+        data = self._data
+        if data not in known:
+            return torch.empty(0), plates
+        inputs = self.encoded(*args, **kwargs)
+        if data.size == data.full_size:
+            plates[data.name] = pyro.plate(data.name, len(inputs), dim=data.dim)
+        elif len(inputs) == data.full_size:
+            plates[data.name] = pyro.plate(data.name, data.full_size, data.size, dim=data.dim)
+            inputs = inputs[plates[data.name].indices]
+        else:
+            batch = torch.arange(len(inputs), device=inputs.device)
+            plates[data.name] = pyro.plate(data.name, data.full_size, subsample=batch, dim=data.dim)
+        h = self.encoder(inputs)
+        lacking = 1 - data.dim - h.dim()  # dimensions, of plates within the data's
+        if h.shape[:1] != inputs.shape[:1] or lacking < 0:
+            raise ValueError(
+                f"expected an encoder's output of shape (B, features), with the {-1 - data.dim} plates within "
+                f'"{data.name}" between, got {tuple(h.shape)} of {len(inputs)} data'
+            )
+        return h.reshape(*h.shape[:-1], *[1] * lacking, h.shape[-1]), plates
 
-def site_is_subsample(site: Mapping[str, Any]) -> bool:
-    return type(site["fn"]).__name__ == "_Subsample"
+    def _q(self, name: str, h: Tensor, values: Mapping[str, Tensor]) -> Any:
+        """The site's distribution given the encoder's output and the sites that it depends on."""
+        site = self._sites[name]
+        parts = [self._sites[parent].flat(values[parent]) for parent in self._parents[name]]
+        if self._data in site.plates:
+            parts.insert(0, site.on_its_plates(h, self._data))
+        batch = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
+        h = torch.cat([part.expand(*batch, -1) for part in parts], dim=-1) if parts else torch.empty(0)
+        return site.constrained(self.heads[name](h))
 
 
-def _check_site(name: str, site: Mapping[str, Any]) -> None:
-    plates = [frame.name for frame in site["cond_indep_stack"]]
-    support = site["fn"].support
-    while hasattr(support, "base_constraint"):
-        support = support.base_constraint
-    if plates != ["data"]:
-        raise ValueError(f'expected latent site "{name}" in the plate "data" alone, got plates {plates}')
-    if support is not torch.distributions.constraints.real:
-        raise ValueError(f'expected latent site "{name}" to have real support, got {support}')
+class _Plate(NamedTuple):
+    name: str
+    dim: int
+    size: int
+    full_size: int
+
+
+class _Latent:
+    """A latent site of the model."""
+
+    def __init__(self, name: str, site: Mapping[str, Any]) -> None:
+        self.name, self.event_shape, self.support = name, site["fn"].event_shape, site["fn"].support
+        if isinstance(self.support, MixtureSameFamilyConstraint):
+            self.support = self.support.base_constraint
+        self.plates = _plates(site)
+        self.base: Any = self.support
+        while hasattr(self.base, "base_constraint"):
+            self.base = self.base.base_constraint
+        self.categories: int | None = None
+        if isinstance(self.base, constraints.integer_interval):
+            self.categories = int(self.base.upper_bound) + 1
+        self.size = self.flat(site["value"]).shape[-1]
+        batch, dims = site["fn"].batch_shape, {plate.dim for plate in self.plates}
+        if any(size > 1 and dim not in dims for dim, size in zip(range(-len(batch), 0), batch, strict=True)):
+            raise ValueError(
+                f'expected latent site "{name}" with its batch in plates, got batch shape {tuple(batch)} in the plates '
+                f"{[plate.name for plate in self.plates]}: add pyro.plate or to_event"
+            )
+        if any(isinstance(value, Tensor) and value.numel() > 1 for value in vars(self.base).values()):
+            raise ValueError(
+                f'expected latent site "{name}" with one support for all, got {self.base}: sample it on a fixed one, '
+                "such as (0, 1), and scale it in the model"
+            )
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Latent) and self._key() == other._key()
+
+    def _key(self) -> tuple[Any, ...]:
+        bounds = {name: float(value) for name, value in vars(self.base).items() if isinstance(value, Tensor | float)}
+        return self.name, self.event_shape, self.plates, type(self.base), bounds
+
+    @property
+    def is_discrete(self) -> bool:
+        return bool(self.base.is_discrete)
+
+    @property
+    def bare_shape(self) -> torch.Size:
+        """Of an event over the real numbers."""
+        if self.base is constraints.real:
+            return self.event_shape
+        return biject_to(self.support).inverse_shape(self.event_shape)
+
+    def head(self, family: Family, features: int) -> Any:
+        """The family's, or a discrete one, bound to this site."""
+        if self.base is constraints.boolean:
+            return bind(Bernoulli(), features, self.event_shape)
+        if self.base is constraints.one_hot:
+            return bind(family if isinstance(family, Categorical) else Categorical(), features, self.event_shape)
+        if self.categories is not None:
+            return bind(Categorical(), features, self.event_shape, self.categories)
+        if self.is_discrete:
+            raise ValueError(
+                f'expected latent site "{self.name}" with a finite or a continuous support, got {self.base}: sum it '
+                "out in the model, or take a distribution with a bound"
+            )
+        return bind(family, features, self.bare_shape)
+
+    def constrained(self, q: Any) -> Any:
+        """q over the site's support, from q over real numbers; q itself where the support is these, or discrete."""
+        if self.is_discrete or self.base is constraints.real:
+            return q
+        return dist.TransformedDistribution(q, [biject_to(self.support)])
+
+    def flat(self, value: Tensor) -> Tensor:
+        """A value of the site as vectors, ``(*plates, size)``: one-hot, or over the real numbers."""
+        events = len(self.event_shape)
+        if self.categories is not None:
+            value, events = nn.functional.one_hot(value.long(), self.categories), events + 1
+        elif not self.is_discrete and self.base is not constraints.real:
+            value, events = biject_to(self.support).inv(value), len(self.bare_shape)
+        return value.flatten(start_dim=-events) if events else value[..., None]
+
+    def on_its_plates(self, h: Tensor, data: _Plate) -> Tensor:
+        """The encoder's output, averaged over plates that this site is not in."""
+        plates = {plate.dim: plate for plate in self.plates}
+        for dim in range(1 - h.dim(), 0):
+            if dim not in plates:
+                h = h.mean(dim - 1, keepdim=True)
+            elif plates[dim] != data and h.shape[dim - 1] not in (1, plates[dim].size):
+                raise ValueError(
+                    f"expected the encoder's output to have {plates[dim].size} on the dimension of plate "
+                    f'"{plates[dim].name}" of site "{self.name}", got {h.shape[dim - 1]}: let it return (B, features), '
+                    "or (B, ..., features) with the plates within between"
+                )
+        return h
+
+
+def _plates(site: Mapping[str, Any]) -> tuple[_Plate, ...]:
+    frames = site["cond_indep_stack"]
+    if any(not frame.vectorized for frame in frames):
+        raise ValueError(
+            f'expected vectorised plates, got site "{site["name"]}" in a sequential one: use `with pyro.plate(...)`'
+        )
+    return tuple(_Plate(frame.name, frame.dim, frame.size, frame.full_size or frame.size) for frame in frames)
+
+
+def _latents(trace: poutine.Trace) -> tuple[dict[str, _Latent], _Plate | None]:
+    """The latent sites, and the data's plate: the one of that name, or else the outermost of an observed site."""
+    latents: dict[str, _Latent] = {}
+    observed: list[_Plate] = []
+    named: list[_Plate] = []
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample" or type(site["fn"]).__name__ == "_Subsample":
+            continue
+        plates = _plates(site)
+        named += [plate for plate in plates if plate.name == "data"]
+        if site["is_observed"]:
+            observed += plates
+        elif site["infer"].get("enumerate") != "parallel":  # else the estimator sums it out
+            latents[name] = _Latent(name, site)
+    return latents, next(iter(named), min(observed, key=lambda plate: plate.dim, default=None))
+
+
+def _check_static(sites: Mapping[str, _Latent], again: Mapping[str, _Latent]) -> None:
+    for name in [*sites, *again]:
+        if sites.get(name) != again.get(name):
+            raise ValueError(
+                f'expected a model of static structure, got a latent site "{name}" that differs between runs, in '
+                "presence, shape or support: decide by masks and torch.where, and take supports that depend on no draw"
+            )
+
+
+def _parents(
+    site: _Latent, sites: Mapping[str, _Latent], dependencies: Dependencies, data: _Plate | None
+) -> tuple[str, ...]:
+    """The earlier sites whose values the site's head sees."""
+    earlier = list(sites)[: list(sites).index(site.name)]
+    within = [name for name in earlier if set(sites[name].plates) <= set(site.plates)]
+    if isinstance(dependencies, str):
+        local = [name for name in within if data in sites[name].plates]
+        return tuple(local) if dependencies == "earlier" else ()
+    asked = tuple(dependencies.get(site.name, ()))
+    if not set(asked) <= set(within):
+        raise ValueError(
+            f'expected site "{site.name}" to depend on some of {within}, earlier sites in its plates, got {list(asked)}'
+        )
+    return asked
+
+
+def _arguments(model: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's arguments by the model's names for them."""
+    signature = inspect.signature(getattr(model, "forward", model))
+    try:
+        return dict(signature.bind_partial(*args, **kwargs).arguments)
+    except TypeError:
+        return dict(kwargs)
 
 
 @contextlib.contextmanager

@@ -14,9 +14,23 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ..nn import Declared
+from ..distributions import WithMissing
+from ..nn import Declared, bind, positive
 
-__all__ = ["Bernoulli", "Binomial", "ContinuousBernoulli", "Likelihood", "Normal", "auto"]
+__all__ = [
+    "Bernoulli",
+    "Binomial",
+    "Categorical",
+    "ContinuousBernoulli",
+    "Laplace",
+    "Likelihood",
+    "Missing",
+    "NegativeBinomial",
+    "Normal",
+    "Poisson",
+    "StudentT",
+    "auto",
+]
 
 
 class Likelihood(Declared):
@@ -116,6 +130,118 @@ class Normal(Likelihood):
         if self.mean == "sigmoid":
             mean = mean.sigmoid()
         return dist.Normal(mean, log_scale.exp() + self.minimum_scale).to_event(len(self.event_shape))
+
+
+class Laplace(Likelihood):
+    """``p(x|z) = prod_d exp(-|x_d - m_d(z)| / b) / (2 b)``, b one learned number: medians, robust to outliers.
+
+    Example:
+        >>> Laplace().bind((4,))(torch.zeros(5, 1, 4)).log_prob(torch.zeros(5, 4)).shape
+        torch.Size([5])
+    """
+
+    def build(self, event_shape: Sequence[int]) -> None:
+        super().build(event_shape)
+        self.log_scale = nn.Parameter(torch.zeros(()))
+
+    def forward(self, parameters: Tensor) -> dist.Distribution:
+        (location,) = self.unpacked(parameters)
+        return dist.Laplace(location, self.log_scale.exp()).to_event(len(self.event_shape))
+
+
+class StudentT(Likelihood):
+    """``p(x|z) = prod_d t_v(x_d; m_d(z), s)``, the degrees of freedom v > 1 and the scale s learned: outliers allowed.
+
+    Example:
+        >>> StudentT().bind((4,))(torch.zeros(5, 1, 4)).log_prob(torch.zeros(5, 4)).shape
+        torch.Size([5])
+    """
+
+    def build(self, event_shape: Sequence[int]) -> None:
+        super().build(event_shape)
+        self.log_scale = nn.Parameter(torch.zeros(()))
+        self.log_df = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, parameters: Tensor) -> dist.Distribution:
+        (location,) = self.unpacked(parameters)
+        df = 1 + self.log_df.exp()
+        return dist.StudentT(df, location, self.log_scale.exp()).to_event(len(self.event_shape))
+
+
+class Categorical(Likelihood):
+    """``p(x|z) = prod_d softmax(l_d(z))_{x_d}`` for whole numbers x_d from 0 to `categories` - 1.
+
+    Example:
+        >>> Categorical(3).bind((4,))(torch.zeros(5, 3, 4)).log_prob(torch.zeros(5, 4)).shape
+        torch.Size([5])
+    """
+
+    def __init__(self, categories: int) -> None:
+        super().__init__()
+        self.num_parameters = positive("categories", categories)
+
+    def forward(self, parameters: Tensor) -> dist.Distribution:
+        logits = torch.stack(self.unpacked(parameters), dim=-1)
+        return dist.Categorical(logits=logits).to_event(len(self.event_shape))
+
+
+class Poisson(Likelihood):
+    """Counts: ``p(x|z) = prod_d r_d^{x_d} e^{-r_d} / x_d!``, ``r = exp(l(z))``.
+
+    Example:
+        >>> Poisson().bind((4,))(torch.zeros(5, 1, 4)).log_prob(torch.zeros(5, 4)).shape
+        torch.Size([5])
+    """
+
+    def forward(self, parameters: Tensor) -> dist.Distribution:
+        (log_rate,) = self.unpacked(parameters)
+        return dist.Poisson(log_rate.exp()).to_event(len(self.event_shape))
+
+
+class NegativeBinomial(Likelihood):
+    """Counts of mean m(z) and variance ``m + m^2 / n``, n > 0 learned for each dimension: more spread than `Poisson`.
+
+    Example:
+        >>> NegativeBinomial().bind((4,))(torch.zeros(5, 1, 4)).mean
+        tensor([[1., 1., 1., 1.],
+                [1., 1., 1., 1.],
+                [1., 1., 1., 1.],
+                [1., 1., 1., 1.],
+                [1., 1., 1., 1.]], grad_fn=<MulBackward0>)
+    """
+
+    def build(self, event_shape: Sequence[int]) -> None:
+        super().build(event_shape)
+        self.log_total_count = nn.Parameter(torch.zeros(tuple(event_shape)))
+
+    def forward(self, parameters: Tensor) -> dist.Distribution:
+        (log_mean,) = self.unpacked(parameters)
+        n = self.log_total_count.exp()
+        return dist.NegativeBinomial(n, logits=log_mean - self.log_total_count).to_event(len(self.event_shape))
+
+
+class Missing(Likelihood):
+    """`likelihood` of the values that are there: NaN marks those that are not.
+
+    ``p(x|z) = prod_{d: x_d is not NaN} p(x_d|z)``, exact where values are missing at random. Draws are complete.
+
+    Example:
+        >>> p = Missing(Bernoulli()).bind((2,))(torch.zeros(1, 1, 2))
+        >>> p.log_prob(torch.tensor([[1.0, torch.nan]])).exp()
+        tensor([0.5000])
+    """
+
+    def __init__(self, likelihood: Likelihood) -> None:
+        super().__init__()
+        self.likelihood = likelihood
+        self.num_parameters = likelihood.num_parameters
+
+    def build(self, event_shape: Sequence[int]) -> None:
+        super().build(event_shape)
+        self.likelihood = bind(self.likelihood, event_shape)
+
+    def forward(self, parameters: Tensor) -> dist.Distribution:
+        return WithMissing(self.likelihood(parameters))
 
 
 def auto(x: Tensor) -> Likelihood:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from ..config import Configured
 from ..nn import MLP, bind
 from .likelihoods import Bernoulli, Likelihood
-from .priors import StandardNormal
+from .priors import Fixed, StandardNormal
 
 __all__ = ["VAE"]
 
@@ -22,9 +24,10 @@ class VAE(Configured, PyroModule):
     """``z ~ p(z)``, ``x ~ p(x | decoder(z))``, independently for each datum (arXiv 1312.6114).
 
     Sites ``"z"`` and ``"x"`` in the plate ``"data"``. The arguments are components: `prior` is a module that returns
-    p(z), `likelihood` one that turns the decoder's output, ``(*batch, num_parameters, *event_shape)``, into p(x|z), and
-    `decoder` any module from z to that shape. Components declared without sizes are bound to the shapes at hand.
-    ``latent_dim=16`` is short for ``prior=StandardNormal(16)``.
+    p(z), a distribution, or a Pyro function with sites of its own that returns z; `likelihood` a module that turns the
+    decoder's output, ``(*batch, num_parameters, *event_shape)``, into p(x|z); `decoder` any module from z to that
+    shape. Components declared without sizes are bound to the shapes at hand. ``latent_dim=16`` is short for
+    ``prior=StandardNormal(16)``.
 
     Raises:
         ValueError: an event shape without positive sizes; both `latent_dim` and `prior`.
@@ -39,7 +42,7 @@ class VAE(Configured, PyroModule):
         self,
         event_shape: Sequence[int],
         latent_dim: int | None = None,
-        prior: nn.Module | None = None,
+        prior: Callable[[], Any] | dist.Distribution | None = None,
         likelihood: Likelihood | None = None,
         decoder: nn.Module | None = None,
     ) -> None:
@@ -50,12 +53,21 @@ class VAE(Configured, PyroModule):
             raise ValueError("expected latent_dim or prior, got both: the prior has a size of its own")
         self.event_shape = torch.Size(event_shape)
         self.prior = StandardNormal(16 if latent_dim is None else latent_dim) if prior is None else prior
+        if isinstance(prior, torch.distributions.Distribution):
+            self.prior = Fixed(prior)
+        with torch.random.fork_rng(), torch.no_grad(), poutine.block(), pyro.plate("data", 1):
+            latent_shape = self.latent().shape[1:]
         self.likelihood = bind(Bernoulli() if likelihood is None else likelihood, event_shape)
         self.decoder = bind(
             MLP() if decoder is None else decoder,
-            self.prior().event_shape,
+            latent_shape,
             (self.likelihood.num_parameters, *event_shape),
         )
+
+    def latent(self) -> Tensor:
+        """Draw z, site ``"z"``, or the sites of a prior that is a Pyro function."""
+        prior = self.prior()
+        return prior if isinstance(prior, Tensor) else pyro.sample("z", prior)
 
     def observation(self, z: Tensor) -> dist.Distribution:
         """``p(x | z)`` for z of shape ``(*batch, *latent_shape)``."""
@@ -65,5 +77,4 @@ class VAE(Configured, PyroModule):
         if x is None and num_data is None:
             raise ValueError("expected data x, or num_data=... to draw some, got neither")
         with pyro.plate("data", num_data if x is None else x.shape[0]):
-            z = pyro.sample("z", self.prior())
-            return pyro.sample("x", self.observation(z), obs=x)
+            return pyro.sample("x", self.observation(self.latent()), obs=x)

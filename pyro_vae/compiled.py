@@ -477,6 +477,10 @@ class _HostReads(TorchFunctionMode):
                 return args[0].detach()
         if function in (Tensor.numpy, Tensor.tolist, Tensor.__array__) and args[0].numel():
             torch.ops.aten._local_scalar_dense(args[0].detach().flatten()[0])
+        if function is torch.nn.functional.one_hot:
+            classes = args[1] if len(args) > 1 else (kwargs or {}).get("num_classes", -1)
+            if classes > 0:  # without the check of values
+                return (args[0][..., None] == torch.arange(classes, device=args[0].device)).long()
         if function in (Tensor.all, Tensor.masked_select) and _called_by(Dice.compute_expectation):
             return False if function is Tensor.all else args[0].where(args[1], 0.0).flatten()
         return function(*args, **(kwargs or {}))

@@ -198,13 +198,12 @@ def build(config: Mapping[str, Any], **given: Any) -> dict[str, Any]:
         return built[path]
 
     def looked_up(path: str) -> Any:
-        if path in built:
-            return built[path]
         owner, _, name = path.rpartition(".")
-        arguments = getattr(looked_up(owner), "init_args", {}) if owner else {}
-        if name not in arguments:
+        holder = looked_up(owner) if owner and owner not in built and path not in built else built.get(owner)
+        arguments = getattr(holder, "init_args", {})  # as the holder has them, who may have bound them
+        if name not in arguments and path not in built:
             raise ValueError(f"expected a reference to a component named before, got {path!r}: name one")
-        return arguments[name]
+        return arguments[name] if name in arguments else built[path]
 
     for key, value in config.items():
         built[key] = made(value, key)

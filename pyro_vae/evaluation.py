@@ -151,6 +151,11 @@ def check_support(name: str, distribution: Any, x: Tensor) -> None:
         return
     while hasattr(distribution, "base_dist"):
         distribution = distribution.base_dist
+    if count := int((x != x).sum()):
+        raise ValueError(
+            f'expected finite values of site "{name}", got {count} NaN: drop or fill them, or let the likelihood leave '
+            "them out, likelihoods.Missing(...)"
+        )
     kind, support = type(distribution).__name__, type(distribution.support).__name__.strip("_")
     raise ValueError(
         f'expected values of site "{name}" in the support of its {kind} likelihood, {support}, '
@@ -316,7 +321,7 @@ def _moments(weights: Weights) -> dict[str, Tensor]:
         except NotImplementedError:
             mean = z
         means.append(by_datum(mean))
-        if isinstance(q, torch.distributions.Independent) and isinstance(p, torch.distributions.Independent):
+        if all(isinstance(d, torch.distributions.Independent) and not d.base_dist.event_shape for d in (q, p)):
             kl = q.base_dist.log_prob(z) - p.base_dist.log_prob(z)
             with contextlib.suppress(NotImplementedError):
                 kl = torch.distributions.kl_divergence(q.base_dist, p.base_dist)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .config import Configured
 
-__all__ = ["MLP", "ConvolutionalDecoder", "ConvolutionalEncoder", "Declared", "bind"]
+__all__ = ["MLP", "ConvolutionalDecoder", "ConvolutionalEncoder", "Declared", "Heads", "bind", "positive"]
 
 Activation = Literal["relu", "leaky_relu", "elu", "gelu", "silu", "softplus", "tanh"]
 
@@ -82,6 +82,34 @@ class MLP(Declared):
         for layer in self.layers:
             h = activation(layer(h))
         return self.output(h).unflatten(-1, self.output_shape)
+
+
+class Heads(nn.Module):
+    """Tensors of several shapes, linear in features h; of no features, parameters.
+
+    Shapes: ``(*batch, features) -> (*batch, *shape)`` for each shape.
+
+    Example:
+        >>> [tensor.shape for tensor in Heads(10, (3,), (2, 4))(torch.zeros(5, 10))]
+        [torch.Size([5, 3]), torch.Size([5, 2, 4])]
+    """
+
+    def __init__(self, features: int, *shapes: Sequence[int]) -> None:
+        super().__init__()
+        self.shapes = [torch.Size(shape) for shape in shapes]
+        self.sizes = [math.prod(shape) for shape in shapes]
+        if features:
+            self.linear = nn.Linear(features, sum(self.sizes))
+        else:
+            self.value = nn.Parameter(0.1 * torch.randn(sum(self.sizes)))
+
+    def forward(self, h: Tensor) -> list[Tensor]:
+        value = self.linear(h) if hasattr(self, "linear") else self.value
+        parts = value.split(self.sizes, dim=-1)
+        return [
+            part.unflatten(-1, shape) if shape else part.squeeze(-1)
+            for part, shape in zip(parts, self.shapes, strict=True)
+        ]
 
 
 class ConvolutionalEncoder(Declared):
@@ -166,10 +194,15 @@ class ConvolutionalDecoder(Declared):
         return h.reshape(*batch_shape, *self.output_shape)
 
 
+def positive(name: str, value: int) -> int:
+    """`value`, or a ValueError where it is no positive whole number."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"expected {name} to be a positive whole number, got {value!r}: give 1 or more")
+    return value
+
+
 def _sizes(name: str, sizes: Sequence[int]) -> tuple[int, ...]:
-    if any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in sizes):
-        raise ValueError(f"expected {name} to hold positive whole numbers, got {list(sizes)}: give 1 or more")
-    return tuple(sizes)
+    return tuple(positive(name, size) for size in sizes)
 
 
 def _check_picture(shape: Sequence[int], name: str) -> None:

@@ -418,7 +418,7 @@ def _is_component(annotation: Any) -> bool:
     """Whether values of this type are made from a class and arguments."""
     if get_origin(annotation) is Callable:
         return True
-    parts = [part for part in get_args(annotation) if part is not type(None)]
+    parts = [part for part in get_args(annotation) if part is not type(None) and get_origin(part) is not Mapping]
     if parts and get_origin(annotation) is not Literal:
         return all(map(_is_component, parts))
     plain = ("builtins", "pathlib", "os", "typing")

@@ -456,10 +456,10 @@ def _check_arguments(data: Data, epochs: int, batch_size: int, patience: int | N
         )
     if patience is not None and (patience < 1 or valid is None):
         raise ValueError(f"expected patience >= 1 beside validation data, got {patience}: pass valid=...")
-    for tensor in (*data.args, *data.kwargs.values()):
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            count = int((~torch.isfinite(tensor)).sum())
-            raise ValueError(f"expected finite data, got {count} NaN or infinite values: drop or fill them")
+    for refused, tensors in ((torch.isinf, data.args), (lambda x: ~torch.isfinite(x), data.kwargs.values())):
+        for tensor in tensors:  # NaN among the arguments may be data that a likelihood takes as missing
+            if tensor.is_floating_point() and (count := int(refused(tensor).sum())):
+                raise ValueError(f"expected finite data, got {count} NaN or infinite values: drop or fill them")
 
 
 def _check_schedules(loss: Any, optimizer: Any, learning_rate: Schedule | None, kl_weight: Schedule | None) -> None:

@@ -35,9 +35,25 @@ class Case:
             return self.batch()[:rows]
 
 
-def vae(event_shape: tuple[int, ...], encoder: nn.Module | None = None, **components: Any) -> Any:
-    model = VAE(event_shape, **components)
-    return model, AmortizedGuide(model, encoder=encoder)
+def vae(event_shape: tuple[int, ...], encoder: nn.Module | None = None, family: Any = None, **parts: Any) -> Any:
+    model = VAE(event_shape, **parts)
+    return model, AmortizedGuide(model, encoder=encoder, **({} if family is None else {"family": family}))
+
+
+def vamp() -> Any:
+    prior = priors.VampPrior((4,), 2, small, families.DiagonalNormal(), components=5)
+    model = VAE((4,), prior=prior, decoder=small)
+    return model, AmortizedGuide(model, encoder=prior.encoder, family=prior.family)
+
+
+def two_levels() -> Tensor:
+    """A user's own prior: a plain function with two sites."""
+    top = pyro.sample("top", dist.Gamma(torch.ones(2), 1.0).to_event(1))
+    return pyro.sample("z", dist.Normal(0.0, 1 + top).to_event(1))
+
+
+def mixed() -> tuple[Any, Any]:
+    return vae((4,), small, prior=two_levels, decoder=small)
 
 
 class TwoSites(PyroModule):
@@ -58,6 +74,18 @@ class TwoSites(PyroModule):
 def two_sites() -> tuple[Any, Any]:
     model = TwoSites()
     return model, AmortizedGuide(model, encoder=MLP((8,)))
+
+
+def real() -> Tensor:
+    return torch.randn(20, 4)
+
+
+def codes() -> Tensor:
+    return torch.randint(0, 3, (20, 4)).float()
+
+
+def with_gaps() -> Tensor:
+    return real().where(torch.rand(20, 4) > 0.2, torch.nan)
 
 
 small = MLP(hidden=(12,), activation="tanh")
@@ -106,4 +134,62 @@ CASES = [
         lambda: torch.rand(20, 4).round(),
     ),
     Case("two_sites", two_sites, lambda: torch.randn(20, 4)),
+    Case("function_prior", mixed, lambda: torch.rand(20, 4).round()),
+    Case("vamp_prior", vamp, lambda: torch.rand(20, 4).round()),
+    *(
+        Case(
+            f"{name}_prior",
+            lambda prior=prior, family=family, likelihood=likelihood: vae(
+                (4,), small, family, prior=prior(), likelihood=likelihood, decoder=small
+            ),
+            batch,
+        )
+        for name, prior, family, likelihood, batch in (
+            ("mixture", lambda: priors.GaussianMixture(3, 4), families.IAF(1, (8,)), likelihoods.Laplace(), real),
+            (
+                "full_mixture",
+                lambda: priors.GaussianMixture(2, 3, "full"),
+                families.MultivariateNormal(),
+                likelihoods.StudentT(),
+                real,
+            ),
+            (
+                "flow",
+                lambda: priors.Flow(3, families.RealNVP(2, (8,))),
+                families.LowRankMultivariateNormal(1),
+                likelihoods.Missing(likelihoods.Normal()),
+                with_gaps,
+            ),
+            ("laplace", lambda: priors.Laplace(2), families.Planar(2), likelihoods.Categorical(3), codes),
+            ("gamma", lambda: priors.Gamma(3, 2.0), families.Radial(2), likelihoods.Poisson(), codes),
+            (
+                "dirichlet",
+                lambda: priors.Dirichlet(3, learned=True),
+                families.OrthogonalSylvester(1, 2),
+                likelihoods.NegativeBinomial(),
+                codes,
+            ),
+            (
+                "hierarchical",
+                lambda: priors.Hierarchical((3, 2), small),
+                families.CouplingSpline(1, (8,)),
+                likelihoods.Bernoulli(),
+                lambda: torch.rand(20, 4).round(),
+            ),
+            (
+                "categorical",
+                lambda: priors.Categorical(3, codes=2),
+                families.DiagonalNormal(),
+                likelihoods.Bernoulli(),
+                lambda: torch.rand(20, 4).round(),
+            ),
+            (
+                "distribution",
+                lambda: dist.StudentT(5.0, torch.zeros(3), 1.0).to_event(1),
+                families.TriangularSylvester(1),
+                likelihoods.Normal(),
+                real,
+            ),
+        )
+    ),
 ]

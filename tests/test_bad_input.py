@@ -339,7 +339,7 @@ CASES = {
         table,
     ),
     "no latent dimension": ("fit --model.latent_dim 0", r"a positive whole number, got 0: ", None),
-    "no width": ("fit --model.decoder.hidden [0]", r"hidden to hold positive whole numbers, got \[0\]: ", None),
+    "no width": ("fit --model.decoder.hidden [0]", r"hidden to be a positive whole number, got 0: ", None),
     "negative epochs": ("fit --epochs -3", r"epochs >= 1, got -3: ", None),
     "too large a batch": ("fit --batch_size 5000", r"batch_size from 1 to 1297.*, got 5000: ", None),
     "no patience": ("fit --patience 0", r"patience >= 1.*, got 0: ", None),

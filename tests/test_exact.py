@@ -43,7 +43,7 @@ def exact_guide(model, variance=None):
     W, mu = model.weight.detach(), model.mean.detach()
     M = W.mT @ W + variance * torch.eye(W.shape[1], dtype=torch.float64)
     A = torch.linalg.solve(M, W.mT)
-    head = guide.heads["z"].location_and_log_scale
+    head = guide.heads["z"].heads.linear
     with torch.no_grad():
         head.weight.copy_(torch.cat([A, torch.zeros_like(A)]))
         head.bias.copy_(torch.cat([-A @ mu, 0.5 * (variance / M.diagonal()).log()]))
@@ -133,7 +133,7 @@ def test_kl_weight_in_the_linear_vae(beta, rate, distortion):
     def gradients(weight, draws=64):
         """Mean and standard error of the weighted loss's gradient, per parameter, over independent draws."""
         torch.manual_seed(0)
-        parameters = [model.weight, guide.heads["z"].location_and_log_scale.weight]
+        parameters = [model.weight, guide.heads["z"].heads.linear.weight]
         rows = []
         for _ in range(draws):
             with latent_scale(weight):
@@ -169,7 +169,7 @@ def test_gradient_of_the_one_layer_vae_by_hand():
         loss = TraceMeanField_ELBO().differentiable_loss(model, guide, x)
     loss.backward()
 
-    encoder, head = guide.encoder.layers[0], guide.heads["z"].location_and_log_scale
+    encoder, head = guide.encoder.layers[0], guide.heads["z"].heads.linear
     hidden, output = model.decoder.layers[0], model.decoder.output
     A, a, C, c, F, f, G, g = (
         p.detach().numpy() for layer in (encoder, head, hidden, output) for p in (layer.weight, layer.bias)
@@ -220,8 +220,8 @@ def test_a_guide_that_is_the_prior_has_no_kl():
     """KL(q || q) = 0: log-weights are then the log-likelihood of each draw."""
     model = VAE((6,), latent_dim=3).double()
     guide = AmortizedGuide(model).double()
-    nn.init.zeros_(guide.heads["z"].location_and_log_scale.weight)
-    nn.init.zeros_(guide.heads["z"].location_and_log_scale.bias)
+    nn.init.zeros_(guide.heads["z"].heads.linear.weight)
+    nn.init.zeros_(guide.heads["z"].heads.linear.bias)
     x = torch.rand(8, 6, dtype=torch.float64).round()
     weights = log_weights(model, guide, (x,), {}, 5)
     assert torch.equal(weights.kl, torch.zeros(5, 8, dtype=torch.float64))
@@ -233,7 +233,7 @@ def test_the_k_sample_bound_rises_with_k_to_the_evidence():
     model = LinearVAE.maximum_likelihood(DIGITS, 2)
     guide = exact_guide(model)
     with torch.no_grad():
-        guide.heads["z"].location_and_log_scale.bias += 0.3
+        guide.heads["z"].heads.linear.bias += 0.3
     x = DIGITS[:100]
     exact = model.log_evidence(x).mean().item()
     bounds = [evaluate(model, guide, x, num_samples=k, progress=False) for k in (1, 4, 16, 256, 4096)]
@@ -255,7 +255,7 @@ def test_memory_bounds_do_not_change_the_estimate(chunk, monkeypatch):
     model = LinearVAE.maximum_likelihood(DIGITS, 2)
     guide = exact_guide(model)
     with torch.no_grad():
-        guide.heads["z"].location_and_log_scale.bias += 0.1
+        guide.heads["z"].heads.linear.bias += 0.1
     monkeypatch.setattr(evaluation, "MAX_ELEMENTS", 64 * chunk)
     scores = evaluate(model, guide, DIGITS[:20], num_samples=50, progress=False)
     exact = model.log_evidence(DIGITS[:20]).mean().item()
@@ -296,7 +296,7 @@ def test_an_empty_latent_space_is_the_independent_pixel_model(mnist_root):
 
     model = VAE(mnist.event_shape, latent_dim=4, decoder=MLP(hidden=()))
     guide = AmortizedGuide(model)
-    head = guide.heads["z"].location_and_log_scale
+    head = guide.heads["z"].heads.linear
     with torch.no_grad():
         for parameter in (model.decoder.output.weight, head.weight, head.bias):
             parameter.zero_()

@@ -254,7 +254,7 @@ def test_a_nan_stops_before_the_weights_take_it(tmp_path):
     def poison(run):
         before[:] = weights(model, guide)
         with torch.no_grad():
-            guide.heads["z"].location_and_log_scale.bias.mul_(float("inf")).nan_to_num_(0.0, 1e30, -1e30)
+            guide.heads["z"].heads.linear.bias.mul_(float("inf")).nan_to_num_(0.0, 1e30, -1e30)
 
     with pytest.raises(NonFiniteLossError, match=r'step 4: the loss is .*site "z".*parameter') as error:
         train((model, guide), callbacks=[poison], out=tmp_path / "run")

@@ -1,0 +1,75 @@
+"""The VAE given covariates, p(z) p(x | z, y)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from ..nn import MLP, Declared, bind, positive
+from .likelihoods import Likelihood
+from .vae import VAE
+
+__all__ = ["ConditionalVAE"]
+
+
+class ConditionalVAE(VAE):
+    """``z ~ p(z)``, ``x ~ p(x | decoder(z, y))``, given y of shape ``(B, covariates)``: one-hot labels, or any others.
+
+    `decoder` is a module from z beside y, ``(*batch, latent + covariates)``; the rest is as in `VAE`. A guide that sees
+    both takes ``encoder_inputs=model.beside`` (NeurIPS 2015, "Learning structured output representation").
+
+    Example:
+        >>> from pyro_vae.guides import AmortizedGuide
+        >>> model = ConditionalVAE((4,), covariates=3, latent_dim=2)
+        >>> guide = AmortizedGuide(model, encoder_inputs=model.beside)
+        >>> x, y = torch.ones(5, 4), torch.eye(3)[[0, 1, 2, 0, 1]]
+        >>> guide(x, y)["z"].shape, model(y=y).shape
+        (torch.Size([5, 2]), torch.Size([5, 4]))
+    """
+
+    def __init__(
+        self,
+        event_shape: Sequence[int],
+        covariates: int,
+        latent_dim: int | None = None,
+        prior: Callable[[], Any] | dist.Distribution | None = None,
+        likelihood: Likelihood | None = None,
+        decoder: nn.Module | None = None,
+    ) -> None:
+        wider = _Wider(MLP() if decoder is None else decoder, positive("covariates", covariates))
+        super().__init__(event_shape, latent_dim, prior, likelihood, wider)
+        self.covariates = covariates
+
+    def beside(self, x: Tensor, y: Tensor) -> Tensor:
+        """Data beside their covariates, ``(B, dimensions + covariates)``: what an encoder is fed."""
+        return torch.cat([x.flatten(1), y], dim=-1)
+
+    def observation(self, z: Tensor, y: Tensor) -> dist.Distribution:  # type: ignore[override]
+        """``p(x | z, y)`` for z of shape ``(*batch, latent)``."""
+        return self.likelihood(self.decoder(torch.cat([z, y.expand(*z.shape[:-1], -1)], dim=-1)))
+
+    def forward(self, x: Tensor | None = None, y: Tensor | None = None, *, num_data: int | None = None) -> Tensor:
+        if y is None or y.shape[1:] != (self.covariates,):
+            came = "none" if y is None else f"shape {tuple(y.shape)}"
+            raise ValueError(f"expected covariates y of shape (B, {self.covariates}), got {came}: call model(x, y)")
+        with pyro.plate("data", len(y)):
+            return pyro.sample("x", self.observation(self.latent(), y), obs=x)
+
+
+class _Wider(Declared):
+    """A network for inputs with more dimensions than it is bound to."""
+
+    def __init__(self, network: nn.Module, more: int) -> None:
+        super().__init__()
+        self.network, self.more = network, more
+
+    def build(self, input_shape: Sequence[int], output_shape: Sequence[int]) -> None:
+        self.network = bind(self.network, (*input_shape[:-1], input_shape[-1] + self.more), output_shape)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.network(h)

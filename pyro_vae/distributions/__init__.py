@@ -1,0 +1,22 @@
+"""What models and guides are both made of: flow transforms, and distributions that Pyro lacks."""
+
+from .autoregressive import autoregressive, coupling
+from .missing import WithMissing
+from .transforms import (
+    GatedAffineTransform,
+    OnePass,
+    PlanarTransform,
+    RadialTransform,
+    SylvesterTransform,
+)
+
+__all__ = [
+    "GatedAffineTransform",
+    "OnePass",
+    "PlanarTransform",
+    "RadialTransform",
+    "SylvesterTransform",
+    "WithMissing",
+    "autoregressive",
+    "coupling",
+]

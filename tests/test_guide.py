@@ -1,0 +1,483 @@
+"""AmortizedGuide: the mean of p(x, z) / q(z | x) over draws is p(x), in every model whose p(x) is known."""
+
+import copy
+import math
+import pickle
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import Predictive, Trace_ELBO, TraceEnum_ELBO, config_enumerate
+from pyro.nn import PyroModule
+from sklearn.mixture import GaussianMixture as Mixture
+from test_flows import FLOWS, NORMALS
+from torch import nn
+
+from pyro_vae import CompiledSVI
+from pyro_vae.guides import AmortizedGuide, families
+from pyro_vae.models import VAE, LinearVAE, likelihoods, priors
+from pyro_vae.nn import MLP
+
+ENCODER = MLP((8,), activation="tanh")
+
+
+def shaken(program, spread=0.4):
+    """With random parameters, in float64."""
+    with torch.no_grad():
+        for parameter in program.double().parameters():
+            parameter.add_(spread * torch.randn_like(parameter))
+    return program
+
+
+def log_weights(model, guide, K, *args, nesting=1, **kwargs):
+    """log p(x, z_k) / q(z_k | x) of all data together, shape (K,)."""
+    with torch.no_grad(), pyro.plate("draws", K, dim=-1 - nesting):
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        model_trace = poutine.trace(poutine.replay(model, guide_trace)).get_trace(*args, **kwargs)
+        total = torch.zeros(K, *[1] * nesting, dtype=torch.float64)
+        for sign, trace in ((1, model_trace), (-1, guide_trace)):
+            trace.compute_log_prob()
+            for site in trace.nodes.values():
+                if "log_prob" in site and type(site["fn"]).__name__ != "_Subsample":
+                    within = [dim for dim in range(-nesting, 0) if dim >= -site["log_prob"].dim()]
+                    total = total + sign * site["log_prob"].sum(within, keepdim=True)
+    return total.flatten()
+
+
+def assert_mean_weight_is(log_evidence, log_weight, worst=0.05):
+    """Within four standard errors, which are small."""
+    weights = (log_weight - log_evidence).exp()
+    error = float(weights.std()) / math.sqrt(len(weights))
+    assert error < worst
+    assert float(weights.mean()) == pytest.approx(1, abs=4 * error)
+
+
+def widened(family, by=0.7):
+    """With a larger scale, so that weights have a variance."""
+    base = getattr(family, "base", family)
+    D = base.heads.shapes[0].numel()
+    with torch.no_grad():
+        base.heads.linear.bias[D : 2 * D] += by
+
+
+class Conjugate(PyroModule):
+    """One latent site, and log p(x) in closed form."""
+
+    def __init__(self, prior, likelihood, log_evidence):
+        super().__init__()
+        self.prior, self.likelihood, self.log_evidence = prior, likelihood, log_evidence
+
+    def forward(self, x=None, *, num_data=None):
+        with pyro.plate("data", num_data if x is None else len(x)):
+            z = pyro.sample("z", self.prior())
+            return pyro.sample("x", self.likelihood(z), obs=x)
+
+
+def tensor(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def gamma_poisson():
+    a, b = tensor(2.0, 3.0), tensor(1.0, 2.0)
+    return Conjugate(
+        lambda: dist.Gamma(a, b).to_event(1),
+        lambda z: dist.Poisson(z).to_event(1),
+        lambda x: dist.GammaPoisson(a, b).to_event(1).log_prob(x),
+    ), tensor(3.0, 1.0)[None]
+
+
+def dirichlet_multinomial():
+    a = tensor(1.0, 2.0, 1.5)
+    return Conjugate(
+        lambda: dist.Dirichlet(a),
+        lambda z: dist.Multinomial(6, z),
+        lambda x: dist.DirichletMultinomial(a, 6).log_prob(x),
+    ), tensor(2.0, 1.0, 3.0)[None]
+
+
+def beta_binomial():
+    return Conjugate(
+        lambda: dist.Beta(tensor(2.0), 3.0).to_event(1),
+        lambda z: dist.Binomial(9, z).to_event(1),
+        lambda x: dist.BetaBinomial(tensor(2.0), 3.0, 9).to_event(1).log_prob(x),
+    ), tensor(4.0)[None]
+
+
+def normal_normal():
+    W = tensor(1.0, 0.5, -0.5, 1.0).reshape(2, 2)
+    covariance = W @ W.T + 2 * torch.eye(2, dtype=torch.float64)
+    return Conjugate(
+        lambda: dist.Normal(torch.zeros(2, dtype=torch.float64), 1.0).to_event(1),
+        lambda z: dist.Normal(z @ W.T, math.sqrt(2)).to_event(1),
+        lambda x: dist.MultivariateNormal(torch.zeros(2, dtype=torch.float64), covariance).log_prob(x),
+    ), tensor(0.8, -0.6)[None]
+
+
+CONJUGATES = {f.__name__: f for f in (gamma_poisson, dirichlet_multinomial, beta_binomial, normal_normal)}
+
+
+@pytest.mark.parametrize("model_name", CONJUGATES)
+@pytest.mark.parametrize("family_name", [*NORMALS, *FLOWS])
+def test_mean_weight_is_the_evidence(model_name, family_name):
+    torch.manual_seed(2)
+    model, x = CONJUGATES[model_name]()
+    guide = shaken(AmortizedGuide(model, ENCODER, {**NORMALS, **FLOWS}[family_name], example=((x,), {})), 0.1)
+    widened(guide.heads["z"])
+    assert_mean_weight_is(float(model.log_evidence(x)), log_weights(model, guide, 200_000, x))
+
+
+def test_mean_weight_of_a_chain_of_two_sites():
+    """z_1 ~ N(0, I), z_2 | z_1 ~ N(z_1, I), x | z_2 ~ N(z_2, 2I): x ~ N(0, 4I)."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            first = pyro.sample("first", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            second = pyro.sample("second", dist.Normal(first, 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(second, math.sqrt(2)).to_event(1), obs=x)
+
+    x = tensor(0.5, -1.0)[None]
+    exact = float(dist.Normal(x.new_zeros(2), 2.0).to_event(1).log_prob(x))
+    for dependencies in ("earlier", "none", {"second": ["first"]}):
+        torch.manual_seed(0)
+        guide = shaken(AmortizedGuide(model, ENCODER, example=((x,), {}), dependencies=dependencies), 0.2)
+        assert guide.heads["second"].heads.linear.in_features == 8 + 2 * (dependencies != "none")
+        for head in guide.heads.values():
+            widened(head)
+        assert_mean_weight_is(exact, log_weights(model, guide, 200_000, x))
+
+
+def test_mixture_prior_with_a_linear_decoder():
+    """log p(x) = logsumexp_k [ln w_k + ln N(x; W m_k + b, W S_k W^T + s^2 I)]."""
+    torch.manual_seed(0)
+    for covariance in ("diagonal", "full"):
+        prior = priors.GaussianMixture(2, components=3, covariance=covariance)
+        likelihood = likelihoods.Normal("shared", initial_scale=1.5)
+        model = shaken(VAE((3,), prior=prior, likelihood=likelihood, decoder=MLP(())))
+        x = torch.randn(1, 3, dtype=torch.float64)
+        W, b = model.decoder.output.weight, model.decoder.output.bias
+        components = prior.components()
+        S = components.covariance_matrix if covariance == "full" else components.variance.diag_embed()
+        s2 = model.observation(torch.zeros(1, 2, dtype=torch.float64)).variance.diag_embed()
+        each = dist.MultivariateNormal(components.mean @ W.T + b, W @ S @ W.T + s2)
+        exact = float((each.log_prob(x) + prior.logits.log_softmax(-1)).logsumexp(-1).detach())
+        guide = shaken(AmortizedGuide(model, ENCODER))
+        widened(guide.heads["z"])
+        assert_mean_weight_is(exact, log_weights(model, guide, 400_000, x))
+
+
+def test_a_table_decoder_over_a_categorical_latent_is_a_gaussian_mixture():
+    """Enumerated by the guide or by the model, against scikit-learn."""
+    torch.manual_seed(0)
+    x = torch.randn(40, 2, dtype=torch.float64) + torch.randint(0, 3, (40, 1)) * 3.0
+    fit = Mixture(3, covariance_type="diag", random_state=0).fit(x.numpy())
+    weights, means, variances = map(torch.from_numpy, (fit.weights_, fit.means_, fit.covariances_))
+
+    def model(x, enumerate=None):
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Categorical(weights), infer={"enumerate": enumerate} if enumerate else {})
+            pyro.sample("x", dist.Normal(means[k], variances[k].sqrt()).to_event(1), obs=x)
+
+    exact = fit.score(x.numpy()) * len(x)
+    elbo = TraceEnum_ELBO(max_plate_nesting=1)
+
+    def marginal(x):
+        return model(x, "parallel")
+
+    with pytest.raises(ValueError, match="expected a model with latent sites, got one without"):
+        AmortizedGuide(marginal, example=((x,), {}))
+    assert -elbo.loss(marginal, lambda x: None, x) == pytest.approx(exact, rel=1e-9)
+
+    guide = AmortizedGuide(model, nn.Identity(), example=((x,), {})).double()
+    log_posterior = torch.from_numpy(fit.predict_proba(x.numpy())).log()
+    guide.heads["k"].forward = lambda h: dist.Categorical(logits=log_posterior)
+    assert -elbo.loss(model, config_enumerate(guide), x) == pytest.approx(exact, rel=1e-6)
+    torch.manual_seed(0)
+    sampled = AmortizedGuide(model, ENCODER, example=((x,), {})).double()
+    enumerated = -elbo.loss(model, config_enumerate(sampled), x)
+    draws = [-Trace_ELBO(num_particles=500, vectorize_particles=True, max_plate_nesting=1).loss(model, sampled, x)]
+    draws += [-Trace_ELBO(num_particles=500, vectorize_particles=True, max_plate_nesting=1).loss(model, sampled, x)]
+    assert sum(draws) / 2 == pytest.approx(enumerated, abs=max(5 * abs(draws[0] - draws[1]), 0.02 * abs(enumerated)))
+
+
+# ------------------------------------------------------------ structure
+
+
+def hierarchical(x, total=None):
+    """Global w, local in the plate of groups, local in both plates."""
+    G, B = x.shape[:2]
+    w = pyro.sample("w", dist.LogNormal(x.new_zeros(()), 1.0))
+    with pyro.plate("data", total or G, subsample_size=G, dim=-2):
+        group = pyro.sample("group", dist.Normal(x.new_zeros(()), w))
+        with pyro.plate("members", B, dim=-1):
+            member = pyro.sample("member", dist.Normal(group, 1.0))
+            pyro.sample("x", dist.Normal(member, 1.0), obs=x)
+
+
+class PerMember(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(1, 6)
+
+    def forward(self, x):
+        return self.linear(x[..., None]).tanh()
+
+
+def gaussian_evidence(x, w):
+    """log p(x | w) of `hierarchical`, group by group."""
+    covariance = w**2 + 2 * torch.eye(x.shape[1], dtype=x.dtype)
+    return dist.MultivariateNormal(x.new_zeros(x.shape[1]), covariance).log_prob(x).sum()
+
+
+def test_global_and_nested_local_latents():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, dtype=torch.float64)
+    guide = AmortizedGuide(hierarchical, PerMember(), example=((x,), {})).double()
+    trace = poutine.trace(guide).get_trace(x)
+    assert trace.nodes["w"]["value"].shape == ()
+    assert trace.nodes["group"]["value"].shape == (2, 1)
+    assert trace.nodes["member"]["value"].shape == (2, 3)
+    assert {f.name for f in trace.nodes["member"]["cond_indep_stack"]} == {"members", "data"}
+    grid = torch.linspace(-8, 8, 4_001, dtype=torch.float64)
+    log_joint = torch.stack([gaussian_evidence(x, w) for w in grid.exp()]) + dist.Normal(0.0, 1.0).log_prob(grid)
+    exact = float(log_joint.logsumexp(0) + (grid[1] - grid[0]).log())
+    with torch.no_grad():
+        for head in guide.heads.values():
+            for parameter in head.parameters():
+                parameter.mul_(0.3)
+    assert_mean_weight_is(exact, log_weights(hierarchical, guide, 400_000, x, nesting=2), worst=0.1)
+
+
+def test_subsampled_plates_keep_their_scale():
+    torch.manual_seed(0)
+    x = torch.randn(4, 3)
+    guide = AmortizedGuide(hierarchical, PerMember(), example=((x, 20), {}))
+    trace = poutine.trace(guide).get_trace(x, 20)
+    assert float(trace.nodes["group"]["scale"]) == float(trace.nodes["member"]["scale"]) == 5
+    assert float(trace.nodes["w"]["scale"]) == 1
+
+    everything = torch.randn(20, 2)
+
+    def drawn(x):
+        with pyro.plate("data", len(x), subsample_size=5) as index:
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x[index])
+
+    guide = AmortizedGuide(drawn, nn.Identity(), example=((everything,), {}))
+    guide_trace = poutine.trace(guide).get_trace(everything)
+    index = guide_trace.nodes["data"]["value"]
+    model_trace = poutine.trace(poutine.replay(drawn, guide_trace)).get_trace(everything)
+    assert torch.equal(model_trace.nodes["x"]["value"], everything[index])
+    expected = guide.heads["z"](everything[index]).mean
+    torch.testing.assert_close(guide_trace.nodes["z"]["fn"].mean, expected)
+
+
+def test_all_latents_global_is_an_autoguide():
+    """Bayesian regression: exact evidence, no encoder."""
+    torch.manual_seed(0)
+    X, y = torch.randn(6, 2, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+
+    def model(X, y):
+        w = pyro.sample("w", dist.Normal(X.new_zeros(2), 1.0).to_event(1))
+        with pyro.plate("data", len(X)):
+            pyro.sample("y", dist.Normal((X * w).sum(-1), 1.0), obs=y)
+
+    guide = AmortizedGuide(model, family=families.MultivariateNormal(), example=((X, y), {})).double()
+    assert not hasattr(guide, "encoder")
+    exact = float(dist.MultivariateNormal(y.new_zeros(6), X @ X.T + torch.eye(6)).log_prob(y))
+    assert_mean_weight_is(exact, log_weights(model, guide, 400_000, X, y), worst=0.1)
+    posterior = torch.linalg.inv(X.T @ X + torch.eye(2))
+    svi = CompiledSVI(model, guide, pyro.optim.Adam({"lr": 0.03}), Trace_ELBO(32, vectorize_particles=True))
+    for _ in range(1_500):
+        svi.step(X, y)
+    assert svi.compiled
+    q = guide.heads["w"](torch.empty(0))
+    torch.testing.assert_close(q.mean, posterior @ X.T @ y, atol=0.05, rtol=0)
+    torch.testing.assert_close(q.covariance_matrix, posterior, atol=0.05, rtol=0)
+
+
+class Labelled(PyroModule):
+    """y ~ Categorical, z ~ N(0, I), x | y, z."""
+
+    def __init__(self):
+        super().__init__()
+        self.locations = nn.Parameter(torch.randn(3, 2))
+
+    def forward(self, x=None, y=None, *, num_data=None):
+        with pyro.plate("data", num_data if x is None else len(x)):
+            y = pyro.sample("y", dist.Categorical(logits=self.locations.new_zeros(3)), obs=y)
+            z = pyro.sample("z", dist.Normal(self.locations.new_zeros(2), 1.0).to_event(1))
+            return pyro.sample("x", dist.Normal(z + self.locations[y], 1.0).to_event(1), obs=x)
+
+
+def test_given_values_are_conditioned_on():
+    torch.manual_seed(0)
+    model = Labelled()
+    guide = AmortizedGuide(model, ENCODER)
+    x, y = torch.randn(5, 2), torch.tensor([0, 1, 2, 0, 1])
+    assert set(guide(x)) == {"y", "z"} and set(guide(x, y)) == set(guide(x, y=y)) == {"z"}
+    means = [poutine.trace(guide).get_trace(x, y).nodes["z"]["fn"].mean for y in (y, (y + 1) % 3)]
+    assert float((means[0] - means[1]).abs().min()) > 0
+    assert math.isfinite(TraceEnum_ELBO(max_plate_nesting=1).loss(model, config_enumerate(guide), x))
+    assert math.isfinite(Trace_ELBO().loss(model, guide, x, y))
+
+
+def test_enumerated_sites_are_features_too():
+    """E_q over y by enumeration equals the average over draws of y."""
+    torch.manual_seed(0)
+    model = Labelled().double()
+    guide = shaken(AmortizedGuide(model, ENCODER))
+    x = torch.randn(4, 2, dtype=torch.float64)
+    settings = {"num_particles": 400, "vectorize_particles": True, "max_plate_nesting": 1}
+    pairs = ((TraceEnum_ELBO(**settings), config_enumerate(guide)), (Trace_ELBO(**settings), guide))
+    values = [[-elbo.loss(model, program, x) for _ in range(12)] for elbo, program in pairs]
+    (a, b), errors = [torch.tensor(v).mean() for v in values], [torch.tensor(v).std() / 12**0.5 for v in values]
+    assert float(a) == pytest.approx(float(b), abs=4 * float(sum(error**2 for error in errors)) ** 0.5)
+
+
+def test_supports_are_reached_and_real_ones_are_bare():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("real", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("positive", dist.Gamma(1.0 + x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("unit", dist.Uniform(-1.0, 2.0))
+            pyro.sample("simplex", dist.Dirichlet(x.new_ones(3)))
+            pyro.sample("binary", dist.Bernoulli(0.5 + x.new_zeros(2)).to_event(1))
+            pyro.sample("code", dist.OneHotCategorical(logits=x.new_zeros(4)))
+            pyro.sample("triangle", dist.LKJCholesky(3, 1.0))
+            pyro.sample("x", dist.Normal(x, 1.0).to_event(1), obs=x)
+
+    x = torch.randn(7, 3)
+    guide = AmortizedGuide(model, ENCODER, example=((x[:2],), {}))
+    for batch in (x, x[:3]):
+        trace = poutine.trace(guide).get_trace(batch)
+        reference = poutine.trace(model).get_trace(batch)
+        for name in guide.heads:
+            site = trace.nodes[name]
+            assert bool(reference.nodes[name]["fn"].support.check(site["value"]).all())
+            assert site["fn"].log_prob(site["value"]).shape == (len(batch),)
+    assert isinstance(trace.nodes["real"]["fn"], torch.distributions.Independent)
+    assert math.isfinite(Trace_ELBO().loss(model, guide, x))
+
+
+def test_families_per_site():
+    torch.manual_seed(0)
+    model = VAE((4,), prior=priors.Hierarchical((3, 2)))
+    chosen = {"z_1": families.IAF(1, hidden=(8,)), "z_2": families.MultivariateNormal()}
+    guide = AmortizedGuide(model, family=chosen)
+    assert {name: type(head) for name, head in guide.heads.items()} == {n: type(f) for n, f in chosen.items()}
+    with pytest.raises(ValueError, match=r"expected names among the latent sites \['z_2', 'z_1'\], got \['z'\]"):
+        AmortizedGuide(model, family={"z": families.IAF()})
+    with pytest.raises(ValueError, match=r'expected site "z_2" to depend on some of \[\], earlier sites in its plates'):
+        AmortizedGuide(model, dependencies={"z_2": ["z_1"]})
+
+
+def test_copies_pickles_and_predictive():
+    torch.manual_seed(0)
+    model = Labelled()
+    guide = AmortizedGuide(model, ENCODER, family=families.IAF(1, hidden=(8,)))
+    x = torch.randn(5, 2)
+    for other in (copy.deepcopy(guide), pickle.loads(pickle.dumps(guide))):
+        draws = []
+        for each in (guide, other):
+            torch.manual_seed(1)
+            draws.append(each(x)["z"])
+        assert torch.equal(*draws)
+    drawn = Predictive(model, guide=guide, num_samples=6, parallel=True, return_sites=("x", "z"))(x)
+    assert drawn["z"].shape == (6, 5, 2)
+
+
+# ------------------------------------------------------------ refusals
+
+
+def data_plate(body):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            body(x)
+            pyro.sample("x", dist.Normal(x, 1.0).to_event(1), obs=x)
+
+    return model
+
+
+def moving_support(x):
+    z = pyro.sample("z", dist.Normal(x.new_zeros(len(x)), 1.0))
+    pyro.sample("u", dist.Uniform(0.0, 1 + z.sum().abs()))
+
+
+def per_datum_support(x):
+    pyro.sample("u", dist.Uniform(0.0, 1 + x[:, 0].abs()))
+
+
+def control_flow(x):
+    if pyro.sample("c", dist.Bernoulli(0.5 * x.new_ones(len(x)))).sum() > len(x) / 2:
+        pyro.sample("z", dist.Normal(x.new_zeros(len(x)), 1.0))
+
+
+def counts(x):
+    pyro.sample("n", dist.Poisson(x.new_ones(len(x))))
+
+
+def no_plate(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(x, 1.0).to_event(1), obs=x)
+    pyro.sample("z", dist.Normal(x.new_zeros(3), 1.0))
+
+
+def sequential(x):
+    for i in pyro.plate("data", 2):
+        pyro.sample(f"z{i}", dist.Normal(0.0, 1.0))
+
+
+REFUSED = {
+    "moving support": (data_plate(moving_support), 'latent site "u" that differs between runs'),
+    "support of each datum": (data_plate(per_datum_support), 'expected latent site "u" with one support for all'),
+    "control flow": (data_plate(control_flow), 'latent site "z" that differs between runs'),
+    "counts": (data_plate(counts), 'expected latent site "n" with a finite or a continuous support'),
+    "no plate": (no_plate, 'expected latent site "z" with its batch in plates, got batch shape'),
+    "sequential plate": (sequential, 'expected vectorised plates, got site "z0" in a sequential one'),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_amortised_is_refused_by_name(name):
+    model, message = REFUSED[name]
+    torch.manual_seed(3)
+    with pytest.raises(ValueError, match=message), pyro.validation_enabled(False):
+        AmortizedGuide(model, ENCODER, example=((torch.randn(5, 2),), {}))
+
+
+def test_features_that_fit_no_plate_are_refused():
+    x = torch.randn(2, 3)
+    guide = AmortizedGuide(hierarchical, PerMember(), example=((x,), {}))
+    guide.encoder = nn.Sequential(PerMember(), nn.Flatten(0, 1))
+    with pytest.raises(ValueError, match=r"expected an encoder's output of shape \(B, features\)"):
+        guide(x)
+    guide.encoder = nn.Sequential(PerMember(), nn.ConstantPad2d((0, 0, 0, 1), 0.0))
+    with pytest.raises(ValueError, match='have 3 on the dimension of plate "members" of site "member", got 4'):
+        guide(x)
+
+
+def test_linear_vae_gap_is_closed():
+    """Rotated weights: the exact posterior has a full covariance, which MultivariateNormal reaches."""
+    torch.manual_seed(0)
+    model = shaken(LinearVAE((4,), latent_dim=2), 0.6)
+    x = torch.randn(3, 4, dtype=torch.float64)
+    guide = AmortizedGuide(model, nn.Flatten(), families.MultivariateNormal()).double()
+    exact = model.posterior(x)
+    L = torch.linalg.cholesky(exact.covariance_matrix[0])
+    W = model.weight
+    M = W.mT @ W + model.variance * torch.eye(2, dtype=torch.float64)
+    with torch.no_grad():
+        slope = torch.linalg.solve(M, W.mT)
+        linear = guide.heads["z"].heads.linear
+        linear.weight.zero_()
+        linear.weight[:2] = slope
+        linear.bias.zero_()
+        linear.bias[:2] = -slope @ model.mean
+        linear.bias[2:4] = L.diagonal().log()
+        linear.bias[4:] = L.flatten()
+    for _ in range(3):
+        assert -Trace_ELBO().loss(model, guide, x) == pytest.approx(
+            float(model.log_evidence(x).sum().detach()), rel=1e-9
+        )

@@ -1,0 +1,203 @@
+"""Priors and likelihoods against closed forms, SciPy and scikit-learn."""
+
+import copy
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from scipy import stats
+from sklearn.mixture import GaussianMixture as Mixture
+from test_flows import FLOWS, bound
+from test_guide import assert_mean_weight_is, log_weights, shaken, widened
+from torch import nn
+
+from pyro_vae import CompiledSVI, evaluate, fit, load_run
+from pyro_vae.distributions import WithMissing
+from pyro_vae.guides import AmortizedGuide, families
+from pyro_vae.models import VAE, LinearVAE, likelihoods, priors
+from pyro_vae.nn import MLP
+
+ENCODER = MLP((8,), activation="tanh")
+x_real, x_count = (torch.tensor([[0.3, -1.2, 2.0]]), torch.tensor([[0.0, 3.0, 7.0]]))
+PRIORS = {
+    "StandardNormal": lambda: priors.StandardNormal(3),
+    "Laplace": lambda: priors.Laplace(3, 2.0, learned=True),
+    "Gamma": lambda: priors.Gamma(3, 2.0, 3.0),
+    "Dirichlet": lambda: priors.Dirichlet(3, 0.5),
+    "Categorical": lambda: priors.Categorical(3, codes=2, learned=True),
+    "GaussianMixture": lambda: priors.GaussianMixture(3, 4),
+    "full GaussianMixture": lambda: priors.GaussianMixture(3, 4, "full"),
+    "VampPrior": lambda: priors.VampPrior((5,), 3, MLP((8,)), families.DiagonalNormal(), 6),
+    "Flow": lambda: priors.Flow(3, families.RealNVP(2, (8,))),
+    "Fixed": lambda: priors.Fixed(dist.StudentT(torch.tensor(3.0), torch.zeros(3), 1.0).to_event(1)),
+}
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_draws_have_a_density_that_moves_and_is_saved(name):
+    torch.manual_seed(0)
+    prior = PRIORS[name]()
+    p = prior()
+    assert isinstance(p, torch.distributions.Distribution) and p.batch_shape == ()
+    z = p.sample((7,))
+    assert p.log_prob(z).shape == (7,) and bool(p.support.check(z).all())
+    other = copy.deepcopy(prior).double()
+    torch.testing.assert_close(other().log_prob(z.double()), p.log_prob(z).double(), rtol=1e-4, atol=1e-4)
+    assert other().sample().dtype is torch.float64
+    again = PRIORS[name]()
+    again.load_state_dict(prior.state_dict())
+    assert torch.equal(again().log_prob(z), prior().log_prob(z))
+
+
+def test_parameters_are_learned_or_fixed():
+    for make in (priors.Laplace, priors.Gamma, priors.Dirichlet, priors.Categorical):
+        assert not list(make(3).parameters()) and list(make(3, learned=True).parameters())
+
+
+def test_gaussian_mixture_fitted_to_draws_is_scikit_learns():
+    torch.manual_seed(0)
+    z = torch.randn(300, 2, dtype=torch.float64) + 4 * torch.randint(0, 3, (300, 1))
+    for covariance, theirs in (("diagonal", "diag"), ("full", "full")):
+        fitted = priors.GaussianMixture.fitted(z, 3, covariance, seed=1)
+        score = Mixture(3, covariance_type=theirs, random_state=1).fit(z.numpy()).score(z.numpy())
+        assert float(fitted().log_prob(z).mean().detach()) == pytest.approx(score, abs=1e-9)
+    model = VAE((4,), latent_dim=2)
+    after = VAE((4,), prior=priors.GaussianMixture.fitted(z.float(), 3), decoder=model.decoder)
+    assert after.decoder is model.decoder and after(num_data=3).shape == (3, 4)
+
+
+def test_vamp_prior_is_the_mixture_of_the_guides_posteriors(tmp_path):
+    torch.manual_seed(0)
+    prior = priors.VampPrior((4,), 2, MLP((8,)), families.DiagonalNormal(), components=5)
+    model = VAE((4,), prior=prior, decoder=MLP((8,)))
+    guide = AmortizedGuide(model, encoder=prior.encoder, family=prior.family)
+    z = torch.randn(6, 2)
+    q = guide.posterior(prior.inputs)
+    expected = (q.log_prob(z[:, None]) - torch.tensor(5.0).log()).logsumexp(-1)
+    torch.testing.assert_close(prior().log_prob(z), expected)
+
+    shared = {id(p) for p in prior.parameters()} & {id(p) for p in guide.parameters()}
+    assert len(shared) == len(list(guide.parameters()))
+    x = torch.rand(20, 4).round()
+    svi = CompiledSVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), pyro.infer.Trace_ELBO())
+    svi.step(x)
+    assert len(svi.parameters) == len({id(p) for m in (model, guide) for p in m.parameters()})
+    prior.initialize(x)
+    assert {tuple(u) for u in prior.inputs.tolist()} <= {tuple(row) for row in x.tolist()}
+
+    run = fit(model, guide, x, epochs=2, batch_size=10, out=tmp_path / "run", progress=False)
+    loaded = load_run(run.path)
+    assert loaded.guide.encoder is loaded.model.prior.encoder
+    assert loaded.guide.heads["z"] is loaded.model.prior.family
+    scores = [evaluate(r.model, r.guide, x, num_samples=5, progress=False).per_datum["elbo"] for r in (run, loaded)]
+    assert torch.equal(*scores)
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_flow_prior_scores_its_draws(name):
+    """By one pass of the forward direction; the draw came from the inverse."""
+    torch.manual_seed(0)
+    family = bound(name, dim=3, features=0)
+    p = family.inverse()
+    z = p.sample((6,))
+    by_hand, log_p = z, torch.zeros(6, dtype=torch.float64)
+    for f in family.chain(torch.empty(0)):
+        by_hand, ladj = f.call_and_ladj(by_hand)
+        log_p = log_p + ladj
+    torch.testing.assert_close(p.log_prob(z), log_p + family.base(torch.empty(0)).log_prob(by_hand))
+
+
+def test_hierarchical_prior_is_read_from_the_top():
+    torch.manual_seed(0)
+    model = VAE((4,), prior=priors.Hierarchical((5, 3, 2)))
+    trace = poutine.trace(model).get_trace(num_data=6)
+    shapes = {name: tuple(trace.nodes[name]["value"].shape) for name in ("z_3", "z_2", "z_1")}
+    assert shapes == {"z_3": (6, 2), "z_2": (6, 3), "z_1": (6, 5)}
+    assert list(AmortizedGuide(model).heads) == ["z_3", "z_2", "z_1"]
+    with pytest.raises(ValueError, match="expected two or more latent_dims"):
+        priors.Hierarchical((5,))
+
+
+LIKELIHOODS = {
+    "Laplace": (
+        likelihoods.Laplace(),
+        x_real,
+        lambda m: stats.laplace(m[0, 0], 1.0).logpdf(x_real),
+    ),
+    "StudentT": (
+        likelihoods.StudentT(),
+        x_real,
+        lambda m: stats.t(1 + torch.e, m[0, 0], 1.0).logpdf(x_real),
+    ),
+    "Poisson": (likelihoods.Poisson(), x_count, lambda m: stats.poisson(m[0, 0].exp()).logpmf(x_count)),
+    "NegativeBinomial": (
+        likelihoods.NegativeBinomial(),
+        x_count,
+        lambda m: stats.nbinom(1, 1 / (1 + m[0, 0].exp())).logpmf(x_count),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_likelihood_is_scipys(name):
+    torch.manual_seed(0)
+    likelihood, x, answer = LIKELIHOODS[name]
+    parameters = torch.randn(1, 1, 3, dtype=torch.float64)
+    p = likelihood.bind((3,)).double()(parameters)
+    assert float(p.log_prob(x.double()).detach()) == pytest.approx(answer(parameters).sum(), rel=1e-9)
+
+
+def test_categorical_likelihood_is_a_cross_entropy():
+    torch.manual_seed(0)
+    parameters, x = torch.randn(5, 4, 2, 3), torch.randint(0, 4, (5, 2, 3))
+    p = likelihoods.Categorical(4).bind((2, 3))(parameters)
+    expected = -nn.functional.cross_entropy(parameters, x, reduction="none").sum((1, 2))
+    torch.testing.assert_close(p.log_prob(x), expected)
+    assert p.sample().shape == (5, 2, 3)
+
+
+def test_missing_values_are_marginalised():
+    """A linear VAE with gaps: log p of the observed dimensions is that of the smaller Gaussian."""
+    torch.manual_seed(0)
+    linear = shaken(LinearVAE((4,), latent_dim=2), 0.3)
+    model = VAE((4,), 2, likelihood=likelihoods.Missing(linear.likelihood), decoder=linear.decoder).double()
+    x = torch.randn(1, 4, dtype=torch.float64)
+    x[0, 1] = torch.nan
+    there = [0, 2, 3]
+    W, s2 = linear.weight[there], linear.variance
+    covariance = W @ W.mT + s2 * torch.eye(3, dtype=torch.float64)
+    exact = float(dist.MultivariateNormal(linear.mean[there], covariance).log_prob(x[0, there]).detach())
+    guide = shaken(AmortizedGuide(model, ENCODER), 0.1)
+    widened(guide.heads["z"])
+    assert_mean_weight_is(exact, log_weights(model, guide, 200_000, x))
+
+
+def test_missing_values_are_refused_where_nothing_takes_them(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(20, 4)
+    x[3, 1] = torch.nan
+    for likelihood, taken in ((likelihoods.Normal(), False), (likelihoods.Missing(likelihoods.Normal()), True)):
+        model = VAE((4,), 2, likelihood=likelihood)
+        guide = AmortizedGuide(model)
+        if taken:
+            fit(model, guide, x, epochs=1, batch_size=5, out=tmp_path / "run", progress=False)
+            assert bool(evaluate(model, guide, x, num_samples=3, progress=False).per_datum["elbo"].isfinite().all())
+        else:
+            with pytest.raises(ValueError, match=r'expected finite values of site "x", got 1 NaN.*Missing'):
+                fit(model, guide, x, epochs=1, batch_size=5, out=tmp_path / "not", progress=False)
+    with pytest.raises(ValueError, match="expected finite data, got 1 NaN or infinite values"):
+        x[0, 0] = torch.inf
+        fit(model, guide, x, epochs=1, batch_size=5, out=tmp_path / "infinite", progress=False)
+
+
+def test_what_is_no_prior_is_refused():
+    with pytest.raises(ValueError, match=r"expected a prior for one datum, got one with batch shape \(3,\)"):
+        VAE((4,), prior=dist.Normal(torch.zeros(3), 1.0))
+    with pytest.raises(ValueError, match="expected covariance to be diagonal or full, got 'round'"):
+        priors.GaussianMixture(2, covariance="round")
+    with pytest.raises(ValueError, match="expected rate > 0, got 0"):
+        priors.Gamma(2, rate=0)
+    with pytest.raises(ValueError, match="expected a distribution that factorises over dimensions"):
+        WithMissing(dist.MultivariateNormal(torch.zeros(3), torch.eye(3)))
