@@ -195,9 +195,11 @@ def _leaf_key(leaf: Any) -> Hashable:
         if leaf.layout is not torch.strided or leaf.requires_grad:
             problem = "requires gradients" if leaf.requires_grad else "is not strided"
             raise NotStaticError(f"a tensor argument {problem}. Mend: detach() it or make it a parameter; to_dense()")
-        return leaf.shape, leaf.stride(), leaf.dtype, leaf.device
+        return leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.is_neg(), leaf.is_conj()
     if isinstance(leaf, FLOATS):
         return float
+    if hasattr(leaf, "__dict__") and not isinstance(leaf, Scalar):
+        return type(leaf), id(leaf)  # a recording keeps it alive
     try:
         hash(leaf)
     except TypeError:
@@ -234,6 +236,7 @@ class _Recording:
         structure: Any,
     ) -> None:
         self.function, self.structure = function, structure
+        self.leaves = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
         self.handlers = [dict(vars(handler)) for handler in runtime._PYRO_STACK]  # kept alive: their ids are in the key
         self.calls = 0
         dtypes = [leaf.dtype for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
@@ -242,6 +245,8 @@ class _Recording:
         before: list[Entry] = []
         if self.device.type == "cpu":
             _wake_compiler()
+        store = pyro.get_param_store()
+        parameters = {*store._params}
         try:
             before = python_state(programs, places)
             with preserved():
@@ -251,17 +256,20 @@ class _Recording:
                 for _ in range(2):
                     graphs.append(self._record(leaves))
                     states.append(python_state(programs, places))
-            self.guards = Guards(stable(states))
+            entries = stable(states)
             self.graph, self.live = _lifted(graphs)
+            hooks = [hook for tensor in self.live for part in _hook_lists(tensor) for hook in (part or {}).values()]
+            self.guards = Guards([*entries, *python_state(hooks)])
             self.compute = _compile(self.graph, [*self._tensors(leaves), *self.live])
             self._compare(leaves, self.compute, self.graph, 1e-3, "the compiled graph and the recorded one differ")
             if all(tensor.is_cuda for tensor in (*self._tensors(leaves), *self.live)):
                 self.compute = _cuda_graph(self.compute, self._tensors(leaves), self.live)
-        except (NotStaticError, NotNowError):
-            restore(before)
-            raise
         except Exception as error:
             restore(before)
+            for name in {*store._params} - parameters:
+                del store[name]  # the program's own run makes it, from its own draws
+            if isinstance(error, (NotStaticError, NotNowError)):
+                raise
             raise NotStaticError(_reason(error)) from error
         self.tensors_were = self._tensors_are()
         self.specifications = self._specifications()
@@ -343,12 +351,18 @@ class _Recording:
         self, leaves: Sequence[Any], actual: Callable, expected: Callable, tolerance: float, complaint: str
     ) -> None:
         """Both from the same random state and buffers; raise where they differ by more than rounding."""
-        tensors, results = [*self._tensors(leaves), *self.live], []
+        tensors, results, states = [*self._tensors(leaves), *self.live], [], []
         for compute in (actual, expected):
             needs_gradients = torch.is_grad_enabled() and compute not in (self.compute, self.graph)
             with preserved(*tensors), torch.set_grad_enabled(needs_gradients):
                 values = compute(*tensors)
+                states.append(torch.get_rng_state())
                 results.append([value.detach().clone() for value in values if isinstance(value, Tensor)])
+        if not torch.equal(*states):
+            raise NotStaticError(
+                f"{complaint}: it draws other random numbers. Mend: no random state of its own, as checkpoint() of a "
+                "network with dropout has"
+            )
         norms = [value.double().nan_to_num().norm() for value in results[1]]
         for a, b, norm in zip(*results, norms, strict=True):
             difference = (a.double() - b.double()).nan_to_num().norm()
@@ -358,8 +372,7 @@ class _Recording:
 
 
 def _hooks(tensor: Tensor) -> tuple[Any, ...]:
-    on_gradient, after = _hook_lists(tensor)
-    return on_gradient and tuple(on_gradient), after and tuple(after)
+    return tuple(tuple(part or ()) for part in _hook_lists(tensor))
 
 
 def _form(tensor: Tensor) -> tuple[Any, ...]:
@@ -443,13 +456,15 @@ def _cuda_graph(compute: Callable, given: Sequence[Tensor], live: Sequence[Tenso
 @functools.cache
 def _wake_compiler() -> None:
     """Compile a tiny kernel beside the recording: torch probes a C++ compiler at its first, for seconds."""
-    from torch._inductor.codecache import CppPythonBindingsCodeCache
 
     def compile() -> None:
         with contextlib.suppress(Exception):  # which the graph's own kernels meet too, and name
             CppPythonBindingsCodeCache.load_pybinding(["float*"], TINY_KERNEL)
 
-    threading.Thread(target=compile, daemon=True).start()
+    with contextlib.suppress(Exception):
+        from torch._inductor.codecache import CppPythonBindingsCodeCache
+
+        threading.Thread(target=compile, daemon=True).start()
 
 
 @functools.cache
@@ -525,9 +540,13 @@ class _Preserved(TorchDispatchMode):
         self.before = [(tensor, tensor.detach().clone()) for tensor in tensors]
         self.kept = {id(tensor) for tensor in tensors}
         self.created: set[int] = set()
+        self.generators: dict[torch.Generator, Tensor] = {}  # of the program's own
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        for generator in (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Generator)):
+            if generator not in self.generators:
+                self.generators[generator] = generator.get_state()
         for index, argument in enumerate(function._schema.arguments):
             if argument.is_write or argument.name in ("running_mean", "running_var"):  # undeclared in batch norm
                 written = args[index] if index < len(args) else kwargs.get(argument.name)
@@ -559,6 +578,8 @@ def preserved(*tensors: Tensor) -> Iterator[None]:
             yield
     finally:
         set_random_state(random_state)
+        for generator, state in mode.generators.items():
+            generator.set_state(state)
         random.setstate(others[0])
         np.random.set_state(others[1])
         with torch.no_grad():
@@ -584,6 +605,8 @@ def _lifted(graphs: Sequence[GraphModule]) -> tuple[GraphModule, list[Tensor]]:
     start = next(node for node in first.graph.nodes if node.op != "placeholder")
     for node in [node for node in first.graph.nodes if node.op == "get_attr"]:
         a, b = getattr(first, node.target), getattr(second, node.target)
+        if isinstance(a, torch.Generator):
+            raise NotStaticError("the program draws from a torch.Generator of its own. Mend: torch.manual_seed")
         if a is b:
             if node.target not in nodes:
                 with first.graph.inserting_before(start):

@@ -37,6 +37,15 @@ Entry = tuple[Any, Any, Any]  # container, key, value
 _MODULE_KEYS = {"training", "_parameters", "_buffers", "_modules"}
 _MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _MODULE_INTERNALS = vars(nn.Module()).keys() - _MODULE_KEYS
+_WALKED = (
+    types.ModuleType,
+    types.MethodType,
+    types.FunctionType,
+    functools.partial,
+    property,
+    staticmethod,
+    classmethod,
+)
 _LIBRARY_OBJECTS = (
     *(nn.Module, ELBO, poutine.messenger.Messenger, TraceHandler),
     *(torch.distributions.Distribution, torch.distributions.Transform),
@@ -83,7 +92,7 @@ class _Walk:
         elif isinstance(value, types.MethodType):
             self.visit_all([value.__self__, value.__func__])
         elif isinstance(value, functools.partial):
-            self.visit_all([value.func, *value.args, *value.keywords.values()])
+            self.visit_all([value.func, *value.args, value.keywords])
         elif isinstance(value, property):
             self.visit(value.fget)
         elif isinstance(value, staticmethod | classmethod):
@@ -96,8 +105,10 @@ class _Walk:
         elif isinstance(value, list | tuple):
             for index in range(min(1000, len(value))):
                 self.add(value, index, sized=True)
-        elif isinstance(value, type):
+        if isinstance(value, type):
             self.visit_class(value)
+        elif isinstance(value, _WALKED):
+            pass
         elif hasattr(value, "__dict__"):
             self.visit_object(value)
 
@@ -122,7 +133,7 @@ class _Walk:
         if isinstance(value, nn.Module):
             self.add(attributes, "forward")
             for name in _MODULE_HOOKS:
-                self.size(attributes.get(name))
+                self.add(attributes, name, sized=True)
         for key in keys:
             self.add(attributes, key, sized=key in self.names or key in _MODULE_KEYS)
         self.visit_class(type(value))
@@ -130,8 +141,10 @@ class _Walk:
     def visit_class(self, kind: type) -> None:
         for base in kind.__mro__:
             if not _library(base.__module__):
+                inherited = {name for other in base.__mro__ if _library(other.__module__) for name in vars(other)}
                 for key, member in list(vars(base).items()):
-                    run_unnamed = key == "forward" or (key.startswith("__") and isinstance(member, types.FunctionType))
+                    special = key.startswith(("__", "_pyro_")) or key in inherited  # which a library may call
+                    run_unnamed = key == "forward" or (special and isinstance(member, types.FunctionType))
                     if run_unnamed or key in self.names:
                         self.add(_Class(base), key)
                 for key in self.names - vars(base).keys():  # that it may get, in the place of a base's

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-import inspect
+import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -87,6 +87,8 @@ class SVI(pyro.infer.SVI):
         optim: Optimizer,
         loss: Any,
         loss_and_grads: Callable | None = None,
+        num_samples: int = 0,
+        num_steps: int = 0,
         *,
         clip_norm: float | None = None,
         **arguments: Any,
@@ -98,13 +100,17 @@ class SVI(pyro.infer.SVI):
                 f"expected a loss with num_particles >= 1, got {loss.num_particles}: give a positive number"
             )
         stock = optim if isinstance(optim, PyroOptim) else PyroOptim(optim, {})
-        super().__init__(model, guide, stock, loss, loss_and_grads, **arguments)
+        super().__init__(model, guide, stock, loss, loss_and_grads, num_samples, num_steps, **arguments)
         self.objective = loss
         self.given_gradients = None if isinstance(loss, pyro.infer.ELBO) else loss_and_grads  # which Pyro leaves aside
         self.clip_norm = clip_norm
         self.steps = 0
         self.update = Update(optim)
         self._of_update = self.optim
+        self._begin()
+
+    def _begin(self) -> None:
+        """What a subclass adds when it is made."""
 
     @property
     def parameters(self) -> dict[str, Tensor]:
@@ -197,14 +203,20 @@ class SVI(pyro.infer.SVI):
         set_random_state(random_state)
         for parameter in self.parameters.values():
             parameter.grad = None
-        with torch.no_grad(), pyro.validation_enabled(False):
+        sites, looked = [], False
+        with (
+            contextlib.suppress(Exception),
+            torch.no_grad(),
+            pyro.validation_enabled(False),
+        ):  # a loss may call otherwise
             guide_trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
             model_trace = poutine.trace(poutine.replay(self.model, guide_trace)).get_trace(*args, **kwargs)
-        sites = [site for trace in (guide_trace, model_trace) for site in _broken_sites(trace)]
+            sites = [site for trace in (guide_trace, model_trace) for site in _broken_sites(trace)]
+            looked = True
         set_random_state(random_state)
         return NonFiniteLossError(
             f"step {self.steps + 1}: the loss is {loss.tolist()}; "
-            + (f"first at {sites[0]}; " if sites else "every site is finite; ")
+            + (f"first at {sites[0]}; " if sites else "every site is finite; " if looked else "")
             + (f"the gradient of parameter {broken[0]!r} is not finite" if broken else "gradients are finite")
             + f" ({len(broken)} of {len(self.parameters)}). The parameters are still those of step {self.steps}. "
             "Mend: a smaller learning rate, clip_norm=..., or another scale of the data"
@@ -269,10 +281,7 @@ class CompiledSVI(SVI):
         (True, None)
     """
 
-    __signature__ = inspect.signature(SVI)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def _begin(self) -> None:
         places = [(vars(pyro.get_param_store()), name) for name in ("_params", "_constraints")]
         places += [(vars(self), name) for name in ("model", "guide", "objective")]
         self._whole = Compiled(self._whole_step, places=places)
@@ -281,11 +290,10 @@ class CompiledSVI(SVI):
         self._unsettled: collections.deque[_Step] = collections.deque()
         self._own_gradients = self.loss_and_grads
         self._partial = False  # the optimiser acts beside the graph, not in it
-        loss = type(self.objective)
-        if issubclass(loss, pyro.infer.ELBO) and not _derives_gradients(loss):
+        if isinstance(self.objective, pyro.infer.ELBO) and not _derives_gradients(self.objective):
             self._gradients.fall_back(
-                f"{loss.__name__} has no differentiable_loss to record, or one that its loss_and_grads replaces. "
-                "Mend: use a loss that has, like Trace_ELBO"
+                f"{type(self.objective).__name__} has no differentiable_loss to record, or one that its loss_and_grads "
+                "replaces. Mend: use a loss that has, like Trace_ELBO"
             )
         elif self.given_gradients is not None:
             self._gradients.fall_back("loss_and_grads was given. Mend: leave it out where autograd gives the gradients")
@@ -462,11 +470,11 @@ class _UnusedParameterError(NotNowError):
     """A parameter has no gradient, so that the optimiser leaves it out."""
 
 
-def _derives_gradients(kind: type) -> bool:
+def _derives_gradients(loss: pyro.infer.ELBO) -> bool:
     """Whether ``loss_and_grads`` are those of ``differentiable_loss``, as neither replaces an inherited other."""
     names = ("differentiable_loss", "loss_and_grads")
-    owners = [next((base for base in kind.__mro__ if name in vars(base)), object) for name in names]
-    return owners[0] is not object and issubclass(*owners)
+    owners = [next((base for base in type(loss).__mro__ if name in vars(base)), object) for name in names]
+    return not vars(loss).keys() & names and owners[0] is not object and issubclass(*owners)
 
 
 def _parts(loss: Any) -> tuple[Any, ...]:
@@ -474,7 +482,8 @@ def _parts(loss: Any) -> tuple[Any, ...]:
 
 
 def _finite(loss: Any, gradients: Sequence[Tensor]) -> Tensor:
-    return loss + sum((0 * gradient).sum() for gradient in gradients) == loss  # 0 * inf is NaN, which equals nothing
+    sums = ((0 * gradient).sum() for gradient in gradients)
+    return (loss - loss) + sum(sums) == 0  # infinity times 0, or less itself, is NaN
 
 
 def modules_of(**programs: Any) -> dict[str, nn.Module]:

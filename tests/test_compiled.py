@@ -3,7 +3,9 @@
 import argparse
 import array
 import collections
+import dataclasses
 import functools
+import inspect
 import math
 import random
 import types
@@ -33,6 +35,7 @@ import pyro_vae.optim
 import pyro_vae.svi
 from pyro_vae import CompiledSVI, checkpoint, evaluate, fit
 from pyro_vae.compiled import FallbackWarning
+from pyro_vae.svi import NonFiniteLossError
 
 ELBO = Trace_ELBO()
 
@@ -1275,3 +1278,212 @@ class TestParametersOfSomeSteps:
 
         svi = assert_same_trajectory(lambda: (location_model, location_guide), loss)
         assert svi.compiled
+
+
+class Rescaled(poutine.messenger.Messenger):
+    """A user's handler, whose method only Pyro names."""
+
+    def __init__(self):
+        self.factor = 1.0
+
+    def _pyro_sample(self, message):
+        if message["is_observed"]:
+            message["scale"] = message["scale"] * self.factor
+
+
+class Settled(dict):
+    pass
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+    name: str
+    scale: float = dataclasses.field(compare=False)
+
+
+SLOPE = [1.0]
+
+
+class Sloped(torch.distributions.Transform):
+    domain = codomain = dist.constraints.real
+    bijective, sign = True, 1
+
+    def _call(self, x):
+        return 1.5 * x
+
+    def _inverse(self, y):
+        return y / 1.5
+
+    def log_abs_det_jacobian(self, x, y):
+        return torch.zeros_like(x) + SLOPE[0]
+
+
+class TestWhatIsReadOutOfSight:
+    """Changed after the fifth step of SVI and of CompiledSVI: the same losses and parameters."""
+
+    def trajectories(self, make, **arguments):
+        return TestChangesBetweenSteps().trajectories(make, lambda svi, change: change(svi), **arguments)
+
+    def scaled_by(self, read, change):
+        def model(x):
+            with poutine.scale(scale=read()):
+                location_model(x)
+
+        return lambda: (model, location_guide, change)
+
+    def test_a_handlers_own_method(self, recorded):
+        def make():
+            handler = Rescaled()
+            return handler(location_model), location_guide, lambda svi: setattr(handler, "factor", 3.0)
+
+        assert self.trajectories(make).compiled
+
+    def test_attributes_of_a_dictionary(self, recorded):
+        def make():
+            settled = Settled()
+            settled.scale = 1.0
+            return self.scaled_by(lambda: settled.scale, lambda svi: setattr(settled, "scale", 3.0))()
+
+        assert self.trajectories(make).compiled
+
+    def test_keywords_of_a_partial(self, recorded):
+        def make():
+            read = functools.partial(lambda scale: scale, scale=1.0)
+            return self.scaled_by(read, lambda svi: read.keywords.update(scale=3.0))()
+
+        assert self.trajectories(make).compiled
+
+    def test_a_transforms_own_method(self, recorded):
+        def guide(x):
+            location = pyro.param("location", torch.zeros((), dtype=x.dtype))
+            pyro.sample("m", dist.TransformedDistribution(dist.Normal(location, 1.0), [Sloped()]))
+
+        def make():
+            SLOPE[0] = 1.0
+            return location_model, guide, lambda svi: SLOPE.__setitem__(0, 3.0)
+
+        assert self.trajectories(make).compiled
+
+    def test_a_gradient_hooks_closure(self, recorded):
+        def make():
+            factor = {"is": 1.0}
+
+            def hooked(x):
+                location_guide(x)
+                parameter = pyro.get_param_store()._params["location"]
+                if not parameter._backward_hooks:
+                    parameter.register_hook(lambda gradient: factor["is"] * gradient)
+
+            return location_model, hooked, lambda svi: factor.update({"is": 0.1})
+
+        self.trajectories(make)
+
+    def test_a_parameter_that_appears_with_draws_of_its_own(self, recorded):
+        def make():
+            settled = Settled()
+            settled.more = False
+
+            def guide(x):
+                location = pyro.param("location", torch.zeros((), dtype=x.dtype))
+                if settled.more:
+                    location = location + pyro.param("more", lambda: torch.randn((), dtype=x.dtype))
+                pyro.sample("m", dist.Normal(location, 1.0))
+
+            return location_model, guide, lambda svi: setattr(settled, "more", True)
+
+        assert self.trajectories(make).compiled
+
+    def test_a_loss_with_gradients_of_the_instance(self, recorded):
+        losses = []
+        for kind in (SVI, CompiledSVI):
+            pyro.clear_param_store()
+            torch.manual_seed(0)
+            loss = Trace_ELBO()
+            stock = loss.loss_and_grads
+
+            def doubled(*args, stock=stock):
+                value = stock(*args)
+                for parameter in pyro.get_param_store()._params.values():
+                    parameter.grad.mul_(-1.0)
+                return value
+
+            loss.loss_and_grads = doubled
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FallbackWarning)
+                svi = kind(location_model, location_guide, pyro.optim.Adam({"lr": 0.1}), loss)
+            losses.append([svi.step(X) for _ in range(5)])
+        assert losses[0] == pytest.approx(losses[1], rel=1e-10)
+
+    def test_another_object_that_is_equal(self, recorded):
+        losses = []
+        for kind in (SVI, CompiledSVI):
+            pyro.clear_param_store()
+            torch.manual_seed(0)
+
+            def model(x, named):
+                with poutine.scale(scale=named.scale):
+                    location_model(x)
+
+            svi = kind(model, lambda x, named: location_guide(x), pyro.optim.Adam({"lr": 0.1}), Trace_ELBO())
+            first, second = Named("same", 1.0), Named("same", 5.0)
+            losses.append([svi.step(X, named) for named in [first] * 5 + [second] * 5])
+        assert losses[0] == pytest.approx(losses[1], rel=1e-10)
+
+    def test_dropout_that_is_checkpointed_runs_eagerly(self, recorded):
+        network = nn.Sequential(nn.Linear(1, 4), nn.Dropout(0.5), nn.Linear(4, 1)).double()
+
+        def model(x):
+            h = torch.utils.checkpoint.checkpoint(network, x[:, :1], use_reentrant=False)[:, 0]
+            m = pyro.sample("m", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.module("network", network)
+            with pyro.plate("data", len(x)):
+                pyro.sample("x", dist.Normal(m + h, 1.0), obs=x[:, 0])
+
+        svi = CompiledSVI(model, location_guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO())
+        with pytest.warns(FallbackWarning, match="it draws other random numbers"):
+            for _ in range(3):
+                svi.step(X)
+
+    def test_a_generator_of_the_programs_own_runs_eagerly(self, recorded):
+        losses = []
+        for kind in (SVI, CompiledSVI):
+            pyro.clear_param_store()
+            torch.manual_seed(0)
+            generator = torch.Generator().manual_seed(3)
+
+            def model(x, generator=generator):
+                location_model(x[torch.randint(0, len(x), (3,), generator=generator)])
+
+            svi = kind(model, location_guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO())
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FallbackWarning)
+                losses.append([svi.step(X) for _ in range(5)])
+        assert losses[0] == losses[1]
+        assert "torch.Generator" in svi.fallback_reason
+
+    def test_an_infinite_loss_with_finite_gradients_raises(self, recorded):
+        def loss(model, guide, x, infinite):
+            return ELBO.differentiable_loss(model, guide, x) + torch.where(infinite > 0, math.inf, 0.0)
+
+        for kind in (pyro_vae.svi.SVI, CompiledSVI):
+            pyro.clear_param_store()
+            svi = kind(location_model, location_guide, adam(), loss)
+            for _ in range(3):
+                svi.step(X, torch.zeros(()))
+            with pytest.raises(NonFiniteLossError, match="step 4: the loss is inf"):
+                svi.step(X, torch.ones(()))
+
+    def test_one_hot_is_recorded(self, recorded):
+        def model(x, labels):
+            location_model(x + nn.functional.one_hot(labels, 3).to(x).sum())
+
+        guide = lambda x, labels: location_guide(x)  # noqa: E731
+        svi = CompiledSVI(model, guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO())
+        for _ in range(3):
+            svi.step(X, torch.tensor([0, 2, 1]))
+        assert svi.compiled
+
+    def test_signatures_are_those_of_pyro(self):
+        CompiledSVI(location_model, location_guide, pyro.optim.Adam({}), Trace_ELBO(), None, 0, 0)
+        names = list(inspect.signature(pyro.infer.SVI).parameters)[:-1]
+        assert list(inspect.signature(CompiledSVI).parameters)[: len(names)] == names
