@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -17,7 +19,7 @@ from torch.distributions import biject_to, constraints
 from torch.distributions.constraints import MixtureSameFamilyConstraint
 
 from ..config import Configured
-from ..nn import MLP, bind
+from ..nn import MLP, Heads, bind
 from .families import Bernoulli, Categorical, DiagonalNormal, Family
 
 __all__ = ["AmortizedGuide"]
@@ -33,12 +35,15 @@ class AmortizedGuide(Configured, PyroModule):
     ``family[site]``, whose features are the encoder's output beside the values of earlier sites (`dependencies`:
     "earlier", "none", or the names for each site). A constrained support is reached through ``biject_to``; discrete
     sites get a `Categorical` or `Bernoulli`; those that the model marks for enumeration are left to it. Sites outside
-    the data's plate are global: their q has parameters of its own.
+    the data's plate are global: their q has parameters of its own, and local sites depend on them only where
+    `dependencies` says so.
 
-    `encoder` is any module from a datum to a vector of features, or to ``(*plates, features)`` for plates within the
-    data's; it is fed `encoder_inputs(*args, **kwargs)`, by default the first tensor, with zeros in the place of NaN. A
-    site gets the mean of the features over plates that it is not in. An argument with a latent site's name is that
-    site's value: it is conditioned on, not drawn. The sizes come from `example`, ``(args, kwargs)`` of a call, else
+    `encoder` is any module from a datum to a vector of features, or to ``(B, *plates, features)`` for plates within the
+    data's, from the outermost; it is fed `encoder_inputs(*args, **kwargs)`, by default the first tensor, with zeros in
+    the place of NaN. A site gets the mean of the features over plates that it is not in, and is told which element it
+    is of plates that they do not have. The data's plate is the one called "data", else the outermost of an observed
+    site that has as many elements as the first tensor. A latent site that a call observes is conditioned on, not drawn:
+    its value is the argument of its name. The sizes come from `example`, ``(args, kwargs)`` of a call, else
     from a draw ``model(num_data=2)``, else from the first call. The model is not a submodule: its parameters are its
     own.
 
@@ -68,6 +73,9 @@ class AmortizedGuide(Configured, PyroModule):
         self._encoder_inputs = encoder_inputs
         self._sites: dict[str, _Latent] = {}
         self._parents: dict[str, tuple[str, ...]] = {}
+        self._unseen: dict[str, tuple[_Plate, ...]] = {}  # plates of a site that the encoder's output does not have
+        self._seen_in: tuple[int, ...] = ()
+        self._calls = _Calls()
         self._data: Any = None
         self.heads: Any = nn.ModuleDict()
         if example is None:
@@ -84,7 +92,10 @@ class AmortizedGuide(Configured, PyroModule):
     def _build(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         model, encoder, family, dependencies = self._declared
         with _untouched(model), poutine.block(), torch.no_grad():
-            (sites, self._data), *others = [_latents(poutine.trace(model).get_trace(*args, **kwargs)) for _ in range(8)]
+            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim()]
+            count = len(tensors[0]) if tensors else 0
+            traces = [poutine.trace(model).get_trace(*args, **kwargs) for _ in range(8)]
+            (sites, self._data), *others = [_latents(trace, count) for trace in traces]
         for again, _ in others:
             _check_static(sites, again)
         if not sites:
@@ -93,37 +104,48 @@ class AmortizedGuide(Configured, PyroModule):
         for given in (families, {} if isinstance(dependencies, str) else dependencies):
             if not given.keys() <= sites.keys():
                 raise ValueError(f"expected names among the latent sites {list(sites)}, got {list(given)}")
+        self._sites = sites
         features, like = 0, torch.empty(0)
         if any(self._data in site.plates for site in sites.values()):
             inputs = self.encoded(*args, **kwargs)
             like = inputs if inputs.is_floating_point() else torch.empty(0, device=inputs.device)
-            encoder = bind(MLP() if encoder is None else encoder, inputs.shape[1:]).to(like)
-            with _untouched(encoder), torch.no_grad():
-                features = encoder(inputs).shape[-1]
-            self.encoder = encoder
+            self.encoder = bind(MLP() if encoder is None else encoder, inputs.shape[1:]).to(like)
+            with _untouched(self.encoder), poutine.block(), torch.no_grad():
+                h, _ = self._encode(args, kwargs)
+            features = h.shape[-1]
+            self._seen_in = tuple(dim for dim in range(1 - h.dim(), 0) if h.shape[dim - 1] > 1)
         for name, site in sites.items():
+            local = self._data in site.plates
             self._parents[name] = _parents(site, sites, dependencies, self._data)
-            known = sum(sites[parent].size for parent in self._parents[name])
-            own = features if self._data in site.plates else 0
-            self.heads[name] = site.head(families.get(name, DiagonalNormal()), own + known).to(like)
-        self._sites = sites
+            unseen = [
+                plate for plate in site.plates if plate != self._data and not (local and plate.dim in self._seen_in)
+            ]
+            self._unseen[name] = tuple(unseen)
+            own = features if local else 0
+            known = own + sum(sites[parent].size for parent in self._parents[name])
+            size = known + (math.prod(plate.full_size for plate in unseen) if unseen else 0)
+            self.heads[name] = head = site.head(families.get(name, DiagonalNormal()), size).to(like)
+            for module in head.modules() if known > own else ():
+                if isinstance(module, Heads):  # else scales, exponentials of sums of draws, grow along a chain of sites
+                    module.linear.weight.data[:, own:known] *= 0.1
 
     def encoded(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the encoder is fed, shape ``(B, ...)``."""
         if self._encoder_inputs is not None:
-            return self._encoder_inputs(*args, **kwargs)
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        if not tensors:
-            raise ValueError("expected a tensor of data to encode, got none: call guide(x)")
-        like = next(self.parameters(), torch.empty(0))
-        x = tensors[0] if tensors[0].is_floating_point() else tensors[0].to(like.dtype)
-        return x.where(x == x, 0.0)
+            x = self._encoder_inputs(*args, **kwargs)
+        else:
+            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+            if not tensors:
+                raise ValueError("expected a tensor of data to encode, got none: call guide(x)")
+            like = next(self.parameters(), torch.empty(0))
+            x = tensors[0] if tensors[0].is_floating_point() else tensors[0].to(like.dtype)
+        return x.where(x == x, 0.0) if x.is_floating_point() else x
 
     def posterior(self, *args: Any, site: str = "z", **kwargs: Any) -> Any:
         """``q(z | x)`` of a latent site that depends on no other, as a distribution with batch shape ``(B,)``."""
         if site not in self.heads or self._parents[site]:
             raise ValueError(f"q({site} | x) depends on other draws, or is no latent site: use guide(...)")
-        return self._q(site, self._encode(args, kwargs)[0], {})
+        return self._q(site, self.heads[site], *self._encode(args, kwargs), {})
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draw every latent site; returns ``{site: value}``."""
@@ -131,26 +153,37 @@ class AmortizedGuide(Configured, PyroModule):
             self._build(args, kwargs)
         h, plates = self._encode(args, kwargs)
         given = _arguments(self._declared[0], args, kwargs)
+        observed = self._calls.of(self._declared[0], self._sites, args, kwargs).observed
         values: dict[str, Tensor] = {}
-        draws = {}
+        draws, heads = {}, self.heads  # looked up once, as Pyro registers what it finds
         for name, site in self._sites.items():
-            if isinstance(given.get(name), Tensor):
+            if name in observed:
+                if not isinstance(given.get(name), Tensor):
+                    raise ValueError(
+                        f'expected the value of the observed site "{name}" as the argument {name}, got none'
+                    )
                 values[name] = given[name]
                 continue
             with contextlib.ExitStack() as stack:
                 for plate in site.plates:
                     stack.enter_context(plates[plate.name])
-                values[name] = draws[name] = pyro.sample(name, self._q(name, h, values))
+                values[name] = draws[name] = pyro.sample(name, self._q(name, heads[name], h, plates, values))
         return draws
 
     def _encode(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """Features, ``(*plates, features)``, and the plates."""
-        known = {plate for site in self._sites.values() for plate in site.plates}
-        plates = {p.name: pyro.plate(p.name, p.full_size, p.size, dim=p.dim) for p in known if p != self._data}
-        data = self._data
-        if data not in known:
+        call = self._calls.of(self._declared[0], self._sites, args, kwargs)
+        known = {plate.name: call.plates[plate.name] for site in self._sites.values() for plate in site.plates}
+        data = known.pop(self._data.name, None) if self._data else None
+        plates = {name: pyro.plate(name, plate.full_size, plate.size, dim=plate.dim) for name, plate in known.items()}
+        if data is None:
             return torch.empty(0), plates
         inputs = self.encoded(*args, **kwargs)
+        if len(inputs) == data.full_size > data.size and data.name not in call.drawn:
+            raise ValueError(
+                f'expected the rows of plate "{data.name}" to be drawn by it, or given as data, got {data.size} '
+                "indices: let encoder_inputs return these rows"
+            )
         if data.size == data.full_size:
             plates[data.name] = pyro.plate(data.name, len(inputs), dim=data.dim)
         elif len(inputs) == data.full_size:
@@ -160,23 +193,33 @@ class AmortizedGuide(Configured, PyroModule):
             batch = torch.arange(len(inputs), device=inputs.device)
             plates[data.name] = pyro.plate(data.name, data.full_size, subsample=batch, dim=data.dim)
         h = self.encoder(inputs)
-        lacking = 1 - data.dim - h.dim()  # dimensions, of plates within the data's
-        if h.shape[:1] != inputs.shape[:1] or lacking < 0:
+        dims = [data.dim, *(plate.dim for plate in self._within())][: h.dim() - 1]
+        if h.shape[:1] != inputs.shape[:1] or len(dims) != h.dim() - 1:
             raise ValueError(
-                f"expected an encoder's output of shape (B, features), with the {-1 - data.dim} plates within "
-                f'"{data.name}" between, got {tuple(h.shape)} of {len(inputs)} data'
+                f'expected an encoder\'s output of shape (B, features), with the plates within "{data.name}", '
+                f"{[plate.name for plate in self._within()]}, between, got {tuple(h.shape)} of {len(inputs)} data"
             )
-        return h.reshape(*h.shape[:-1], *[1] * lacking, h.shape[-1]), plates
+        order = sorted(range(len(dims)), key=dims.__getitem__)
+        shape = [1] * -min(dims)
+        for dim, size in zip(dims, h.shape, strict=False):
+            shape[dim] = size
+        return h.permute(*order, -1).reshape(*shape, h.shape[-1]), plates
 
-    def _q(self, name: str, h: Tensor, values: Mapping[str, Tensor]) -> Any:
+    def _within(self) -> tuple[_Plate, ...]:
+        """The plates within the data's, from the outermost."""
+        stacks = [site.plates for site in self._sites.values() if self._data in site.plates]
+        return max((stack[stack.index(self._data) + 1 :] for stack in stacks), key=len)
+
+    def _q(self, name: str, head: Any, h: Tensor, plates: Any, values: Mapping[str, Tensor]) -> Any:
         """The site's distribution given the encoder's output and the sites that it depends on."""
         site = self._sites[name]
-        parts = [self._sites[parent].flat(values[parent]) for parent in self._parents[name]]
-        if self._data in site.plates:
-            parts.insert(0, site.on_its_plates(h, self._data))
+        parts = [site.on_its_plates(h, plates)] if self._data in site.plates else []
+        parts += [self._sites[parent].flat(values[parent]) for parent in self._parents[name]]
+        if unseen := self._unseen[name]:
+            parts.append(_which(unseen, plates).to(next(head.parameters())))
         batch = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
-        h = torch.cat([part.expand(*batch, -1) for part in parts], dim=-1) if parts else torch.empty(0)
-        return site.constrained(self.heads[name](h))
+        features = torch.cat([part.expand(*batch, -1) for part in parts], dim=-1) if parts else h.new_empty(0)
+        return site.constrained(head(features))
 
 
 class _Plate(NamedTuple):
@@ -184,6 +227,58 @@ class _Plate(NamedTuple):
     dim: int
     size: int
     full_size: int
+
+
+class _Call(NamedTuple):
+    """What the model is for arguments of one signature."""
+
+    plates: dict[str, _Plate]
+    drawn: frozenset[str]  # plates that draw their rows
+    observed: frozenset[str]  # latent sites that are observed now
+
+
+class _Calls:
+    """A `_Call` for each signature: shapes of tensors, types of floats, values of the rest."""
+
+    __slots__ = ("known",)  # it follows from arguments alone, so that no guard of a compiled step need look here
+
+    def __init__(self) -> None:
+        self.known: dict[Any, _Call] = {}
+
+    def of(
+        self, model: Callable, sites: Mapping[str, _Latent], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> _Call:
+        key = tuple(_signature(value) for value in (*args, *itertools.chain(*sorted(kwargs.items()))))
+        if key not in self.known:
+            with _untouched(model), poutine.block(), torch.no_grad():
+                traces = [poutine.trace(model).get_trace(*args, **kwargs) for _ in range(4)]
+            trace = traces[0]
+            latent = {name for name in _latents(trace, 0)[0] if name not in sites}
+            if latent:
+                raise ValueError(
+                    f"expected the latent sites {list(sites)} of the example, got {sorted(latent)} beside: build the "
+                    "guide with an example in which nothing latent is given"
+                )
+            of_plates = {name for name, site in trace.nodes.items() if type(site.get("fn")).__name__ == "_Subsample"}
+            rows = {name: [torch.as_tensor(each.nodes[name]["value"]) for each in traces] for name in of_plates}
+            drawn = {name for name, (first, *rest) in rows.items() if any(not torch.equal(first, o) for o in rest)}
+            nodes = [site for site in trace.nodes.values() if site["type"] == "sample" and site["name"] not in rows]
+            plates = {plate.name: plate for site in nodes for plate in _plates(site)}
+            observed = {site["name"] for site in nodes if site["is_observed"]} & sites.keys()
+            self.known[key] = _Call(plates, frozenset(drawn), frozenset(observed))
+        return self.known[key]
+
+
+def _signature(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.shape
+    if isinstance(value, float):
+        return float
+    try:
+        hash(value)
+    except TypeError:
+        return type(value), len(value) if hasattr(value, "__len__") else None
+    return value
 
 
 class _Latent:
@@ -194,6 +289,10 @@ class _Latent:
         if isinstance(self.support, MixtureSameFamilyConstraint):
             self.support = self.support.base_constraint
         self.plates = _plates(site)
+        if site["mask"] is not None:
+            raise ValueError(
+                f'expected latent site "{name}" without a mask, which q would lack: mask what is observed alone'
+            )
         self.base: Any = self.support
         while hasattr(self.base, "base_constraint"):
             self.base = self.base.base_constraint
@@ -207,6 +306,9 @@ class _Latent:
                 f'expected latent site "{name}" with its batch in plates, got batch shape {tuple(batch)} in the plates '
                 f"{[plate.name for plate in self.plates]}: add pyro.plate or to_event"
             )
+        for bound, value in vars(self.base).items():
+            if isinstance(value, Tensor) and value.numel() > 1 and bool((value == value.flatten()[0]).all()):
+                setattr(self.base, bound, value.flatten()[0])
         if any(isinstance(value, Tensor) and value.numel() > 1 for value in vars(self.base).values()):
             raise ValueError(
                 f'expected latent site "{name}" with one support for all, got {self.base}: sample it on a fixed one, '
@@ -250,7 +352,7 @@ class _Latent:
         """q over the site's support, from q over real numbers; q itself where the support is these, or discrete."""
         if self.is_discrete or self.base is constraints.real:
             return q
-        return dist.TransformedDistribution(q, [biject_to(self.support)])
+        return dist.TransformedDistribution(q, [biject_to(self.support).with_cache(1)])
 
     def flat(self, value: Tensor) -> Tensor:
         """A value of the site as vectors, ``(*plates, size)``: one-hot, or over the real numbers."""
@@ -261,19 +363,33 @@ class _Latent:
             value, events = biject_to(self.support).inv(value), len(self.bare_shape)
         return value.flatten(start_dim=-events) if events else value[..., None]
 
-    def on_its_plates(self, h: Tensor, data: _Plate) -> Tensor:
+    def on_its_plates(self, h: Tensor, plates: Mapping[str, Any]) -> Tensor:
         """The encoder's output, averaged over plates that this site is not in."""
-        plates = {plate.dim: plate for plate in self.plates}
+        names = {plate.dim: plate.name for plate in self.plates}
         for dim in range(1 - h.dim(), 0):
-            if dim not in plates:
+            if dim not in names:
                 h = h.mean(dim - 1, keepdim=True)
-            elif plates[dim] != data and h.shape[dim - 1] not in (1, plates[dim].size):
+            elif h.shape[dim - 1] not in (1, size := plates[names[dim]].subsample_size):
                 raise ValueError(
-                    f"expected the encoder's output to have {plates[dim].size} on the dimension of plate "
-                    f'"{plates[dim].name}" of site "{self.name}", got {h.shape[dim - 1]}: let it return (B, features), '
-                    "or (B, ..., features) with the plates within between"
+                    f'expected the encoder\'s output to have {size} on the dimension of plate "{names[dim]}" of site '
+                    f'"{self.name}", got {h.shape[dim - 1]}: let it return (B, features), or (B, ..., features) with '
+                    "the plates within between"
                 )
-        return h
+        return h.reshape(h.shape[min(names) - 1 :])
+
+
+def _which(some: Sequence[_Plate], plates: Mapping[str, Any]) -> Tensor:
+    """Which element of these plates it is, one-hot, ``(*plates, elements)``."""
+    number = torch.zeros(())
+    for plate in some:
+        if plates[plate.name].size != plate.full_size:
+            raise ValueError(
+                f'expected {plate.full_size} elements of plate "{plate.name}", as in the example, got '
+                f"{plates[plate.name].size}: let the encoder return features for each, (B, ..., features)"
+            )
+        index = torch.as_tensor(plates[plate.name].indices)
+        number = number * plate.full_size + index.reshape(-1, *[1] * (-1 - plate.dim))
+    return number[..., None] == torch.arange(math.prod(plate.full_size for plate in some), device=number.device)
 
 
 def _plates(site: Mapping[str, Any]) -> tuple[_Plate, ...]:
@@ -285,21 +401,22 @@ def _plates(site: Mapping[str, Any]) -> tuple[_Plate, ...]:
     return tuple(_Plate(frame.name, frame.dim, frame.size, frame.full_size or frame.size) for frame in frames)
 
 
-def _latents(trace: poutine.Trace) -> tuple[dict[str, _Latent], _Plate | None]:
-    """The latent sites, and the data's plate: the one of that name, or else the outermost of an observed site."""
+def _latents(trace: poutine.Trace, count: int) -> tuple[dict[str, _Latent], _Plate | None]:
+    """The latent sites, and the data's plate: the one called "data", else the outermost of an observed site that has
+    `count` elements, else the outermost of one."""
     latents: dict[str, _Latent] = {}
-    observed: list[_Plate] = []
-    named: list[_Plate] = []
+    candidates: list[tuple[bool, bool, _Plate]] = []
     for name, site in trace.nodes.items():
         if site["type"] != "sample" or type(site["fn"]).__name__ == "_Subsample":
             continue
         plates = _plates(site)
-        named += [plate for plate in plates if plate.name == "data"]
-        if site["is_observed"]:
-            observed += plates
-        elif site["infer"].get("enumerate") != "parallel":  # else the estimator sums it out
-            latents[name] = _Latent(name, site)
-    return latents, next(iter(named), min(observed, key=lambda plate: plate.dim, default=None))
+        if not site["is_observed"]:
+            if site["infer"].get("enumerate") != "parallel":  # else the estimator sums it out
+                latents[name] = _Latent(name, site)
+            candidates += [(False, True, plate) for plate in plates if plate.name == "data"]
+        elif not site["infer"].get("_deterministic"):
+            candidates += [(plate.name != "data", count not in plate[2:], plate) for plate in plates]
+    return latents, min(candidates, key=lambda each: each[:2], default=(None, None, None))[2]
 
 
 def _check_static(sites: Mapping[str, _Latent], again: Mapping[str, _Latent]) -> None:
@@ -331,10 +448,11 @@ def _parents(
 def _arguments(model: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """A call's arguments by the model's names for them."""
     signature = inspect.signature(getattr(model, "forward", model))
-    try:
-        return dict(signature.bind_partial(*args, **kwargs).arguments)
-    except TypeError:
-        return dict(kwargs)
+    arguments = dict(signature.bind_partial(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            arguments |= arguments.pop(name, {})
+    return arguments
 
 
 @contextlib.contextmanager

@@ -60,7 +60,7 @@ class Family(Declared):
         if len(self.event_shape) == 1:
             return distribution
         flat = torch.Size([self.event_shape.numel()])
-        return dist.TransformedDistribution(distribution, [ReshapeTransform(flat, self.event_shape)])
+        return dist.TransformedDistribution(distribution, [ReshapeTransform(flat, self.event_shape, cache_size=1)])
 
 
 class DiagonalNormal(Family):

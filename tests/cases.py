@@ -46,14 +46,22 @@ def vamp() -> Any:
     return model, AmortizedGuide(model, encoder=prior.encoder, family=prior.family)
 
 
-def two_levels() -> Tensor:
-    """A user's own prior: a plain function with two sites."""
-    top = pyro.sample("top", dist.Gamma(torch.ones(2), 1.0).to_event(1))
-    return pyro.sample("z", dist.Normal(0.0, 1 + top).to_event(1))
+class TwoLevels(priors.Prior):
+    """A user's own prior with two sites."""
+
+    one: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("one", torch.ones(2), persistent=False)
+
+    def forward(self) -> Any:
+        top = pyro.sample("top", dist.Gamma(self.one, 1.0).to_event(1))
+        return pyro.sample("z", dist.Normal(0 * top, 1 + top).to_event(1))
 
 
 def mixed() -> tuple[Any, Any]:
-    return vae((4,), small, prior=two_levels, decoder=small)
+    return vae((4,), small, prior=TwoLevels(), decoder=small)
 
 
 class TwoSites(PyroModule):
@@ -134,7 +142,7 @@ CASES = [
         lambda: torch.rand(20, 4).round(),
     ),
     Case("two_sites", two_sites, lambda: torch.randn(20, 4)),
-    Case("function_prior", mixed, lambda: torch.rand(20, 4).round()),
+    Case("two_site_prior", mixed, lambda: torch.rand(20, 4).round()),
     Case("vamp_prior", vamp, lambda: torch.rand(20, 4).round()),
     *(
         Case(

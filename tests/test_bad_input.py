@@ -191,7 +191,7 @@ CASES = {
     "stray word": ("fit digits", r"expected options, got 'digits': data go by --data digits", None),
     "no run": ("evaluate", r"expected one RUN, got none: pyro-vae evaluate runs/latest", None),
     "two runs": ("evaluate a b", r"expected one RUN, got a b: pyro-vae evaluate", None),
-    "unknown class": ("fit --model VAEE", r"--model, one of VAE, LinearVAE.*, got 'VAEE': did you mean VAE\?", None),
+    "unknown class": ("fit --model VAEE", r"--model, one of VAE, .*LinearVAE.*, got 'VAEE': did you mean VAE\?", None),
     "unknown module": ("fit --model nowhere.Net", r"an import path.*, got 'nowhere.Net': No module", None),
     "unknown attribute": ("fit --model pyro_vae.models.Net", r"an import path.*got 'pyro_vae.models.Net'", None),
     "no class": (

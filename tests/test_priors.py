@@ -120,6 +120,22 @@ def test_hierarchical_prior_is_read_from_the_top():
         priors.Hierarchical((5,))
 
 
+def two_levels():
+    top = pyro.sample("top", dist.Gamma(torch.ones(2), 1.0).to_event(1))
+    return pyro.sample("z", dist.Normal(0.0, 1 + top).to_event(1))
+
+
+def test_a_function_with_several_sites_is_a_prior(tmp_path):
+    torch.manual_seed(0)
+    model = VAE((4,), prior=two_levels)
+    guide = AmortizedGuide(model)
+    assert list(guide.heads) == ["top", "z"]
+    x = torch.rand(20, 4).round()
+    run = fit(model, guide, x, epochs=2, batch_size=10, out=tmp_path / "run", progress=False)
+    scores = [evaluate(r.model, r.guide, x, num_samples=5, progress=False) for r in (run, load_run(run.path))]
+    assert torch.equal(*(score.per_datum["elbo"] for score in scores))
+
+
 LIKELIHOODS = {
     "Laplace": (
         likelihoods.Laplace(),
