@@ -43,13 +43,15 @@ class AmortizedGuide(Configured, PyroModule):
     the place of NaN. A site gets the mean of the features over plates that it is not in, and is told which element it
     is of plates that they do not have. The data's plate is the one called "data", else the outermost of an observed
     site that has as many elements as the first tensor. A latent site that a call observes is conditioned on, not drawn:
-    its value is the argument of its name. The sizes come from `example`, ``(args, kwargs)`` of a call, else
-    from a draw ``model(num_data=2)``, else from the first call. The model is not a submodule: its parameters are its
-    own.
+    its value is the argument of its name. The model is traced once for each signature of its arguments, for plates,
+    scales and what is observed, which must follow from these alone. The sizes come from `example`, ``(args, kwargs)``
+    of a call, else from a draw ``model(num_data=2)``, else from the first call. The model is not a submodule: its
+    parameters are its own.
 
     Raises:
         ValueError: sites, shapes or supports that differ between two runs of the model; supports that differ from datum
-            to datum; sequential plates; unbounded counts; features that do not broadcast to a site's plates.
+            to datum; masked latent sites; sequential plates; unbounded counts; features that do not broadcast to a
+            site's plates; rows of a plate that are neither drawn by it nor given.
 
     Example:
         >>> from pyro_vae.models import VAE
@@ -111,7 +113,7 @@ class AmortizedGuide(Configured, PyroModule):
             like = inputs if inputs.is_floating_point() else torch.empty(0, device=inputs.device)
             self.encoder = bind(MLP() if encoder is None else encoder, inputs.shape[1:]).to(like)
             with _untouched(self.encoder), poutine.block(), torch.no_grad():
-                h, _ = self._encode(args, kwargs)
+                h, _ = self._encode(self._call(args, kwargs), args, kwargs)
             features = h.shape[-1]
             self._seen_in = tuple(dim for dim in range(1 - h.dim(), 0) if h.shape[dim - 1] > 1)
         for name, site in sites.items():
@@ -145,19 +147,19 @@ class AmortizedGuide(Configured, PyroModule):
         """``q(z | x)`` of a latent site that depends on no other, as a distribution with batch shape ``(B,)``."""
         if site not in self.heads or self._parents[site]:
             raise ValueError(f"q({site} | x) depends on other draws, or is no latent site: use guide(...)")
-        return self._q(site, self.heads[site], *self._encode(args, kwargs), {})
+        return self._q(site, self.heads[site], *self._encode(self._call(args, kwargs), args, kwargs), {})
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draw every latent site; returns ``{site: value}``."""
         if not self.heads:
             self._build(args, kwargs)
-        h, plates = self._encode(args, kwargs)
+        call = self._call(args, kwargs)
+        h, plates = self._encode(call, args, kwargs)
         given = _arguments(self._declared[0], args, kwargs)
-        observed = self._calls.of(self._declared[0], self._sites, args, kwargs).observed
         values: dict[str, Tensor] = {}
         draws, heads = {}, self.heads  # looked up once, as Pyro registers what it finds
         for name, site in self._sites.items():
-            if name in observed:
+            if name in call.observed:
                 if not isinstance(given.get(name), Tensor):
                     raise ValueError(
                         f'expected the value of the observed site "{name}" as the argument {name}, got none'
@@ -170,9 +172,11 @@ class AmortizedGuide(Configured, PyroModule):
                 values[name] = draws[name] = pyro.sample(name, self._q(name, heads[name], h, plates, values))
         return draws
 
-    def _encode(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    def _call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Call:
+        return self._calls.of(self._declared[0], self._sites, args, kwargs)
+
+    def _encode(self, call: _Call, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """Features, ``(*plates, features)``, and the plates."""
-        call = self._calls.of(self._declared[0], self._sites, args, kwargs)
         known = {plate.name: call.plates[plate.name] for site in self._sites.values() for plate in site.plates}
         data = known.pop(self._data.name, None) if self._data else None
         plates = {name: pyro.plate(name, plate.full_size, plate.size, dim=plate.dim) for name, plate in known.items()}

@@ -164,7 +164,7 @@ class Flow(Family):
     Density: ``ln q(z|h) = ln q(z_0|h) - sum_k ln |df_k/dz_{k-1}|``, of a draw from the pass that made it.
     """
 
-    def __init__(self, transforms: int, base: Family | None = None) -> None:
+    def __init__(self, transforms: int = 4, base: Family | None = None) -> None:
         super().__init__()
         self.transforms = positive("transforms", transforms)
         self.base = DiagonalNormal() if base is None else base
@@ -202,9 +202,6 @@ class Planar(Flow):
         torch.Size([5, 3])
     """
 
-    def __init__(self, transforms: int = 10, base: Family | None = None) -> None:
-        super().__init__(transforms, base)
-
     def build_flow(self, features: int, dim: int) -> None:
         self.heads = Heads(features, (self.transforms, dim), (self.transforms, dim), (self.transforms, 1))
 
@@ -219,9 +216,6 @@ class Radial(Flow):
         >>> Radial(transforms=4).bind(10, (3,))(torch.zeros(5, 10)).rsample().shape
         torch.Size([5, 3])
     """
-
-    def __init__(self, transforms: int = 10, base: Family | None = None) -> None:
-        super().__init__(transforms, base)
 
     def build_flow(self, features: int, dim: int) -> None:
         self.heads = Heads(features, (self.transforms, dim), (self.transforms, 1), (self.transforms, 1))
@@ -310,9 +304,6 @@ class TriangularSylvester(_Sylvester):
         >>> TriangularSylvester(transforms=2).bind(10, (3,))(torch.zeros(5, 10)).rsample().shape
         torch.Size([5, 3])
     """
-
-    def __init__(self, transforms: int = 4, base: Family | None = None) -> None:
-        super().__init__(transforms, base)
 
     def build_basis(self, features: int, dim: int, columns: int) -> None:
         self.register_buffer("identity", torch.eye(dim), persistent=False)

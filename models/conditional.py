@@ -69,7 +69,9 @@ class _Wider(Declared):
         self.network, self.more = network, more
 
     def build(self, input_shape: Sequence[int], output_shape: Sequence[int]) -> None:
-        self.network = bind(self.network, (*input_shape[:-1], input_shape[-1] + self.more), output_shape)
+        if len(input_shape) != 1:
+            raise ValueError(f"expected a prior over vectors, got one over {tuple(input_shape)}: take a flat one")
+        self.network = bind(self.network, (input_shape[0] + self.more,), output_shape)
 
     def forward(self, h: Tensor) -> Tensor:
         return self.network(h)

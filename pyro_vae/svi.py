@@ -204,11 +204,8 @@ class SVI(pyro.infer.SVI):
         for parameter in self.parameters.values():
             parameter.grad = None
         sites, looked = [], False
-        with (
-            contextlib.suppress(Exception),
-            torch.no_grad(),
-            pyro.validation_enabled(False),
-        ):  # a loss may call otherwise
+        # a loss of the user's own may call the programs otherwise
+        with contextlib.suppress(Exception), torch.no_grad(), pyro.validation_enabled(False):
             guide_trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
             model_trace = poutine.trace(poutine.replay(self.model, guide_trace)).get_trace(*args, **kwargs)
             sites = [site for trace in (guide_trace, model_trace) for site in _broken_sites(trace)]

@@ -1376,7 +1376,7 @@ class TestWhatIsReadOutOfSight:
 
             return location_model, hooked, lambda svi: factor.update({"is": 0.1})
 
-        self.trajectories(make)
+        assert self.trajectories(make).fallback_reason is None
 
     def test_a_parameter_that_appears_with_draws_of_its_own(self, recorded):
         def make():

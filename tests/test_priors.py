@@ -16,7 +16,7 @@ from torch import nn
 from pyro_vae import CompiledSVI, evaluate, fit, load_run
 from pyro_vae.distributions import WithMissing
 from pyro_vae.guides import AmortizedGuide, families
-from pyro_vae.models import VAE, LinearVAE, likelihoods, priors
+from pyro_vae.models import VAE, ConditionalVAE, LinearVAE, likelihoods, priors
 from pyro_vae.nn import MLP
 
 ENCODER = MLP((8,), activation="tanh")
@@ -188,6 +188,31 @@ def test_missing_values_are_marginalised():
     guide = shaken(AmortizedGuide(model, ENCODER), 0.1)
     widened(guide.heads["z"])
     assert_mean_weight_is(exact, log_weights(model, guide, 200_000, x))
+
+
+def test_covariates_shift_the_conditional_evidence(tmp_path):
+    """x | y of a linear decoder: N(W_z 0 + W_y y + b, W_z W_z^T + s^2 I)."""
+    torch.manual_seed(0)
+    likelihood = likelihoods.Normal("shared", initial_scale=1.5)
+    model = ConditionalVAE((3,), 2, latent_dim=2, likelihood=likelihood, decoder=MLP(()))
+    x, y = torch.randn(1, 3), torch.randn(1, 2)
+    guide = AmortizedGuide(model, ENCODER, encoder_inputs=model.beside, example=((x, y), {}))
+    x, y = x.double(), y.double()
+    shaken(model, 0.3), shaken(guide, 0.1)
+    widened(guide.heads["z"])
+    layer = model.decoder.network.output
+    s2 = model.observation(torch.zeros(1, 2).double(), y).variance.diag_embed()
+    W = layer.weight[:, :2]
+    p = dist.MultivariateNormal(y @ layer.weight[:, 2:].mT + layer.bias, W @ W.mT + s2)
+    assert_mean_weight_is(p.log_prob(x).item(), log_weights(model, guide, 200_000, x, y))
+
+    with pytest.raises(ValueError, match=r"expected covariates y of shape \(B, 2\), got none"):
+        model(x)
+    with pytest.raises(ValueError, match=r"expected a prior over vectors, got one over \(2, 5\)"):
+        ConditionalVAE((3,), 2, prior=priors.Categorical(5, codes=2))
+    x, y = torch.randn(20, 3), torch.randn(20, 2)
+    run = fit(model.float(), guide.float(), (x, y), epochs=2, batch_size=10, out=tmp_path / "run", progress=False)
+    assert bool(run.evaluate((x, y), num_samples=5, progress=False).per_datum["elbo"].isfinite().all())
 
 
 def test_missing_values_are_refused_where_nothing_takes_them(tmp_path):
