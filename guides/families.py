@@ -64,16 +64,23 @@ class Family(Declared):
 
 
 class DiagonalNormal(Family):
-    """``q(z|h) = N(z; m(h), diag s(h)^2)`` with m and log s linear in h.
+    """``q(z|h) = N(z; m(h), diag s(h)^2)`` with m and log s linear in h, s near `initial_scale` before training.
 
     Example:
         >>> DiagonalNormal().bind(10, (3,))(torch.zeros(5, 10)).batch_shape
         torch.Size([5])
     """
 
+    def __init__(self, initial_scale: float = 1.0) -> None:
+        super().__init__()
+        if not initial_scale > 0:
+            raise ValueError(f"expected initial_scale > 0, got {initial_scale}: give a positive number")
+        self.initial_scale = initial_scale
+
     def build(self, features: int, event_shape: Sequence[int]) -> None:
         super().build(features, event_shape)
         self.heads = Heads(features, event_shape, event_shape)
+        self.heads.start(1, math.log(self.initial_scale))
 
     def forward(self, h: Tensor) -> dist.Distribution:
         location, log_scale = self.heads(h)

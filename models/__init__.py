@@ -4,8 +4,10 @@ if __name__ == "models":
     raise ImportError("expected `from pyro_vae import models`, got `import models`: this folder is pyro_vae.models")
 
 from . import likelihoods, priors
+from .bayesian import BayesianVAE
 from .conditional import ConditionalVAE
 from .linear import LinearVAE
+from .semi_supervised import SemiSupervisedVAE
 from .vae import VAE
 
-__all__ = ["VAE", "ConditionalVAE", "LinearVAE", "likelihoods", "priors"]
+__all__ = ["VAE", "BayesianVAE", "ConditionalVAE", "LinearVAE", "SemiSupervisedVAE", "likelihoods", "priors"]

@@ -51,7 +51,8 @@ class ConditionalVAE(VAE):
 
     def observation(self, z: Tensor, y: Tensor) -> dist.Distribution:  # type: ignore[override]
         """``p(x | z, y)`` for z of shape ``(*batch, latent)``."""
-        return self.likelihood(self.decoder(torch.cat([z, y.expand(*z.shape[:-1], -1)], dim=-1)))
+        batch = torch.broadcast_shapes(z.shape[:-1], y.shape[:-1])
+        return self.likelihood(self.decoder(torch.cat([z.expand(*batch, -1), y.expand(*batch, -1)], dim=-1)))
 
     def forward(self, x: Tensor | None = None, y: Tensor | None = None, *, num_data: int | None = None) -> Tensor:
         if y is None or y.shape[1:] != (self.covariates,):

@@ -56,11 +56,11 @@ class VAE(Configured, PyroModule):
         if isinstance(prior, torch.distributions.Distribution):
             self.prior = Fixed(prior)
         with torch.random.fork_rng(), torch.no_grad(), poutine.block(), pyro.plate("data", 1):
-            latent_shape = self.latent().shape[1:]
+            self.latent_shape = self.latent().shape[1:]
         self.likelihood = bind(Bernoulli() if likelihood is None else likelihood, event_shape)
         self.decoder = bind(
             MLP() if decoder is None else decoder,
-            latent_shape,
+            self.latent_shape,
             (self.likelihood.num_parameters, *event_shape),
         )
 

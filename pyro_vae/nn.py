@@ -58,13 +58,14 @@ class MLP(Declared):
 
     Shapes: ``(*batch, *input_shape) -> (*batch, *output_shape)``. Without an output shape the last hidden
     layer is the output, as an encoder wants it. ``hidden=()`` is a linear map, or with no output shape the identity.
+    The activation ``"glu"`` makes gated layers ``(W h + b) * sigmoid(V h + c)`` (arXiv 1612.08083).
 
     Example:
         >>> MLP(hidden=(32,), activation="tanh").bind((1, 8, 8), (10,))(torch.zeros(5, 1, 8, 8)).shape
         torch.Size([5, 10])
     """
 
-    def __init__(self, hidden: Sequence[int] = (256, 256), activation: Activation = "relu") -> None:
+    def __init__(self, hidden: Sequence[int] = (256, 256), activation: Literal["glu", Activation] = "relu") -> None:
         super().__init__()
         self.hidden = _sizes("hidden", hidden)
         self.activation = activation
@@ -73,7 +74,8 @@ class MLP(Declared):
         self.input_shape = torch.Size(input_shape)
         widths = [math.prod(input_shape), *self.hidden]
         self.output_shape = torch.Size(output_shape or widths[-1:])
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        parts = 2 if self.activation == "glu" else 1
+        self.layers = nn.ModuleList(nn.Linear(a, parts * b) for a, b in zip(widths, widths[1:], strict=False))
         self.output = nn.Linear(widths[-1], math.prod(output_shape)) if output_shape else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -102,6 +104,12 @@ class Heads(nn.Module):
             self.linear = nn.Linear(features, sum(self.sizes))
         else:
             self.value = nn.Parameter(0.1 * torch.randn(sum(self.sizes)))
+
+    @torch.no_grad()
+    def start(self, index: int, value: float) -> None:
+        """Add a constant to the tensor of this index, before training."""
+        constant = self.linear.bias if hasattr(self, "linear") else self.value
+        constant.split(self.sizes)[index].add_(value)
 
     def forward(self, h: Tensor) -> list[Tensor]:
         value = self.linear(h) if hasattr(self, "linear") else self.value

@@ -203,6 +203,7 @@ def fit(
         if progress and isinstance(svi, CompiledSVI) and svi.compiled:
             tqdm.write(f"compiled the step in {svi.compile_seconds:.0f} s", file=sys.stderr)
         steps_per_epoch = -(-len(data) // batch_size)
+        share = _share(svi, data)
         bar = tqdm(total=epochs * steps_per_epoch, initial=svi.steps, unit="step", disable=None if progress else True)
         while state.epoch < epochs and not state.finished:
             order = torch.randperm(len(data), generator=_generator("cpu", seed, state.epoch)).to(place)
@@ -215,7 +216,7 @@ def fit(
                         group["lr"] = given["lr"] * learning_rate(now)
                 args, kwargs = data.batch(index, state.generator)
                 with scale or contextlib.nullcontext():
-                    state.total = state.total + svi.step_async(*args, **kwargs).reshape(-1)[0]
+                    state.total = state.total + svi.step_async(*args, **kwargs).reshape(-1)[0] * share(len(index))
                 state.position += 1
                 bar.update()
                 if interrupted.is_set() or time.monotonic() - state.saved > SAVE_EVERY:
@@ -228,7 +229,7 @@ def fit(
             record: dict[str, Any] = {"epoch": state.epoch + 1, "steps": svi.steps}
             record["bound"] = data.log_jacobian - float(state.total) / len(data)
             if held_out is not None:
-                record["valid"] = _validation_bound(svi, held_out, 8 * batch_size, seed)
+                record["valid"] = _validation_bound(svi, held_out, share, 8 * batch_size, seed)
             record["kl_weight"] = kl_weight((svi.steps - 1) / steps_per_epoch) if kl_weight else 1.0
             record["learning_rate"] = svi.update.groups[0].get("lr")
             state.end_epoch(record, patience)
@@ -408,7 +409,17 @@ def _with_params(program: Any, params: dict[str, Tensor]) -> Any:
     return scoped
 
 
-def _validation_bound(svi: SVI, data: Data, batch_size: int, seed: int) -> float:
+def _share(svi: SVI, data: Data) -> Callable[[int], float]:
+    """Batch size -> the share of a batch in the data that its loss stands for, where the model scales its plate."""
+    args, kwargs = data.batch(torch.zeros(1, dtype=torch.long, device=data.args[0].device))
+    with torch.random.fork_rng(), torch.no_grad(), poutine.block(), evaluating(*svi.modules.values()):
+        trace = poutine.trace(svi.model).get_trace(*args, **kwargs)
+    frames = [frame for _, site in samples(trace) if site["is_observed"] for frame in site["cond_indep_stack"]]
+    size = next((frame.full_size for frame in frames if frame.size == 1 and (frame.full_size or 1) > 1), None)
+    return lambda rows: rows / size if size else 1.0
+
+
+def _validation_bound(svi: SVI, data: Data, share: Callable[[int], float], batch_size: int, seed: int) -> float:
     """The bound at KL weight 1, in eval mode, on a random stream of its own that is the same at each epoch."""
     total = 0.0
     with torch.random.fork_rng(), torch.no_grad(), evaluating(*svi.modules.values()):
@@ -417,7 +428,7 @@ def _validation_bound(svi: SVI, data: Data, batch_size: int, seed: int) -> float
         for index in torch.arange(len(data), device=data.args[0].device).split(batch_size):
             args, kwargs = data.batch(index, generator)
             loss = svi.loss(svi.model, svi.guide, *args, **kwargs)
-            total += float(loss[0] if isinstance(loss, tuple) else loss)
+            total += float(loss[0] if isinstance(loss, tuple) else loss) * share(len(index))
     return data.log_jacobian - total / len(data)
 
 
@@ -477,13 +488,14 @@ def _check_schedules(loss: Any, optimizer: Any, learning_rate: Schedule | None, 
 
 
 def _check_support(svi: SVI, data: Data | None) -> None:
-    """Every datum lies in the support of the observed site that holds it."""
+    """Every datum lies in the support of the observed site that holds it where the loss calls the model."""
     if data is None:
         return
     args, kwargs = data.batch(torch.zeros(1, dtype=torch.long, device=data.args[0].device))
     with torch.random.fork_rng(), torch.no_grad(), pyro.validation_enabled(False), evaluating(*svi.modules.values()):
-        trace = poutine.trace(svi.model).get_trace(*args, **kwargs)
-    for name, site in samples(trace):
+        model = poutine.trace(svi.model)
+        svi.loss(model, svi.guide, *args, **kwargs)
+    for name, site in samples(model.trace):
         for given, observed in zip(args, (data.observed,) if isinstance(data, Split) else data.args, strict=True):
             if site["is_observed"] and site["value"] is given:
                 check_support(name, site["fn"], observed)

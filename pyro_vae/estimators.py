@@ -1,0 +1,73 @@
+"""Estimators, objectives of Pyro's form: ``loss(model, guide, *data)`` is minus a bound in nats, summed over data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.infer import TraceEnum_ELBO, config_enumerate
+from torch import Tensor
+
+__all__ = ["SemiSupervisedELBO"]
+
+
+class SemiSupervisedELBO(TraceEnum_ELBO):
+    """Labels for some of the data, the last argument, and none for the rest (arXiv 1406.5298)::
+
+        sum_{labelled} L(x, y) + sum_{others} U(x),     U(x) = sum_y q(y|x) [L(x, y) - ln q(y|x)]
+
+    L is the ELBO given x and y; U that of x alone, with y, and every other discrete site, summed out. Labels are
+    one-hot, ``(B, classes)``, with NaN in rows without one. The gradient has ``classification * sum_{labelled}
+    ln q(y|x)`` beside, the term that trains the classifier on the labels; the loss that is reported leaves it out.
+
+    Args:
+        classification: weight of that term.
+        site: the label's name in model and guide; both take its value as their last argument, and draw it without.
+
+    Raises:
+        ValueError: a last argument that is no tensor with rows of labels; a guide without the site.
+
+    Example: see `pyro_vae.models.SemiSupervisedVAE`.
+    """
+
+    def __init__(self, *args: Any, classification: float = 1.0, site: str = "y", **kwargs: Any) -> None:
+        super().__init__(*args, **{"strict_enumeration_warning": False, **kwargs})  # the labelled have nothing to sum
+        if classification < 0:
+            raise ValueError(f"expected classification >= 0, got {classification}: give a weight")
+        self.classification, self.site = classification, site
+
+    def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
+        labelled, others, drawn = self._calls(model, guide, *args)
+        loss = super().differentiable_loss(*labelled, **kwargs) + super().differentiable_loss(*others, **kwargs)
+        if self.site not in drawn.trace.nodes:
+            raise ValueError(f'expected a guide with the latent site "{self.site}", got {list(drawn.trace.nodes)}')
+        log_q = drawn.trace.nodes[self.site]["fn"].log_prob(labelled[-1])
+        surrogate = self.classification * torch.where(args[-1].isfinite().all(-1), log_q, 0.0).sum(-1).mean()
+        return loss - (surrogate - surrogate.detach())
+
+    def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        loss.backward()
+        return loss.item()
+
+    def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
+        labelled, others, _ = self._calls(model, guide, *args)
+        return super().loss(*labelled, **kwargs) + super().loss(*others, **kwargs)
+
+    def _calls(self, model: Callable, guide: Callable, *args: Any) -> tuple[tuple, tuple, Any]:
+        """Programs and arguments for the labelled and for the others, and the guide that keeps q(y | x)."""
+        *data, y = args
+        if not isinstance(y, Tensor) or y.dim() != 2:
+            came = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+            raise ValueError(
+                f"expected one-hot labels (B, classes) as the last argument, NaN where missing, got {came}: train on "
+                "(x, y)"
+            )
+        known = y.isfinite().all(-1)
+        label = torch.where(known[:, None], y, torch.eye(y.shape[1], dtype=y.dtype, device=y.device)[0])
+        drawn = poutine.trace(guide)
+        labelled = (poutine.mask(model, mask=known), poutine.mask(guide, mask=known), *data, label)
+        others = (poutine.mask(model, mask=~known), config_enumerate(poutine.mask(drawn, mask=~known)), *data)
+        return labelled, others, drawn
