@@ -24,6 +24,7 @@ from pyro import poutine
 from pyro.infer.util import Dice
 from pyro.poutine import runtime
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
@@ -339,7 +340,8 @@ class _Recording:
             self.plain = self.outputs == pytree.tree_structure((*results,)) and not any(self.fixed)
             return [result for result in results if isinstance(result, Tensor)]
 
-        with _recordable():
+        one_for_all = torch._guards.TracingContext(FakeTensorMode())  # else make_fx builds one for each operation
+        with _recordable(), torch._guards.tracing(one_for_all):
             apart = [tensor.detach() for tensor in self._tensors(leaves)]  # from what the program reads elsewhere
             return _owning(make_fx(function)(*apart))
 
