@@ -4,11 +4,12 @@ ifeq ($(strip $(HOME)),)
 unexport HOME
 endif
 
-.PHONY: help run test install clean
+.PHONY: help run test matrix install clean
 
 help:
 	@echo 'make run [DATA=FILE] [ARGS=OPTIONS]   train a model; ARGS go to pyro-vae fit'
 	@echo 'make test [ARGS=OPTIONS]              lint, types, tests and doctests; ARGS go to pytest'
+	@echo 'make matrix                           every prior x family x likelihood, half an hour'
 	@echo 'make install                          make .venv, or bring it up to date (run and test make it when missing)'
 	@echo 'make clean                            remove .venv, builds and caches; runs/ stays'
 	@echo
@@ -25,6 +26,9 @@ test: .venv/.installed
 	.venv/bin/python -m ruff format --check .
 	.venv/bin/python -m mypy
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -rs --doctest-modules pyro_vae tests $(ARGS)
+
+matrix: .venv/.installed
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -q tests/test_matrix.py --matrix $(ARGS)
 
 install:
 	@sh scripts/install.sh

@@ -106,6 +106,12 @@ class AmortizedGuide(Configured, PyroModule):
         for given in (families, {} if isinstance(dependencies, str) else dependencies):
             if not given.keys() <= sites.keys():
                 raise ValueError(f"expected names among the latent sites {list(sites)}, got {list(given)}")
+        for name in families if isinstance(family, Mapping) else ():
+            if sites[name].is_discrete and not isinstance(families[name], Bernoulli | Categorical):
+                raise ValueError(
+                    f'expected a discrete family for latent site "{name}" on {sites[name].base}, got '
+                    f"{type(families[name]).__name__}: leave it out, and it gets its own"
+                )
         self._sites = sites
         features, like = 0, torch.empty(0)
         if any(self._data in site.plates for site in sites.values()):
@@ -338,19 +344,27 @@ class _Latent:
         return biject_to(self.support).inverse_shape(self.event_shape)
 
     def head(self, family: Family, features: int) -> Any:
-        """The family's, or a discrete one, bound to this site."""
+        """The family, or the one of this site's discrete support, bound to it."""
+        own: type[Bernoulli] | type[Categorical] | None = None
         if self.base is constraints.boolean:
-            return bind(Bernoulli(), features, self.event_shape)
-        if self.base is constraints.one_hot:
-            return bind(family if isinstance(family, Categorical) else Categorical(), features, self.event_shape)
-        if self.categories is not None:
-            return bind(Categorical(), features, self.event_shape, self.categories)
-        if self.is_discrete:
+            own = Bernoulli
+        elif self.base is constraints.one_hot or self.categories is not None:
+            own = Categorical
+        if self.is_discrete and own is None:
             raise ValueError(
                 f'expected latent site "{self.name}" with a finite or a continuous support, got {self.base}: sum it '
                 "out in the model, or take a distribution with a bound"
             )
-        return bind(family, features, self.bare_shape)
+        if isinstance(family, Bernoulli | Categorical) and type(family) is not own:
+            fitting = own.__name__ if own else "a continuous one"
+            raise ValueError(
+                f'expected a family over the support of latent site "{self.name}", {self.base}, got '
+                f"{type(family).__name__}: take {fitting}"
+            )
+        if own is None:
+            return bind(family, features, self.bare_shape)
+        family = family if isinstance(family, own) else own()
+        return bind(family, features, self.event_shape, *([] if self.categories is None else [self.categories]))
 
     def constrained(self, q: Any) -> Any:
         """q over the site's support, from q over real numbers; q itself where the support is these, or discrete."""

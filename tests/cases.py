@@ -1,4 +1,6 @@
-"""THE table of (model, guide, batch): every law of test_laws.py is checked on every row."""
+"""THE tables: priors, families and likelihoods, of which every test of their kind and the matrix take every row, and
+pairs of model and guide, on which every law of test_laws.py is checked.
+"""
 
 from __future__ import annotations
 
@@ -64,6 +66,12 @@ def mixed() -> tuple[Any, Any]:
     return vae((4,), small, prior=TwoLevels(), decoder=small)
 
 
+def two_levels() -> Tensor:
+    """A user's own prior as a function with two sites."""
+    top = pyro.sample("top", dist.Gamma(torch.ones(2), 1.0).to_event(1))
+    return pyro.sample("z", dist.Normal(torch.zeros_like(top), 1 + top).to_event(1))
+
+
 class TwoSites(PyroModule):
     """A user's own model: z_1 ~ N(0, I_2), z_2 | z_1 ~ N(z_1, I_2), x | z_2 ~ N(W z_2, 0.5^2 I_4)."""
 
@@ -97,6 +105,53 @@ def with_gaps() -> Tensor:
 
 
 small = MLP(hidden=(12,), activation="tanh")
+hidden = {"hidden": (16, 16)}
+
+FLOWS = {
+    "Planar": families.Planar(2),
+    "Radial": families.Radial(2),
+    "OrthogonalSylvester": families.OrthogonalSylvester(2, columns=2),
+    "HouseholderSylvester": families.HouseholderSylvester(2, reflections=2),
+    "TriangularSylvester": families.TriangularSylvester(2),
+    "IAF": families.IAF(2, **hidden),
+    "MAF": families.MAF(2, **hidden),
+    "RealNVP": families.RealNVP(2, **hidden),
+    "AutoregressiveSpline": families.AutoregressiveSpline(2, **hidden),
+    "CouplingSpline": families.CouplingSpline(2, **hidden),
+}
+FAMILIES = {
+    "DiagonalNormal": families.DiagonalNormal(),
+    "MultivariateNormal": families.MultivariateNormal(),
+    "LowRankMultivariateNormal": families.LowRankMultivariateNormal(2),
+    **FLOWS,
+}
+DISCRETE = {"Categorical": families.Categorical(), "Bernoulli": families.Bernoulli()}
+PRIORS: dict[str, Callable[[], Any]] = {  # of three dimensions, for data of four
+    "StandardNormal": lambda: priors.StandardNormal(3),
+    "Laplace": lambda: priors.Laplace(3, 2.0, learned=True),
+    "Gamma": lambda: priors.Gamma(3, 2.0, 3.0),
+    "Dirichlet": lambda: priors.Dirichlet(3, 0.5),
+    "Categorical": lambda: priors.Categorical(3, codes=2, learned=True),
+    "GaussianMixture": lambda: priors.GaussianMixture(3, 4),
+    "full GaussianMixture": lambda: priors.GaussianMixture(3, 4, "full"),
+    "VampPrior": lambda: priors.VampPrior((4,), 3, small, families.DiagonalNormal(), 6),
+    "Flow": lambda: priors.Flow(3, families.RealNVP(2, (8,))),
+    "Hierarchical": lambda: priors.Hierarchical((3, 2), small),
+    "Fixed": lambda: priors.Fixed(dist.StudentT(torch.tensor(3.0), torch.zeros(3), 1.0).to_event(1)),
+    "function": lambda: two_levels,
+}
+LIKELIHOODS: dict[str, tuple[likelihoods.Likelihood, Callable[[], Tensor]]] = {
+    "Bernoulli": (likelihoods.Bernoulli(), lambda: torch.rand(20, 4).round()),
+    "Binomial": (likelihoods.Binomial(16), lambda: torch.randint(0, 17, (20, 4)).float()),
+    "ContinuousBernoulli": (likelihoods.ContinuousBernoulli(), lambda: torch.rand(20, 4)),
+    "Normal": (likelihoods.Normal(), real),
+    "Laplace": (likelihoods.Laplace(), real),
+    "StudentT": (likelihoods.StudentT(), real),
+    "Categorical": (likelihoods.Categorical(3), codes),
+    "Poisson": (likelihoods.Poisson(), codes),
+    "NegativeBinomial": (likelihoods.NegativeBinomial(), codes),
+    "Missing": (likelihoods.Missing(likelihoods.Normal()), with_gaps),
+}
 CASES = [
     Case(
         "bernoulli", lambda: vae((1, 4, 4), small, latent_dim=3, decoder=small), lambda: torch.rand(20, 1, 4, 4).round()

@@ -36,3 +36,7 @@ def fresh_state():
 def skip_without_cuda(request):
     if request.node.get_closest_marker("cuda") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--matrix", action="store_true", help="every prior x family x likelihood, not a covering array")

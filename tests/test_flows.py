@@ -5,38 +5,21 @@ import sys
 
 import pytest
 import torch
+from cases import FAMILIES, FLOWS
 from torch.autograd.functional import jacobian
 
 from pyro_vae.distributions import OnePass
 from pyro_vae.guides import families
 
-SMALL = {"hidden": (16, 16)}
-FLOWS = {
-    "Planar": families.Planar(3),
-    "Radial": families.Radial(3),
-    "OrthogonalSylvester": families.OrthogonalSylvester(2, columns=2),
-    "HouseholderSylvester": families.HouseholderSylvester(2, reflections=2),
-    "TriangularSylvester": families.TriangularSylvester(2),
-    "IAF": families.IAF(2, **SMALL),
-    "MAF": families.MAF(2, **SMALL),
-    "RealNVP": families.RealNVP(3, **SMALL),
-    "AutoregressiveSpline": families.AutoregressiveSpline(2, **SMALL),
-    "CouplingSpline": families.CouplingSpline(3, **SMALL),
-}
-NORMALS = {
-    "DiagonalNormal": families.DiagonalNormal(),
-    "MultivariateNormal": families.MultivariateNormal(),
-    "LowRankMultivariateNormal": families.LowRankMultivariateNormal(2),
-}
 every_flow = pytest.mark.parametrize("name", FLOWS)
-every_family = pytest.mark.parametrize("name", [*NORMALS, *FLOWS])
+every_family = pytest.mark.parametrize("name", FAMILIES)
 
 
 def bound(name, dim=4, features=5, spread=1.0):
     """The family with large random parameters, in float64."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        family = {**NORMALS, **FLOWS}[name].bind(features, (dim,)).double()
+        family = FAMILIES[name].bind(features, (dim,)).double()
         with torch.no_grad():
             for parameter in family.parameters():
                 fan_in = parameter.shape[-1] if parameter.dim() > 1 else 1
@@ -137,7 +120,7 @@ def test_the_density_depends_on_the_features(name):
 
 @every_family
 def test_events_of_any_shape(name):
-    family = {**NORMALS, **FLOWS}[name].bind(5, (2, 3))
+    family = FAMILIES[name].bind(5, (2, 3))
     q = family(torch.randn(7, 5))
     z = q.rsample()
     assert z.shape == (7, 2, 3) and q.log_prob(z).shape == (7,)

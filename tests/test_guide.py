@@ -8,11 +8,11 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import FAMILIES
 from pyro import poutine
 from pyro.infer import Predictive, Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from pyro.nn import PyroModule
 from sklearn.mixture import GaussianMixture as Mixture
-from test_flows import FLOWS, NORMALS
 from torch import nn
 
 from pyro_vae import CompiledSVI
@@ -119,11 +119,11 @@ CONJUGATES = {f.__name__: f for f in (gamma_poisson, dirichlet_multinomial, beta
 
 
 @pytest.mark.parametrize("model_name", CONJUGATES)
-@pytest.mark.parametrize("family_name", [*NORMALS, *FLOWS])
+@pytest.mark.parametrize("family_name", FAMILIES)
 def test_mean_weight_is_the_evidence(model_name, family_name):
     torch.manual_seed(2)
     model, x = CONJUGATES[model_name]()
-    guide = shaken(AmortizedGuide(model, ENCODER, {**NORMALS, **FLOWS}[family_name], example=((x,), {})), 0.1)
+    guide = shaken(AmortizedGuide(model, ENCODER, FAMILIES[family_name], example=((x,), {})), 0.1)
     widened(guide.heads["z"])
     assert_mean_weight_is(float(model.log_evidence(x)), log_weights(model, guide, 100_000, x))
 
@@ -632,6 +632,26 @@ def test_what_cannot_be_amortised_is_refused_by_name(name):
     torch.manual_seed(3)
     with pytest.raises(ValueError, match=message), pyro.validation_enabled(False):
         AmortizedGuide(model, ENCODER, example=((torch.randn(5, 2),), {}))
+
+
+def test_families_of_another_support_are_refused():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            c = pyro.sample("c", dist.OneHotCategorical(logits=torch.zeros(3)))
+            pyro.sample("x", dist.Normal(x, 1.0).to_event(1), obs=x + 0 * z + 0 * c[..., :2])
+
+    example = ((torch.randn(5, 2),), {})
+    for family, message in (
+        (families.Categorical(), r'latent site "z", Real\(\), got Categorical: take a continuous one'),
+        (families.Bernoulli(), 'latent site "z"'),
+        ({"c": families.Bernoulli()}, 'latent site "c", OneHot.*, got Bernoulli: take Categorical'),
+        ({"c": families.IAF()}, 'expected a discrete family for latent site "c"'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            AmortizedGuide(model, ENCODER, family, example=example)
+    guide = AmortizedGuide(model, ENCODER, {"c": families.Categorical()}, example=example)
+    assert guide(example[0][0])["c"].sum() == 5
 
 
 def test_features_that_fit_no_plate_are_refused():

@@ -1,0 +1,108 @@
+"""prior x family x likelihood: a pairwise covering array of these, or with ``--matrix`` (`make matrix`) all of them."""
+
+import itertools
+
+import pyro
+import pytest
+import torch
+from cases import DISCRETE, FAMILIES, LIKELIHOODS, PRIORS, small
+from pyro import poutine
+from pyro.infer import Trace_ELBO
+
+import pyro_vae.compiled
+from pyro_vae import CompiledSVI, checkpoint
+from pyro_vae.evaluation import log_weights, samples
+from pyro_vae.guides import AmortizedGuide
+from pyro_vae.models import VAE
+
+FAMILIES = FAMILIES | DISCRETE
+
+
+def covering_array():
+    """Triples in which every two values of two columns meet."""
+    for (i, prior), (j, family) in itertools.product(enumerate(PRIORS), enumerate(FAMILIES)):
+        yield prior, family, list(LIKELIHOODS)[(i + j) % len(LIKELIHOODS)]
+
+
+def pytest_generate_tests(metafunc):
+    if "triple" in metafunc.fixturenames:
+        everything = metafunc.config.getoption("--matrix")
+        triples = itertools.product(PRIORS, FAMILIES, LIKELIHOODS) if everything else covering_array()
+        metafunc.parametrize("triple", list(triples), ids="-".join)
+
+
+def makes_sense(prior, family, likelihood):
+    """A discrete family is for codes of its kind."""
+    return family not in DISCRETE or family == prior == "Categorical"
+
+
+@pytest.fixture(autouse=True)
+def double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def pair(prior, family, likelihood, seed=0):
+    """Model, guide and data of these names."""
+    torch.manual_seed(seed)
+    p = PRIORS[prior]()
+    model = VAE((4,), prior=p, likelihood=LIKELIHOODS[likelihood][0], decoder=small)
+    guide = AmortizedGuide(model, getattr(p, "encoder", small), FAMILIES[family])
+    return model, guide, LIKELIHOODS[likelihood][1]()[:6].double()
+
+
+def test_every_two_meet():
+    for a, b in itertools.combinations(range(3), 2):
+        columns = [(PRIORS, FAMILIES, LIKELIHOODS)[i] for i in (a, b)]
+        assert {(t[a], t[b]) for t in covering_array()} == set(itertools.product(*columns))
+
+
+def test_a_pair_keeps_the_laws(triple, monkeypatch, tmp_path):
+    if not makes_sense(*triple):
+        with pytest.raises(ValueError, match='expected a family over the support of latent site "'):
+            pair(*triple)
+        return
+    model, guide, x = pair(*triple)
+    model_trace, guide_trace = (poutine.trace(program).get_trace(x) for program in (model, guide))
+    latent = {name: site for name, site in samples(model_trace) if not site["is_observed"]}
+    drawn = dict(samples(guide_trace))
+    assert list(latent) == list(drawn)
+    for name, site in latent.items():
+        assert site["value"].shape == drawn[name]["value"].shape
+        assert [f.name for f in site["cond_indep_stack"]] == [f.name for f in drawn[name]["cond_indep_stack"]]
+        assert bool(site["fn"].support.check(drawn[name]["value"]).all())
+
+    with torch.no_grad():
+        weights = log_weights(model, guide, (x,), {}, 3).log_weight
+    assert weights.shape == (3, 6) and bool(weights.isfinite().all())
+
+    checkpoint.save({"model": model.state_dict(), "guide": guide.state_dict()}, tmp_path / "weights")
+    *again, _ = pair(*triple, seed=1)
+    for name, program in zip(("model", "guide"), again, strict=True):
+        program.load_state_dict(checkpoint.load(tmp_path / "weights")[name])
+    losses = []
+    for programs in ((model, guide), again):
+        torch.manual_seed(1)
+        losses.append(Trace_ELBO().loss(*programs, x))
+    assert losses[0] == losses[1]
+
+    monkeypatch.setattr(pyro_vae.compiled, "_compile", lambda graph, tensors: graph)  # run as it is recorded
+    trajectories = []
+    for svi_class, programs in ((pyro.infer.SVI, (model, guide)), (CompiledSVI, again)):
+        pyro.clear_param_store()
+        torch.manual_seed(2)
+        svi = svi_class(*programs, pyro.optim.SGD({"lr": 1e-3}), Trace_ELBO())
+        trajectories.append([svi.step(x) for _ in range(3)])
+    assert svi.compiled, svi.fallback_reason
+    assert trajectories[1] == pytest.approx(trajectories[0], rel=1e-10)
+    assert len(set(trajectories[0])) == 3
+
+
+@pytest.mark.cuda
+def test_a_pair_moves_to_cuda(triple):
+    if not makes_sense(*triple):
+        pytest.skip("refused: a discrete family over a continuous latent site")
+    model, guide, x = (each.cuda() for each in pair(*triple))
+    weights = log_weights(model, guide, (x,), {}, 3).log_weight
+    assert weights.is_cuda and bool(weights.isfinite().all())
