@@ -34,4 +34,4 @@ def flow(digits: Dataset) -> priors.Prior:
 ROWS = {"standard": BASE, "mixture": pair(prior=mixture), "VampPrior": pair(prior=vamp), "flow": pair(prior=flow)}
 
 if __name__ == "__main__":
-    mnist_table.main("mnist_priors", ROWS, (__doc__ or "") + (mnist_table.__doc__ or ""))
+    mnist_table.main("mnist_priors", ROWS, {}, (__doc__ or "") + (mnist_table.__doc__ or ""))

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
 from common import record
 from pyro.infer import Trace_ELBO
@@ -117,7 +118,23 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(script: str, rows: dict[str, Row], doc: str, extra: Callable[..., dict[str, Any]] | None = None) -> None:
+def draw(results: dict[str, Any], target: Path) -> None:
+    """Both test scores of every row and seed."""
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = list(results["rows"])[::-1]
+    figure, axes = plt.subplots(figsize=(7, 1 + 0.35 * len(names)), layout="constrained")
+    for key, label, marker in (("negative_elbo", "-ELBO", "o"), ("negative_log_likelihood", "-log p(x)", "D")):
+        dots = [(run[key], i) for i, name in enumerate(names) for run in results["rows"][name].values()]
+        axes.scatter(*zip(*dots, strict=True), marker=marker, s=22, alpha=0.7, label=label)
+    axes.set(yticks=range(len(names)), yticklabels=names, xlabel="nats per test image, a mark per seed")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
+    figure.savefig(target, dpi=130)
+
+
+def main(script: str, rows: dict[str, Row], also_timed: dict[str, Row], doc: str) -> None:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=rows, default=list(rows))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -135,7 +152,7 @@ def main(script: str, rows: dict[str, Row], doc: str, extra: Callable[..., dict[
     results = json.loads(target.read_text()) if target.exists() else {"rows": {}, "step_milliseconds": {}}
     results.pop("machine", None)
     if arguments.times:
-        results["step_milliseconds"] = step_times(rows, digits)
+        results["step_milliseconds"] = step_times(rows | also_timed, digits)
         record(target, results)
     else:
         for seed, name in itertools.product(arguments.seeds, arguments.rows):
@@ -154,6 +171,8 @@ def main(script: str, rows: dict[str, Row], doc: str, extra: Callable[..., dict[
             }
             results = json.loads(target.read_text()) if target.exists() else results
             results.pop("machine", None)
-            results["rows"].setdefault(name, {})[str(seed)] = score | (extra(run, digits) if extra else {})
+            results["rows"].setdefault(name, {})[str(seed)] = score
             record(target, results)
     print(table(results))
+    if results["rows"]:
+        draw(results, HERE / f"{script}.png")

@@ -476,7 +476,8 @@ def _arguments(model: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) 
 @contextlib.contextmanager
 def _untouched(*programs: Any) -> Iterator[None]:
     """Random state, Pyro's parameter store and the modules' modes are after the block what they were before it."""
-    submodules = [m for program in programs if isinstance(program, nn.Module) for m in program.modules()]
+    owners = [getattr(program, "__self__", program) for program in programs]  # of bound methods
+    submodules = [m for owner in owners if isinstance(owner, nn.Module) for m in owner.modules()]
     modes = [(submodule, submodule.training) for submodule in submodules]
     with torch.random.fork_rng(), pyro.get_param_store().scope():
         for submodule in submodules:

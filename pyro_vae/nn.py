@@ -80,7 +80,7 @@ class MLP(Declared):
 
     def forward(self, x: Tensor) -> Tensor:
         activation = getattr(nn.functional, self.activation)
-        h = x.flatten(start_dim=-len(self.input_shape))
+        h = x.flatten(start_dim=-len(self.input_shape)) if self.input_shape else x[..., None]
         for layer in self.layers:
             h = activation(layer(h))
         return self.output(h).unflatten(-1, self.output_shape)

@@ -344,7 +344,7 @@ def _check_role(path: str, name: str, target: Any) -> None:
         "optimizer": ("a subclass of torch.optim.Optimizer", is_a(optim.Optimizer) or of_pyro),
         "learning_rate": schedule,
         "kl_weight": schedule,
-        "prior": ("a prior", is_a(nn.Module) and not is_a(Likelihood, Family)),
+        "prior": ("a prior's class or a function", function or (is_a(nn.Module) and not is_a(Likelihood, Family))),
         "likelihood": ("a likelihood", is_a(Likelihood)),
         "family": ("a family", is_a(Family)),
         "encoder": network,

@@ -11,9 +11,11 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from pyro_vae.evaluation import samples
 from pyro_vae.guides import AmortizedGuide, families
 from pyro_vae.models import VAE, LinearVAE, likelihoods, priors
 from pyro_vae.nn import MLP, ConvolutionalDecoder, ConvolutionalEncoder
@@ -35,6 +37,18 @@ class Case:
         with torch.random.fork_rng():
             torch.manual_seed(1)
             return self.batch()[:rows]
+
+
+def assert_same_sites(model: Any, guide: Any, x: Tensor) -> None:
+    """The guide draws the model's latent sites, in their order, shapes, plates and supports."""
+    model_trace, guide_trace = (poutine.trace(program).get_trace(x) for program in (model, guide))
+    latent = {name: site for name, site in samples(model_trace) if not site["is_observed"]}
+    drawn = dict(samples(guide_trace))
+    assert list(latent) == list(drawn)
+    for name, site in latent.items():
+        assert site["value"].shape == drawn[name]["value"].shape
+        assert [f.name for f in site["cond_indep_stack"]] == [f.name for f in drawn[name]["cond_indep_stack"]]
+        assert bool(site["fn"].support.check(drawn[name]["value"]).all())
 
 
 def vae(event_shape: tuple[int, ...], encoder: nn.Module | None = None, family: Any = None, **parts: Any) -> Any:

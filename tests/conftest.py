@@ -32,6 +32,13 @@ def fresh_state():
     pyro.clear_param_store()
 
 
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.fixture(autouse=True)
 def skip_without_cuda(request):
     if request.node.get_closest_marker("cuda") and not torch.cuda.is_available():

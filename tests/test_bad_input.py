@@ -470,7 +470,7 @@ CASES = {
     ),
     "family as prior": (
         "fit --model.prior pyro_vae.guides.families.DiagonalNormal",
-        r"a prior for --model.prior, got 'pyro_vae.guides.families.DiagonalNormal': see",
+        r"a prior's class or a function for --model.prior, got 'pyro_vae.guides.families.DiagonalNormal': see",
         None,
     ),
     "prior as likelihood": (

@@ -257,6 +257,24 @@ evaluate: {num_samples: 5}
     assert bounds("c") != bounds("a")
 
 
+def test_a_function_as_a_prior_by_import_path(empty, monkeypatch):
+    Path("my_priors.py").write_text("""
+import pyro
+import pyro.distributions as dist
+import torch
+
+
+def topics():
+    strength = pyro.sample("strength", dist.Gamma(torch.ones(1), 1.0).to_event(1))
+    return pyro.sample("z", dist.Dirichlet(strength * torch.ones(3)))
+""")
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    command("fit --model.prior my_priors.topics --epochs 2 --evaluate.num_samples 5")
+    run = load_run("runs/0001")
+    assert run.model.prior.__name__ == "topics" and list(run.guide.heads) == ["strength", "z"]
+    sys.modules.pop("my_priors")
+
+
 def test_own_model_by_import_path(empty, monkeypatch):
     Path("my_models.py").write_text("""
 import pyro

@@ -40,11 +40,7 @@ from pyro_vae.svi import NonFiniteLossError
 ELBO = Trace_ELBO()
 
 
-@pytest.fixture(autouse=True)
-def double():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 @pytest.fixture

@@ -6,13 +6,13 @@ import pickle
 import pyro
 import pytest
 import torch
-from cases import CASES
+from cases import CASES, assert_same_sites
 from pyro import poutine
 from pyro.infer import Predictive, Trace_ELBO
 
 from pyro_vae import evaluate, fit, load_run
 from pyro_vae.config import build, describe
-from pyro_vae.evaluation import log_weights, samples
+from pyro_vae.evaluation import log_weights
 
 UNDESCRIBED = ("two_sites", "distribution_prior")
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -21,16 +21,7 @@ every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @every_case
 def test_guide_draws_the_models_latent_sites_in_its_plates(case):
     model, guide = case.pair()
-    x = case.data()
-    model_trace = poutine.trace(model).get_trace(x)
-    guide_trace = poutine.trace(guide).get_trace(x)
-    latent = {name: site for name, site in samples(model_trace) if not site["is_observed"]}
-    drawn = dict(samples(guide_trace))
-    assert list(latent) == list(drawn)
-    for name, site in latent.items():
-        assert site["value"].shape == drawn[name]["value"].shape
-        assert [f.name for f in site["cond_indep_stack"]] == [f.name for f in drawn[name]["cond_indep_stack"]]
-        assert bool(site["fn"].support.check(drawn[name]["value"]).all())
+    assert_same_sites(model, guide, case.data())
 
 
 @every_case

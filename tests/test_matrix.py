@@ -5,13 +5,12 @@ import itertools
 import pyro
 import pytest
 import torch
-from cases import DISCRETE, FAMILIES, LIKELIHOODS, PRIORS, small
-from pyro import poutine
+from cases import DISCRETE, FAMILIES, LIKELIHOODS, PRIORS, assert_same_sites, small
 from pyro.infer import Trace_ELBO
 
 import pyro_vae.compiled
 from pyro_vae import CompiledSVI, checkpoint
-from pyro_vae.evaluation import log_weights, samples
+from pyro_vae.evaluation import log_weights
 from pyro_vae.guides import AmortizedGuide
 from pyro_vae.models import VAE
 
@@ -36,11 +35,7 @@ def makes_sense(prior, family, likelihood):
     return family not in DISCRETE or family == prior == "Categorical"
 
 
-@pytest.fixture(autouse=True)
-def double():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def pair(prior, family, likelihood, seed=0):
@@ -64,15 +59,7 @@ def test_a_pair_keeps_the_laws(triple, monkeypatch, tmp_path):
             pair(*triple)
         return
     model, guide, x = pair(*triple)
-    model_trace, guide_trace = (poutine.trace(program).get_trace(x) for program in (model, guide))
-    latent = {name: site for name, site in samples(model_trace) if not site["is_observed"]}
-    drawn = dict(samples(guide_trace))
-    assert list(latent) == list(drawn)
-    for name, site in latent.items():
-        assert site["value"].shape == drawn[name]["value"].shape
-        assert [f.name for f in site["cond_indep_stack"]] == [f.name for f in drawn[name]["cond_indep_stack"]]
-        assert bool(site["fn"].support.check(drawn[name]["value"]).all())
-
+    assert_same_sites(model, guide, x)
     with torch.no_grad():
         weights = log_weights(model, guide, (x,), {}, 3).log_weight
     assert weights.shape == (3, 6) and bool(weights.isfinite().all())

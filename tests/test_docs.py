@@ -1,0 +1,57 @@
+"""The code on the documentation's pages runs, and the worked examples of CONTRIBUTING.md pass the tests they name."""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import cases
+import pytest
+import test_guide
+import test_matrix
+import test_priors
+import torch
+
+from pyro_vae.guides import families
+from pyro_vae.models import priors
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(page):
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def add(monkeypatch, module, tables, code, row):
+    """The page's class, in its module, and its row, in the tables; returns the row's name."""
+    namespace = dict(vars(module))
+    exec(code, namespace)
+    short = module.__name__.rpartition(".")[2]
+    ((name, value),) = eval("{" + row + "}", {short: SimpleNamespace(**namespace)}).items()
+    monkeypatch.setattr(module, name, namespace[name], raising=False)
+    for table in tables:
+        monkeypatch.setitem(table, name, value)
+    return name
+
+
+def test_the_page_on_priors_runs():
+    torch.manual_seed(0)
+    exec("\n".join(blocks("docs/priors.md")), {"__name__": "docs"})
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_worked_example_of_a_prior(monkeypatch, tmp_path):
+    code, row, *_ = blocks("CONTRIBUTING.md")
+    name = add(monkeypatch, priors, [cases.PRIORS], code, row)
+    assert name == "Cauchy" and name in code
+    test_priors.test_draws_have_a_density_that_moves_and_is_saved(name)
+    test_matrix.test_a_pair_keeps_the_laws((name, "IAF", "Poisson"), monkeypatch, tmp_path)
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_worked_example_of_a_family(monkeypatch, tmp_path):
+    *_, code, row = blocks("CONTRIBUTING.md")
+    name = add(monkeypatch, families, [cases.FAMILIES, test_matrix.FAMILIES], code, row)
+    assert name == "Laplace" and name in code
+    for model in test_guide.CONJUGATES:
+        test_guide.test_mean_weight_is_the_evidence(model, name)
+    test_matrix.test_a_pair_keeps_the_laws(("GaussianMixture", name, "Normal"), monkeypatch, tmp_path)
