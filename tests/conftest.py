@@ -33,6 +33,12 @@ def fresh_state():
 
 
 @pytest.fixture
+def recorded(monkeypatch):
+    """The recorded graph, run as it is: what inductor does to it is tested apart, as it takes seconds."""
+    monkeypatch.setattr("pyro_vae.compiled._compile", lambda graph, tensors: graph)
+
+
+@pytest.fixture
 def float64():
     torch.set_default_dtype(torch.float64)
     yield

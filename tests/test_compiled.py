@@ -43,12 +43,6 @@ ELBO = Trace_ELBO()
 pytestmark = pytest.mark.usefixtures("float64")
 
 
-@pytest.fixture
-def recorded(monkeypatch):
-    """The recorded graph, run as it is: what inductor does to it is tested apart, as it takes seconds."""
-    monkeypatch.setattr(pyro_vae.compiled, "_compile", lambda graph, tensors: graph)
-
-
 def adam(**arguments):
     return pyro.optim.Adam({"lr": 0.05, **arguments})
 

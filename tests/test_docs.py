@@ -39,19 +39,19 @@ def test_the_page_on_priors_runs():
 
 
 @pytest.mark.usefixtures("float64")
-def test_the_worked_example_of_a_prior(monkeypatch, tmp_path):
+def test_the_worked_example_of_a_prior(monkeypatch, recorded, tmp_path):
     code, row, *_ = blocks("CONTRIBUTING.md")
     name = add(monkeypatch, priors, [cases.PRIORS], code, row)
     assert name == "Cauchy" and name in code
     test_priors.test_draws_have_a_density_that_moves_and_is_saved(name)
-    test_matrix.test_a_pair_keeps_the_laws((name, "IAF", "Poisson"), monkeypatch, tmp_path)
+    test_matrix.test_a_pair_keeps_the_laws((name, "IAF", "Poisson"), recorded, tmp_path)
 
 
 @pytest.mark.usefixtures("float64")
-def test_the_worked_example_of_a_family(monkeypatch, tmp_path):
+def test_the_worked_example_of_a_family(monkeypatch, recorded, tmp_path):
     *_, code, row = blocks("CONTRIBUTING.md")
     name = add(monkeypatch, families, [cases.FAMILIES, test_matrix.FAMILIES], code, row)
     assert name == "Laplace" and name in code
     for model in test_guide.CONJUGATES:
         test_guide.test_mean_weight_is_the_evidence(model, name)
-    test_matrix.test_a_pair_keeps_the_laws(("GaussianMixture", name, "Normal"), monkeypatch, tmp_path)
+    test_matrix.test_a_pair_keeps_the_laws(("GaussianMixture", name, "Normal"), recorded, tmp_path)
