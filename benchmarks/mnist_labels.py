@@ -6,7 +6,8 @@ cluster is called by the digit that most of its training images show; accuracy i
 
 Rows "100 labels" and "3000 labels": the model M2 (arXiv 1406.5298), 784-500-50, with as many labelled training images,
 balanced, among 50,000, repeated until they are a tenth of the rows. Pyro's tutorial on the semi-supervised VAE has
-93.2 % and 95.8 %. Epochs, copies and the weight of the classification term were chosen on validation labels.
+93.2 % and 95.8 %. `--choose` is for epochs and the weight of the classification term, by validation labels; the
+defaults have not been chosen yet, and no result is recorded.
 
     python benchmarks/mnist_labels.py   # goes on where it was interrupted
 """

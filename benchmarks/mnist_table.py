@@ -2,8 +2,9 @@
 
 The VampPrior paper's one-layer set-up (arXiv 1705.07120): networks of two gated layers of 300 units, 40 latent
 dimensions, statically binarised digits, 50,000 / 10,000 / 10,000 of them. Every row has the same seeds, epochs, batches
-of 100, Adam along half a cosine, and KL warm-up. Step size, warm-up and epochs were chosen on validation data for the
-row without flow and prior (`--choose`), and the other rows take them over. The test set is scored once for each seed.
+of 100, Adam along half a cosine, and KL warm-up. The step size was chosen on validation data for the row without flow
+and prior (`--choose`), and the other rows take it over; epochs and warm-up are what two cores allow. That row is scored
+by both scripts, from the same weights and draws; every other one once for each seed.
 """
 
 from __future__ import annotations
@@ -172,7 +173,8 @@ def main(script: str, rows: dict[str, Row], also_timed: dict[str, Row], doc: str
             results = json.loads(target.read_text()) if target.exists() else results
             results.pop("machine", None)
             results["rows"].setdefault(name, {})[str(seed)] = score
-            record(target, results)
+            budget = {name: getattr(arguments, name) for name in ("epochs", "learning_rate", "warmup", "num_samples")}
+            record(target, results | budget)
     print(table(results))
     if results["rows"]:
         draw(results, HERE / f"{script}.png")
