@@ -161,7 +161,7 @@ def main(script: str, rows: dict[str, Row], also_timed: dict[str, Row], doc: str
             print(name, seed, json.dumps(run.history[-1]), flush=True)
             if arguments.choose or str(seed) in results["rows"].get(name, {}):
                 continue
-            test = run.evaluate(digits.test, num_samples=arguments.num_samples)
+            test = run.evaluate(digits.test, num_samples=arguments.num_samples, compile=True)
             score = {
                 "negative_elbo": -float(test.elbo),
                 "negative_log_likelihood": -float(test.log_evidence),

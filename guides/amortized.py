@@ -479,11 +479,13 @@ def _untouched(*programs: Any) -> Iterator[None]:
     owners = [getattr(program, "__self__", program) for program in programs]  # of bound methods
     submodules = [m for owner in owners if isinstance(owner, nn.Module) for m in owner.modules()]
     modes = [(submodule, submodule.training) for submodule in submodules]
-    with torch.random.fork_rng(), pyro.get_param_store().scope():
-        for submodule in submodules:
-            submodule.training = False
-        try:
+    store = pyro.get_param_store()
+    try:
+        with torch.random.fork_rng(), store.scope():
+            for submodule in submodules:
+                submodule.training = False
             yield
-        finally:
-            for submodule, training in modes:
-                submodule.training = training
+    finally:
+        for submodule, training in modes:
+            submodule.training = training
+        dict(store.items())  # reading a parameter gives it back its `unconstrained`, which `scope` takes from it

@@ -10,8 +10,9 @@ import pytest
 import torch
 from cases import FAMILIES
 from pyro import poutine
-from pyro.infer import Predictive, Trace_ELBO, TraceEnum_ELBO, config_enumerate
+from pyro.infer import SVI, Predictive, Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from pyro.nn import PyroModule
+from pyro.optim import Adam
 from sklearn.mixture import GaussianMixture as Mixture
 from torch import nn
 
@@ -370,6 +371,18 @@ def test_families_per_site():
         AmortizedGuide(model, family={"z": families.IAF()})
     with pytest.raises(ValueError, match=r'expected site "z_2" to depend on some of \[\], earlier sites in its plates'):
         AmortizedGuide(model, dependencies={"z_2": ["z_1"]})
+
+
+def test_a_parameter_beside_it_in_a_guide():
+    """Pyro's SVI steps one that was made before the guide traces its model for the first time."""
+    model = VAE((4,), latent_dim=2)
+    amortized = AmortizedGuide(model)
+
+    def guide(x):
+        amortized(pyro.param("contrast", torch.ones(())) * x)
+
+    SVI(model, guide, Adam({"lr": 0.1}), Trace_ELBO()).step(torch.rand(5, 4).round())
+    assert pyro.param("contrast").item() != 1.0
 
 
 def test_copies_pickles_and_predictive():

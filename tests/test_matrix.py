@@ -84,6 +84,28 @@ def test_a_pair_keeps_the_laws(triple, recorded, tmp_path):
     assert len(set(trajectories[0])) == 3
 
 
+def each_component_once():
+    """Triples in which every prior, likelihood and family is."""
+    sampled = [name for name in PRIORS if name != "Categorical"]
+    for i, family in enumerate(name for name in FAMILIES if name not in DISCRETE):
+        yield sampled[i % len(sampled)], family, list(LIKELIHOODS)[i % len(LIKELIHOODS)]
+    yield "Categorical", "Categorical", "Bernoulli"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", list(each_component_once()), ids="-".join)
+def test_inductor_compiles_every_component(names):
+    trajectories = []
+    for svi_class in (pyro.infer.SVI, CompiledSVI):
+        pyro.clear_param_store()
+        model, guide, x = pair(*names)
+        svi = svi_class(model, guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
+        torch.manual_seed(2)
+        trajectories.append([svi.step(x) for _ in range(3)])
+    assert svi.compiled, svi.fallback_reason
+    assert trajectories[1] == pytest.approx(trajectories[0], rel=1e-10)
+
+
 @pytest.mark.cuda
 def test_a_pair_moves_to_cuda(triple):
     if not makes_sense(*triple):
