@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -14,9 +13,11 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.nn import PyroModule
+from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions import biject_to, constraints
 from torch.distributions.constraints import MixtureSameFamilyConstraint
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from ..config import Configured
 from ..nn import MLP, Heads, bind
@@ -26,6 +27,10 @@ __all__ = ["AmortizedGuide"]
 
 Example = tuple[Sequence[Any], Mapping[str, Any]]
 Dependencies = Literal["earlier", "none"] | Mapping[str, Sequence[str]]
+
+MAX_CALLS = 100  # signatures that are kept
+RESERVED = nn.ModuleDict()
+PERIODIC = (dist.VonMises, dist.SineBivariateVonMises, dist.SineSkewed)
 
 
 class AmortizedGuide(Configured, PyroModule):
@@ -41,17 +46,18 @@ class AmortizedGuide(Configured, PyroModule):
     `encoder` is any module from a datum to a vector of features, or to ``(B, *plates, features)`` for plates within the
     data's, from the outermost; it is fed `encoder_inputs(*args, **kwargs)`, by default the first tensor, with zeros in
     the place of NaN. A site gets the mean of the features over plates that it is not in, and is told which element it
-    is of plates that they do not have. The data's plate is the one called "data", else the outermost of an observed
-    site that has as many elements as the first tensor. A latent site that a call observes is conditioned on, not drawn:
-    its value is the argument of its name. The model is traced once for each signature of its arguments, for plates,
-    scales and what is observed, which must follow from these alone. The sizes come from `example`, ``(args, kwargs)``
-    of a call, else from a draw ``model(num_data=2)``, else from the first call. The model is not a submodule: its
-    parameters are its own.
+    is of plates that they do not have. The data's plate is the one called "data", else the one of an observed site that
+    has as many elements as the first tensor, else the outermost. A latent site that a call observes is conditioned on,
+    not drawn: its value is the argument of its name. The model is traced once for each signature of its arguments, for
+    plates and what is observed, which must follow from the shapes of tensors and the values of the rest. The sizes come
+    from `example`, ``(args, kwargs)`` of a call, else from a draw ``model(num_data=2)``, else from the first call. The
+    model is not a submodule: its parameters are its own.
 
     Raises:
         ValueError: sites, shapes or supports that differ between two runs of the model; supports that differ from datum
-            to datum; masked latent sites; sequential plates; unbounded counts; features that do not broadcast to a
-            site's plates; rows of a plate that are neither drawn by it nor given.
+            to datum, or are learned; latent sites with a mask or a scale beside their plates', or over angles;
+            sequential plates; unbounded counts; several plates that may be the data's, or an encoder's; features that
+            do not broadcast to a site's plates; rows of a plate that are neither drawn by it nor given.
 
     Example:
         >>> from pyro_vae.models import VAE
@@ -88,17 +94,18 @@ class AmortizedGuide(Configured, PyroModule):
                     drawn = model(num_data=2)
             except (TypeError, ValueError):  # it wants more: the first call has it
                 return
+            if drawn is None:
+                return
             example = (drawn if isinstance(drawn, tuple) else (drawn,), {})
         self._build(*example)
 
     def _build(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         model, encoder, family, dependencies = self._declared
-        with _untouched(model), poutine.block(), torch.no_grad():
-            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim()]
-            count = len(tensors[0]) if tensors else 0
-            traces = [poutine.trace(model).get_trace(*args, **kwargs) for _ in range(8)]
-            (sites, self._data), *others = [_latents(trace, count) for trace in traces]
-        for again, _ in others:
+        tensors = _tensors(args, kwargs)
+        with _untouched(model), poutine.block():
+            sites, *others = [_latents(trace := poutine.trace(model).get_trace(*args, **kwargs)) for _ in range(8)]
+        self._data = _data_plate(trace, len(tensors[0]) if tensors else 0)
+        for again in others:
             _check_static(sites, again)
         if not sites:
             raise ValueError("expected a model with latent sites, got one without: there is nothing to infer")
@@ -112,16 +119,24 @@ class AmortizedGuide(Configured, PyroModule):
                     f'expected a discrete family for latent site "{name}" on {sites[name].base}, got '
                     f"{type(families[name]).__name__}: leave it out, and it gets its own"
                 )
+        if not isinstance(family, Mapping | DiagonalNormal | Bernoulli | Categorical) and all(
+            site.is_discrete for site in sites.values()
+        ):
+            raise ValueError(
+                f"expected latent sites with a density for {type(family).__name__}, got {list(sites)}, all discrete: "
+                "leave the family out"
+            )
         self._sites = sites
-        features, like = 0, torch.empty(0)
+        features, like = 0, next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
         if any(self._data in site.plates for site in sites.values()):
             inputs = self.encoded(*args, **kwargs)
             like = inputs if inputs.is_floating_point() else torch.empty(0, device=inputs.device)
             self.encoder = bind(MLP() if encoder is None else encoder, inputs.shape[1:]).to(like)
+            call = self._call(args, kwargs)
             with _untouched(self.encoder), poutine.block(), torch.no_grad():
-                h, _ = self._encode(self._call(args, kwargs), args, kwargs)
+                h, _, dims = self._encode(call, args, kwargs)
             features = h.shape[-1]
-            self._seen_in = tuple(dim for dim in range(1 - h.dim(), 0) if h.shape[dim - 1] > 1)
+            self._seen_in = _seen_in(h, dims, [site for site in sites.values() if self._data in site.plates])
         for name, site in sites.items():
             local = self._data in site.plates
             self._parents[name] = _parents(site, sites, dependencies, self._data)
@@ -132,7 +147,7 @@ class AmortizedGuide(Configured, PyroModule):
             own = features if local else 0
             known = own + sum(sites[parent].size for parent in self._parents[name])
             size = known + (math.prod(plate.full_size for plate in unseen) if unseen else 0)
-            self.heads[name] = head = site.head(families.get(name, DiagonalNormal()), size).to(like)
+            self.heads[_key(name)] = head = site.head(families.get(name, DiagonalNormal()), size).to(like)
             for module in head.modules() if known > own else ():
                 if isinstance(module, Heads):  # else scales, exponentials of sums of draws, grow along a chain of sites
                     module.linear.weight.data[:, own:known] *= 0.1
@@ -142,7 +157,7 @@ class AmortizedGuide(Configured, PyroModule):
         if self._encoder_inputs is not None:
             x = self._encoder_inputs(*args, **kwargs)
         else:
-            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+            tensors = _tensors(args, kwargs)
             if not tensors:
                 raise ValueError("expected a tensor of data to encode, got none: call guide(x)")
             like = next(self.parameters(), torch.empty(0))
@@ -151,16 +166,19 @@ class AmortizedGuide(Configured, PyroModule):
 
     def posterior(self, *args: Any, site: str = "z", **kwargs: Any) -> Any:
         """``q(z | x)`` of a latent site that depends on no other, as a distribution with batch shape ``(B,)``."""
-        if site not in self.heads or self._parents[site]:
+        if not self._sites:
+            self._build(args, kwargs)
+        if site not in self._sites or self._parents[site]:
             raise ValueError(f"q({site} | x) depends on other draws, or is no latent site: use guide(...)")
-        return self._q(site, self.heads[site], *self._encode(self._call(args, kwargs), args, kwargs), {})
+        h, plates, _ = self._encode(self._call(args, kwargs), args, kwargs)
+        return self._q(site, self.heads[_key(site)], h, plates, {})
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draw every latent site; returns ``{site: value}``."""
-        if not self.heads:
+        if not self._sites:
             self._build(args, kwargs)
         call = self._call(args, kwargs)
-        h, plates = self._encode(call, args, kwargs)
+        h, plates, _ = self._encode(call, args, kwargs)
         given = _arguments(self._declared[0], args, kwargs)
         values: dict[str, Tensor] = {}
         draws, heads = {}, self.heads  # looked up once, as Pyro registers what it finds
@@ -175,19 +193,27 @@ class AmortizedGuide(Configured, PyroModule):
             with contextlib.ExitStack() as stack:
                 for plate in site.plates:
                     stack.enter_context(plates[plate.name])
-                values[name] = draws[name] = pyro.sample(name, self._q(name, heads[name], h, plates, values))
+                values[name] = draws[name] = pyro.sample(name, self._q(name, heads[_key(name)], h, plates, values))
         return draws
 
     def _call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Call:
         return self._calls.of(self._declared[0], self._sites, args, kwargs)
 
-    def _encode(self, call: _Call, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        """Features, ``(*plates, features)``, and the plates."""
+    def _encode(
+        self, call: _Call, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[Tensor, dict[str, Any], list[int]]:
+        """Features, ``(*plates, features)``, the plates, and the dimensions that the encoder's output has."""
         known = {plate.name: call.plates[plate.name] for site in self._sites.values() for plate in site.plates}
         data = known.pop(self._data.name, None) if self._data else None
+        for plate in known.values():
+            if plate.size < plate.full_size and plate.name not in call.drawn:
+                raise ValueError(
+                    f'expected the rows of plate "{plate.name}" to be drawn by it, got {plate.size} indices: leave '
+                    "them to pyro.plate(..., subsample_size=...), or take all of them"
+                )
         plates = {name: pyro.plate(name, plate.full_size, plate.size, dim=plate.dim) for name, plate in known.items()}
         if data is None:
-            return torch.empty(0), plates
+            return torch.empty(0), plates, []
         inputs = self.encoded(*args, **kwargs)
         if len(inputs) == data.full_size > data.size and data.name not in call.drawn:
             raise ValueError(
@@ -213,7 +239,7 @@ class AmortizedGuide(Configured, PyroModule):
         shape = [1] * -min(dims)
         for dim, size in zip(dims, h.shape, strict=False):
             shape[dim] = size
-        return h.permute(*order, -1).reshape(*shape, h.shape[-1]), plates
+        return h.permute(*order, -1).reshape(*shape, h.shape[-1]), plates, dims
 
     def _within(self) -> tuple[_Plate, ...]:
         """The plates within the data's, from the outermost."""
@@ -248,7 +274,7 @@ class _Call(NamedTuple):
 
 
 class _Calls:
-    """A `_Call` for each signature: shapes of tensors, types of floats, values of the rest."""
+    """A `_Call` for each signature: shapes of tensors, values of the rest."""
 
     __slots__ = ("known",)  # it follows from arguments alone, so that no guard of a compiled step need look here
 
@@ -258,37 +284,66 @@ class _Calls:
     def of(
         self, model: Callable, sites: Mapping[str, _Latent], args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> _Call:
-        key = tuple(_signature(value) for value in (*args, *itertools.chain(*sorted(kwargs.items()))))
+        key = _signature((args, dict(kwargs)))
         if key not in self.known:
-            with _untouched(model), poutine.block(), torch.no_grad():
-                traces = [poutine.trace(model).get_trace(*args, **kwargs) for _ in range(4)]
-            trace = traces[0]
-            latent = {name for name in _latents(trace, 0)[0] if name not in sites}
-            if latent:
+            unrecorded = disable_proxy_modes_tracing()  # where a compiled step meets the signature: bounds are read
+            with unrecorded, _untouched(model), poutine.block(), _DrawnRows() as drawn, torch.no_grad():
+                trace = poutine.trace(model).get_trace(*args, **kwargs)
+                events = {name: latent.event for name, latent in _latents(trace).items()}
+            if more := events.keys() - sites.keys():
                 raise ValueError(
-                    f"expected the latent sites {list(sites)} of the example, got {sorted(latent)} beside: build the "
+                    f"expected the latent sites {list(sites)} of the example, got {sorted(more)} beside: build the "
                     "guide with an example in which nothing latent is given"
                 )
-            of_plates = {name for name, site in trace.nodes.items() if type(site.get("fn")).__name__ == "_Subsample"}
-            rows = {name: [torch.as_tensor(each.nodes[name]["value"]) for each in traces] for name in of_plates}
-            drawn = {name for name, (first, *rest) in rows.items() if any(not torch.equal(first, o) for o in rest)}
-            nodes = [site for site in trace.nodes.values() if site["type"] == "sample" and site["name"] not in rows]
-            plates = {plate.name: plate for site in nodes for plate in _plates(site)}
-            observed = {site["name"] for site in nodes if site["is_observed"]} & sites.keys()
-            self.known[key] = _Call(plates, frozenset(drawn), frozenset(observed))
+            for name, event in events.items():
+                if event != sites[name].event:
+                    raise ValueError(
+                        f'expected latent site "{name}" as in the example, {sites[name].event}, got {event}: sample it '
+                        "on a fixed support, such as (0, 1), and scale it in the model"
+                    )
+            nodes = dict(_samples(trace)).items()
+            plates = {plate.name: plate for _, site in nodes for plate in _plates(site)}
+            observed = {name for name, site in nodes if site["is_observed"]} & sites.keys()
+            while len(self.known) >= MAX_CALLS:
+                self.known.pop(next(iter(self.known)))
+            self.known[key] = _Call(plates, frozenset(drawn.names), frozenset(observed))
         return self.known[key]
+
+
+class _DrawnRows(Messenger):
+    """Notes the plates that draw their rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if type(msg["fn"]).__name__ == "_Subsample" and msg["value"] is None:
+            self.names.add(msg["name"])
 
 
 def _signature(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.shape
-    if isinstance(value, float):
-        return float
+        return Tensor, value.shape
+    if isinstance(value, Mapping):
+        return type(value), *((key, _signature(each)) for key, each in value.items())
+    if isinstance(value, list | tuple):
+        return type(value), *map(_signature, value)
     try:
         hash(value)
     except TypeError:
-        return type(value), len(value) if hasattr(value, "__len__") else None
-    return value
+        return object()  # never seen: the model is traced again
+    return type(value), value
+
+
+def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The arguments that may be data."""
+    return [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim()]
+
+
+def _key(name: str) -> str:
+    """A site's name among modules, whose names hold no dots and are no attributes of `nn.ModuleDict`."""
+    return name.replace(".", "/") if "." in name else f"{name}/" if hasattr(RESERVED, name) else name
 
 
 class _Latent:
@@ -299,16 +354,33 @@ class _Latent:
         if isinstance(self.support, MixtureSameFamilyConstraint):
             self.support = self.support.base_constraint
         self.plates = _plates(site)
-        if site["mask"] is not None:
+        scale = math.prod(plate.full_size / plate.size for plate in self.plates)
+        if site["mask"] is not None or not math.isclose(float(site["scale"]), scale, rel_tol=1e-5):
             raise ValueError(
-                f'expected latent site "{name}" without a mask, which q would lack: mask what is observed alone'
+                f'expected latent site "{name}" without a mask or a scale of its own, which q would lack: mask what is '
+                "observed alone, and scale model and guide together, as by pyro_vae.svi.latent_scale"
+            )
+        if isinstance(_innermost(site["fn"]), PERIODIC):
+            raise ValueError(
+                f'expected latent site "{name}" over the real numbers or a subset, got angles: sample a vector and '
+                "take its direction"
             )
         self.base: Any = self.support
         while hasattr(self.base, "base_constraint"):
             self.base = self.base.base_constraint
+        for bound, value in vars(self.base).items():
+            if not isinstance(value, Tensor):
+                continue
+            if value.requires_grad or (value.numel() > 1 and bool((value != value.flatten()[0]).any())):
+                raise ValueError(
+                    f'expected latent site "{name}" with one fixed support for all, got {self.base}: sample it on a '
+                    "fixed one, such as (0, 1), and scale it in the model"
+                )
+            setattr(self.base, bound, value.flatten()[0])
         self.categories: int | None = None
         if isinstance(self.base, constraints.integer_interval):
             self.categories = int(self.base.upper_bound) + 1
+        self.dtype = site["value"].dtype
         self.size = self.flat(site["value"]).shape[-1]
         batch, dims = site["fn"].batch_shape, {plate.dim for plate in self.plates}
         if any(size > 1 and dim not in dims for dim, size in zip(range(-len(batch), 0), batch, strict=True)):
@@ -316,39 +388,40 @@ class _Latent:
                 f'expected latent site "{name}" with its batch in plates, got batch shape {tuple(batch)} in the plates '
                 f"{[plate.name for plate in self.plates]}: add pyro.plate or to_event"
             )
-        for bound, value in vars(self.base).items():
-            if isinstance(value, Tensor) and value.numel() > 1 and bool((value == value.flatten()[0]).all()):
-                setattr(self.base, bound, value.flatten()[0])
-        if any(isinstance(value, Tensor) and value.numel() > 1 for value in vars(self.base).values()):
-            raise ValueError(
-                f'expected latent site "{name}" with one support for all, got {self.base}: sample it on a fixed one, '
-                "such as (0, 1), and scale it in the model"
-            )
+
+    @property
+    def event(self) -> tuple[Any, ...]:
+        """Shape and support."""
+        bounds = {name: float(value) for name, value in vars(self.base).items() if isinstance(value, Tensor | float)}
+        return tuple(self.event_shape), type(self.base).__name__.strip("_"), bounds
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Latent) and self._key() == other._key()
 
     def _key(self) -> tuple[Any, ...]:
-        bounds = {name: float(value) for name, value in vars(self.base).items() if isinstance(value, Tensor | float)}
-        return self.name, self.event_shape, self.plates, type(self.base), bounds
+        return self.name, self.plates, self.event
 
     @property
     def is_discrete(self) -> bool:
         return bool(self.base.is_discrete)
 
     @property
+    def is_real(self) -> bool:
+        return isinstance(self.base, type(constraints.real))  # a copy is another object
+
+    @property
     def bare_shape(self) -> torch.Size:
         """Of an event over the real numbers."""
-        if self.base is constraints.real:
+        if self.is_real:
             return self.event_shape
         return biject_to(self.support).inverse_shape(self.event_shape)
 
     def head(self, family: Family, features: int) -> Any:
         """The family, or the one of this site's discrete support, bound to it."""
         own: type[Bernoulli] | type[Categorical] | None = None
-        if self.base is constraints.boolean:
+        if isinstance(self.base, type(constraints.boolean)):
             own = Bernoulli
-        elif self.base is constraints.one_hot or self.categories is not None:
+        elif isinstance(self.base, type(constraints.one_hot)) or self.categories is not None:
             own = Categorical
         if self.is_discrete and own is None:
             raise ValueError(
@@ -364,11 +437,12 @@ class _Latent:
         if own is None:
             return bind(family, features, self.bare_shape)
         family = family if isinstance(family, own) else own()
-        return bind(family, features, self.event_shape, *([] if self.categories is None else [self.categories]))
+        integers = [] if self.categories is None else [self.categories, self.dtype]
+        return bind(family, features, self.event_shape, *integers)
 
     def constrained(self, q: Any) -> Any:
         """q over the site's support, from q over real numbers; q itself where the support is these, or discrete."""
-        if self.is_discrete or self.base is constraints.real:
+        if self.is_discrete or self.is_real:
             return q
         return dist.TransformedDistribution(q, [biject_to(self.support).with_cache(1)])
 
@@ -377,7 +451,7 @@ class _Latent:
         events = len(self.event_shape)
         if self.categories is not None:
             value, events = nn.functional.one_hot(value.long(), self.categories), events + 1
-        elif not self.is_discrete and self.base is not constraints.real:
+        elif not self.is_discrete and not self.is_real:
             value, events = biject_to(self.support).inv(value), len(self.bare_shape)
         return value.flatten(start_dim=-events) if events else value[..., None]
 
@@ -419,22 +493,55 @@ def _plates(site: Mapping[str, Any]) -> tuple[_Plate, ...]:
     return tuple(_Plate(frame.name, frame.dim, frame.size, frame.full_size or frame.size) for frame in frames)
 
 
-def _latents(trace: poutine.Trace, count: int) -> tuple[dict[str, _Latent], _Plate | None]:
-    """The latent sites, and the data's plate: the one called "data", else the outermost of an observed site that has
-    `count` elements, else the outermost of one."""
-    latents: dict[str, _Latent] = {}
-    candidates: list[tuple[bool, bool, _Plate]] = []
+def _samples(trace: poutine.Trace) -> Iterator[tuple[str, Any]]:
     for name, site in trace.nodes.items():
-        if site["type"] != "sample" or type(site["fn"]).__name__ == "_Subsample":
-            continue
-        plates = _plates(site)
-        if not site["is_observed"]:
-            if site["infer"].get("enumerate") != "parallel":  # else the estimator sums it out
-                latents[name] = _Latent(name, site)
-            candidates += [(False, True, plate) for plate in plates if plate.name == "data"]
-        elif not site["infer"].get("_deterministic"):
-            candidates += [(plate.name != "data", count not in plate[2:], plate) for plate in plates]
-    return latents, min(candidates, key=lambda each: each[:2], default=(None, None, None))[2]
+        if site["type"] == "sample" and type(site["fn"]).__name__ != "_Subsample":
+            yield name, site
+
+
+def _innermost(distribution: Any) -> Any:
+    while hasattr(distribution, "base_dist"):
+        distribution = distribution.base_dist
+    return distribution
+
+
+def _latents(trace: poutine.Trace) -> dict[str, _Latent]:
+    """The latent sites, without those that the estimator sums out."""
+    sites = [(n, s) for n, s in _samples(trace) if not s["is_observed"] and s["infer"].get("enumerate") != "parallel"]
+    return {name: _Latent(name, site) for name, site in sites}
+
+
+def _data_plate(trace: poutine.Trace, count: int) -> _Plate | None:
+    """The one called "data", else the outermost of an observed site that has `count` elements, else the outermost."""
+    observed: list[_Plate] = []
+    for _, site in _samples(trace):
+        named = next((plate for plate in _plates(site) if plate.name == "data"), None)
+        if named is not None:
+            return named
+        if site["is_observed"] and not site["infer"].get("_deterministic"):
+            observed += _plates(site)
+    fitting = [plate for plate in observed if count in plate[2:]] or observed
+    if len(names := {plate.name for plate in fitting if count in plate[2:]}) > 1:
+        raise ValueError(
+            f'expected one plate of {count} data, got {sorted(names)}: call the one of independent data "data", or '
+            "give an example with another number of data"
+        )
+    return fitting[0] if fitting else None
+
+
+def _seen_in(h: Tensor, dims: Sequence[int], sites: Sequence[_Latent]) -> tuple[int, ...]:
+    """The dimensions of plates whose elements have features of their own in the encoder's output."""
+    seen = []
+    for dim in dims:
+        there = {plate.name: plate.size for site in sites for plate in site.plates if plate.dim == dim}
+        if h.shape[dim - 1] > 1 or set(there.values()) == {1}:
+            seen.append(dim)
+            if len(there) > 1:
+                raise ValueError(
+                    f"expected one plate on dimension {dim} of the encoder's output, got {sorted(there)}: give each a "
+                    "dimension of its own, pyro.plate(..., dim=...), or let the encoder return (B, features)"
+                )
+    return tuple(seen)
 
 
 def _check_static(sites: Mapping[str, _Latent], again: Mapping[str, _Latent]) -> None:
@@ -480,8 +587,9 @@ def _untouched(*programs: Any) -> Iterator[None]:
     submodules = [m for owner in owners if isinstance(owner, nn.Module) for m in owner.modules()]
     modes = [(submodule, submodule.training) for submodule in submodules]
     store = pyro.get_param_store()
+    plain = not all(isinstance(owner, nn.Module) for owner in owners)  # functions read the store's values
     try:
-        with torch.random.fork_rng(), store.scope():
+        with torch.random.fork_rng(), store.scope(store.get_state() if plain else None):
             for submodule in submodules:
                 submodule.training = False
             yield

@@ -136,16 +136,41 @@ class Categorical(Family):
         torch.Size([3])
     """
 
-    def build(self, features: int, event_shape: Sequence[int], categories: int | None = None) -> None:
+    def build(
+        self,
+        features: int,
+        event_shape: Sequence[int],
+        categories: int | None = None,
+        dtype: torch.dtype = torch.long,
+    ) -> None:
         super().build(features, event_shape)
-        self.one_hot = categories is None
+        self.one_hot, self.dtype = categories is None, dtype
         self.heads = Heads(features, event_shape if categories is None else (*event_shape, categories))
 
     def forward(self, h: Tensor) -> dist.Distribution:
         (logits,) = self.heads(h)
         if self.one_hot:
             return dist.OneHotCategorical(logits=logits).to_event(len(self.event_shape) - 1)
-        return dist.Categorical(logits=logits).to_event(len(self.event_shape))
+        integers = _Integers(logits=logits)
+        integers.dtype = self.dtype
+        return integers.to_event(len(self.event_shape))
+
+
+class _Integers(dist.Categorical):
+    """A categorical distribution whose integers have the type of the model's, which draws some as floats."""
+
+    dtype = torch.long
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
+        wider = super().expand(batch_shape, self._get_checked_instance(_Integers, _instance))
+        wider.dtype = self.dtype
+        return wider
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        return super().sample(torch.Size(sample_shape)).to(self.dtype)
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        return super().enumerate_support(expand).to(self.dtype)
 
 
 class Bernoulli(Family):

@@ -11,7 +11,7 @@ import torch
 from cases import FAMILIES
 from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO, TraceEnum_ELBO, config_enumerate
-from pyro.nn import PyroModule
+from pyro.nn import PyroModule, PyroSample
 from pyro.optim import Adam
 from sklearn.mixture import GaussianMixture as Mixture
 from torch import nn
@@ -391,6 +391,7 @@ def test_copies_pickles_and_predictive():
     guide = AmortizedGuide(model, ENCODER, family=families.IAF(1, hidden=(8,)))
     x = torch.randn(5, 2)
     for other in (copy.deepcopy(guide), pickle.loads(pickle.dumps(guide))):
+        torch.testing.assert_close(other.posterior(x, site="y").probs, guide.posterior(x, site="y").probs)
         draws = []
         for each in (guide, other):
             torch.manual_seed(1)
@@ -486,14 +487,16 @@ def test_networks_are_called_once_whatever_the_support(name):
     assert len(calls) == 2
 
 
-def test_drawn_and_given_codes_compile():
+def test_drawn_and_given_codes_compile(recorded):
     torch.manual_seed(0)
     model = Labelled()
     guide = AmortizedGuide(model, ENCODER)
     svi = CompiledSVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
     for _ in range(3):
-        svi.step(torch.randn(5, 2))
+        for given in ((), (torch.tensor([0, 1, 2, 0, 1]),)):
+            svi.step(torch.randn(5, 2), *given)
     assert svi.compiled, svi.fallback_reason
+    assert len(svi._gradients._recordings | svi._whole._recordings) == 2
 
 
 def test_long_chains_start_finite():
@@ -550,10 +553,146 @@ def test_rows_of_the_callers_are_refused_or_fed():
         ValueError, match='expected the rows of plate "data" to be drawn by it, or given as data, got 3'
     ):
         AmortizedGuide(model, nn.Identity(), example=((x, rows), {}))
+
+    def words(x, rows):
+        with pyro.plate("words", 10, subsample=rows):
+            pyro.sample("w", dist.Normal(x.new_zeros(()), 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(x, 1.0).to_event(1), obs=x)
+
+    with pytest.raises(ValueError, match='expected the rows of plate "words" to be drawn by it, got 3 indices'):
+        AmortizedGuide(words, example=((x, rows), {}))(x, rows)
     guide = AmortizedGuide(model, nn.Identity(), encoder_inputs=lambda x, rows: x[rows], example=((x, rows), {}))
     site = poutine.trace(guide).get_trace(x, rows).nodes["z"]
     torch.testing.assert_close(site["fn"].mean, guide.heads["z"](x[rows]).mean)
     assert float(torch.as_tensor(site["scale"])) == pytest.approx(20 / 3)
+
+
+def test_arguments_of_every_kind_have_their_own_plates_and_sites():
+    """Dicts, floats and equal values of another type are told apart; the model is traced once for each."""
+    runs = []
+
+    def model(batch, scale=1.0):
+        runs.append(1)
+        x = batch["x"]
+        with pyro.plate("data", batch["N"], subsample_size=len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0), obs=batch.get("z"))
+            pyro.sample("x", dist.Normal(z, scale), obs=x)
+
+    x = torch.randn(4)
+    example, encoder_inputs = (({"x": x, "N": 8},), {}), lambda batch, scale=1.0: batch["x"]
+    guide = AmortizedGuide(model, MLP((8,)), encoder_inputs=encoder_inputs, example=example)
+    assert float(poutine.trace(guide).get_trace({"x": x, "N": 8}).nodes["z"]["scale"]) == 2
+    assert float(poutine.trace(guide).get_trace({"x": x, "N": 40}).nodes["z"]["scale"]) == 10
+    runs.clear()
+    for scale in (1.0, 1, 2.0, 1.0):
+        guide({"x": x, "N": 8}, scale)
+    assert len(runs) == 3
+    for step in range(1, 300):
+        guide({"x": x, "N": 8}, step)
+    assert len(guide._calls.known) <= 100
+
+
+def test_a_support_that_a_call_moves_is_refused():
+    def model(x, high):
+        with pyro.plate("data", len(x)):
+            u = pyro.sample("u", dist.Uniform(0.0, high))
+            pyro.sample("x", dist.Normal(u, 1.0), obs=x)
+
+    x = torch.randn(5)
+    guide = AmortizedGuide(model, MLP((8,)), example=((x, 1.0), {}))
+    with pytest.raises(ValueError, match=r'expected latent site "u" as in the example, .*1\.0.*, got .*3\.0'):
+        guide(x, 3.0)
+
+
+def test_copies_keep_a_real_support_bare():
+    model = VAE((4,), latent_dim=2)
+    guide, x = AmortizedGuide(model), torch.rand(3, 4).round()
+    for other in (copy.deepcopy(guide), pickle.loads(pickle.dumps(guide))):
+        assert torch.equal(other.posterior(x).mean, guide.posterior(x).mean)
+
+
+def test_sites_of_any_name():
+    """A Bayesian linear regression by PyroSample, whose sites have dots; and names of what modules have."""
+
+    class Regression(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.linear = PyroModule[nn.Linear](2, 1)
+            self.linear.weight = PyroSample(dist.Normal(0.0, 1.0).expand([1, 2]).to_event(2))
+            self.linear.bias = PyroSample(dist.Normal(0.0, 1.0).expand([1]).to_event(1))
+
+        def forward(self, x, y=None):
+            mean = self.linear(x)[..., 0]
+            with pyro.plate("data", len(x)):
+                pyro.sample("type", dist.Normal(0.0, 1.0))
+                return pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+    x, y = torch.randn(5, 2), torch.randn(5)
+    model = Regression()
+    guide = AmortizedGuide(model, example=((x, y), {}))
+    assert list(guide(x, y)) == ["linear.weight", "linear.bias", "type"]
+    again = AmortizedGuide(model, example=((x, y), {}))
+    again.load_state_dict(guide.state_dict())
+    assert torch.equal(again.posterior(x, y, site="type").mean, guide.posterior(x, y, site="type").mean)
+    assert math.isfinite(SVI(model, guide, Adam({"lr": 0.1}), Trace_ELBO()).step(x, y))
+
+
+@pytest.mark.parametrize("rows", [1, 6])
+def test_whole_numbers_are_of_the_models_type(rows):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            n = pyro.sample("n", dist.Binomial(5, torch.tensor(0.5)))
+            pyro.sample("x", dist.Normal(n[..., None] @ torch.ones(1), 1.0), obs=x)
+
+    x = torch.randn(rows)
+    guide = AmortizedGuide(model, MLP((8,)), example=((x,), {}))
+    assert guide(x)["n"].dtype == torch.float32
+    assert math.isfinite(TraceEnum_ELBO(max_plate_nesting=1).loss(model, config_enumerate(guide), x))
+
+
+def test_what_a_guide_is_built_from():
+    """Its posterior before a first call; a number before the data; parameters of a function; float64 data."""
+    pyro.param("scale", torch.tensor(2.0))
+
+    def model(beta, X, y):
+        w = pyro.sample("w", dist.Normal(X.new_zeros(2), pyro.param("scale")).to_event(1))
+        with pyro.plate("data", len(X)):
+            z = pyro.sample("z", dist.Normal(X.new_zeros(()), beta))
+            pyro.sample("y", dist.Normal(X @ w + z, 1.0), obs=y)
+
+    X, y = torch.randn(5, 2).double(), torch.randn(5).double()
+    guide = AmortizedGuide(model, MLP((8,)))
+    assert guide.posterior(torch.ones(()), X, y).batch_shape == (5,)
+    assert guide(torch.ones(()), X, y)["w"].dtype == torch.float64
+
+
+def test_plates_of_one_element_in_the_example():
+    """The encoder has features for each member, also where the example has but one."""
+
+    def model(x):
+        with pyro.plate("data", len(x), dim=-2), pyro.plate("members", x.shape[1], dim=-1):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z[..., None], 1.0).expand([*z.shape, 2]).to_event(1), obs=x)
+
+    guide = AmortizedGuide(model, nn.Linear(2, 8), example=((torch.randn(3, 1, 2),), {}))
+    assert guide(torch.randn(3, 4, 2))["z"].shape == (3, 4)
+
+    def two(x):
+        with pyro.plate("data", len(x), dim=-1):
+            for name in ("members", "outputs"):
+                with pyro.plate(name, 3, dim=-2):
+                    pyro.sample(f"of {name}", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(x, 1.0).to_event(2), obs=x)
+
+    with pytest.raises(ValueError, match=r"expected one plate on dimension -2 .*, got \['members', 'outputs'\]"):
+        AmortizedGuide(two, nn.Linear(2, 8), example=((torch.randn(5, 3, 2),), {}))
+
+
+def test_a_family_that_no_site_takes_is_refused():
+    model = VAE((4,), prior=priors.Categorical(3))
+    with pytest.raises(ValueError, match=r"expected latent sites with a density for IAF, got \['z'\], all discrete"):
+        AmortizedGuide(model, family=families.IAF())
 
 
 def test_values_are_given_by_any_argument():
@@ -628,10 +767,34 @@ def masked(x):
         pyro.sample("z", dist.Normal(x.new_zeros(len(x)), 1.0))
 
 
+def scaled(x):
+    with poutine.scale(scale=0.1):
+        pyro.sample("z", dist.Normal(x.new_zeros(len(x)), 1.0))
+
+
+def learned_support(x):
+    pyro.sample("u", dist.Uniform(0.0, pyro.param("high", torch.ones(())).exp()))
+
+
+def angle(x):
+    pyro.sample("u", dist.VonMises(x.new_zeros(len(x)), 4.0))
+
+
+def square(x):
+    with pyro.plate("years", 5, dim=-2):
+        pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(x), dim=-1):
+            pyro.sample("x", dist.Normal(x[:, 0], 1.0), obs=x[:, 0].expand(5, -1))
+
+
 REFUSED = {
     "mask": (data_plate(masked), 'expected latent site "z" without a mask'),
+    "scale": (data_plate(scaled), 'expected latent site "z" without a mask or a scale of its own'),
+    "learned support": (data_plate(learned_support), 'expected latent site "u" with one fixed support for all'),
+    "angles": (data_plate(angle), 'latent site "u" over the real numbers or a subset, got angles'),
+    "two plates of as many": (square, r"expected one plate of 5 data, got \['rows', 'years'\]"),
     "moving support": (data_plate(moving_support), 'latent site "u" that differs between runs'),
-    "support of each datum": (data_plate(per_datum_support), 'expected latent site "u" with one support for all'),
+    "support of each datum": (data_plate(per_datum_support), 'expected latent site "u" with one fixed support for all'),
     "control flow": (data_plate(control_flow), 'latent site "z" that differs between runs'),
     "counts": (data_plate(counts), 'expected latent site "n" with a finite or a continuous support'),
     "no plate": (no_plate, 'expected latent site "z" with its batch in plates, got batch shape'),
