@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,7 +24,11 @@ class BayesianVAE(VAE):
 
     Site ``"w"`` holds all the decoder's weights in one vector, with s = `scale` for biases and `scale` over the root of
     the inputs for matrices. A batch of B data stands for all `size` of them: its terms are scaled by ``size / B``. The
-    guide has one q(w) for all data, best begun narrow: ``family={"w": DiagonalNormal(initial_scale=0.05)}``.
+    guide has one q(w) for all data, best begun narrow: ``family={"w": DiagonalNormal(initial_scale=0.05)}``. The
+    decoder given is copied, not changed.
+
+    Raises:
+        ValueError: a decoder with tied weights; more data in a batch than `size`.
 
     Example:
         >>> from pyro_vae.guides import AmortizedGuide, families
@@ -45,8 +50,10 @@ class BayesianVAE(VAE):
         decoder: nn.Module | None = None,
         scale: float = 1.0,
     ) -> None:
-        super().__init__(event_shape, latent_dim, prior, likelihood, decoder)
+        super().__init__(event_shape, latent_dim, prior, likelihood, copy.deepcopy(decoder))
         self.size = positive("size", size)
+        if len(list(self.decoder.named_parameters(remove_duplicate=False))) > len(list(self.decoder.parameters())):
+            raise ValueError("expected a decoder whose parameters have one name each, got tied ones: untie them")
         self.shapes = {name: parameter.shape for name, parameter in self.decoder.named_parameters()}
         for module in self.decoder.modules():  # what is drawn takes the places of parameters
             for name, parameter in list(module.named_parameters(recurse=False)):
@@ -71,8 +78,10 @@ class BayesianVAE(VAE):
         return torch.func.functional_call(self.decoder, weights, z)
 
     def forward(self, x: Tensor | None = None, *, num_data: int | None = None) -> Tensor:
-        if x is None and num_data is None:
-            raise ValueError("expected data x, or num_data=... to draw some, got neither")
+        if (x is None) == (num_data is None):
+            raise ValueError(f"expected data x or num_data=..., got {'neither' if x is None else 'both'}")
+        if x is not None and len(x) > self.size:
+            raise ValueError(f"expected at most size={self.size} data, got {len(x)}: give size the number of all data")
         w = pyro.sample("w", dist.Normal(torch.zeros_like(self.weight_scale), self.weight_scale).to_event(1))
         plate = (
             pyro.plate("data", num_data)

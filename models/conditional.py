@@ -57,7 +57,11 @@ class ConditionalVAE(VAE):
     def forward(self, x: Tensor | None = None, y: Tensor | None = None, *, num_data: int | None = None) -> Tensor:
         if y is None or y.shape[1:] != (self.covariates,):
             came = "none" if y is None else f"shape {tuple(y.shape)}"
-            raise ValueError(f"expected covariates y of shape (B, {self.covariates}), got {came}: call model(x, y)")
+            raise ValueError(
+                f"expected covariates y of shape (B, {self.covariates}), got {came}: call model(x, y), or model(y=y)"
+            )
+        if num_data not in (None, len(y)):
+            raise ValueError(f"expected num_data={len(y)}, as many as covariates y, got {num_data}: leave it out")
         with pyro.plate("data", len(y)):
             return pyro.sample("x", self.observation(self.latent(), y), obs=x)
 

@@ -263,9 +263,12 @@ def fitting(x: Tensor) -> tuple[Likelihood, str]:
         >>> fitting(torch.tensor([[0.0, 16.0], [3.0, 7.0]]))
         (Binomial(), 'the values are whole numbers from 0 to 16')
     """
+    likelihood: Likelihood
+    if bool(x.isnan().any()):
+        likelihood, reason = fitting(x[~x.isnan()])
+        return Missing(likelihood), f"some values are missing, and of the others {reason}"
     low, high = x.min().item(), x.max().item()
     whole = bool((x == x.round()).all())
-    likelihood: Likelihood
     if whole and low >= 0 and high <= 1:
         likelihood, reason = Bernoulli(), "every value is 0 or 1"
     elif whole and low >= 0 and high <= 255:

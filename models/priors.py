@@ -296,8 +296,14 @@ class VampPrior(Prior):
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
-        """Start from data, shape ``(N, *event_shape)``, N at least the number of components."""
-        self.inputs.copy_(x[torch.randperm(len(x), device=x.device)[: len(self.inputs)]])
+        """Start from data, shape ``(N, *event_shape)``, with zeros in the place of NaN, as for the guide's encoder.
+
+        Raises:
+            ValueError: fewer data than components.
+        """
+        if len(x) < len(self.inputs):
+            raise ValueError(f"expected at least {len(self.inputs)} data, one for each component, got {len(x)}")
+        self.inputs.copy_(x[torch.randperm(len(x), device=x.device)[: len(self.inputs)]].nan_to_num(0.0))
 
 
 class Flow(Prior):

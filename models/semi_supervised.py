@@ -53,6 +53,8 @@ class SemiSupervisedVAE(ConditionalVAE):
         given = next((tensor for tensor in (x, y) if tensor is not None), None)
         if given is None and num_data is None:
             raise ValueError("expected data x, labels y, or num_data=... to draw some, got none")
+        if given is not None and num_data not in (None, len(given)):
+            raise ValueError(f"expected num_data={len(given)}, as many as are given, got {num_data}: leave it out")
         with pyro.plate("data", num_data if given is None else len(given)):
             y = pyro.sample("y", self.label(), obs=y)
             return pyro.sample("x", self.observation(self.latent(), y), obs=x)

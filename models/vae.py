@@ -74,7 +74,7 @@ class VAE(Configured, PyroModule):
         return self.likelihood(self.decoder(z))
 
     def forward(self, x: Tensor | None = None, *, num_data: int | None = None) -> Tensor:
-        if x is None and num_data is None:
-            raise ValueError("expected data x, or num_data=... to draw some, got neither")
+        if (x is None) == (num_data is None):
+            raise ValueError(f"expected data x or num_data=..., got {'neither' if x is None else 'both'}")
         with pyro.plate("data", num_data if x is None else x.shape[0]):
             return pyro.sample("x", self.observation(self.latent()), obs=x)

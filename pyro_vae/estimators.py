@@ -20,14 +20,16 @@ class SemiSupervisedELBO(TraceEnum_ELBO):
 
     L is the ELBO given x and y; U that of x alone, with y, and every other discrete site, summed out. Labels are
     one-hot, ``(B, classes)``, with NaN in rows without one. The gradient has ``classification * sum_{labelled}
-    ln q(y|x)`` beside, the term that trains the classifier on the labels; the loss that is reported leaves it out.
+    ln q(y|x)`` beside, scaled as the data's plate is, the term that trains the classifier on the labels; the loss that
+    is reported leaves it out. All sites are in the plate of the data, the only one.
 
     Args:
         classification: weight of that term.
         site: the label's name in model and guide; both take its value as their last argument, and draw it without.
 
     Raises:
-        ValueError: a last argument that is no tensor with rows of labels; a guide without the site.
+        ValueError: a last argument that is no tensor with rows of labels; a guide without the site, or with one that
+            depends on other discrete sites; labels by keyword.
 
     Example: see `pyro_vae.models.SemiSupervisedVAE`.
     """
@@ -39,12 +41,19 @@ class SemiSupervisedELBO(TraceEnum_ELBO):
         self.classification, self.site = classification, site
 
     def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
-        labelled, others, drawn = self._calls(model, guide, *args)
+        labelled, others, drawn = self._calls(model, guide, args, kwargs)
         loss = super().differentiable_loss(*labelled, **kwargs) + super().differentiable_loss(*others, **kwargs)
         if self.site not in drawn.trace.nodes:
             raise ValueError(f'expected a guide with the latent site "{self.site}", got {list(drawn.trace.nodes)}')
         log_q = drawn.trace.nodes[self.site]["fn"].log_prob(labelled[-1])
-        surrogate = self.classification * torch.where(args[-1].isfinite().all(-1), log_q, 0.0).sum(-1).mean()
+        rows = len(args[-1])
+        if log_q.dim() > self.max_plate_nesting or log_q.shape[-1] != rows:  # summed out dimensions are further left
+            raise ValueError(
+                f'expected site "{self.site}" in one plate of data and independent of discrete sites that are summed '
+                f"out, got its log-probability of shape {tuple(log_q.shape)} for {rows} data: draw it first"
+            )
+        log_q = log_q.reshape(-1, rows).mean(0) * drawn.trace.nodes[self.site]["scale"]  # of particles
+        surrogate = self.classification * torch.where(args[-1].isfinite().all(-1), log_q, 0.0).sum()
         return loss - (surrogate - surrogate.detach())
 
     def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
@@ -53,14 +62,17 @@ class SemiSupervisedELBO(TraceEnum_ELBO):
         return loss.item()
 
     def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
-        labelled, others, _ = self._calls(model, guide, *args)
+        labelled, others, _ = self._calls(model, guide, args, kwargs)
         return super().loss(*labelled, **kwargs) + super().loss(*others, **kwargs)
 
-    def _calls(self, model: Callable, guide: Callable, *args: Any) -> tuple[tuple, tuple, Any]:
+    def _calls(
+        self, model: Callable, guide: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple, tuple, Any]:
         """Programs and arguments for the labelled and for the others, and the guide that keeps q(y | x)."""
         *data, y = args
-        if not isinstance(y, Tensor) or y.dim() != 2:
+        if not isinstance(y, Tensor) or y.dim() != 2 or not data or self.site in kwargs:
             came = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+            came = f"{self.site}= by keyword" if self.site in kwargs else came
             raise ValueError(
                 f"expected one-hot labels (B, classes) as the last argument, NaN where missing, got {came}: train on "
                 "(x, y)"

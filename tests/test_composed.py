@@ -7,14 +7,16 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO
 from pyro.optim import Adam
 from test_guide import assert_mean_weight_is, log_weights
+from torch import nn
 
 from pyro_vae import CompiledSVI, evaluate, fit, load_run
 from pyro_vae.estimators import SemiSupervisedELBO
 from pyro_vae.guides import AmortizedGuide, families
-from pyro_vae.models import BayesianVAE, SemiSupervisedVAE, likelihoods
+from pyro_vae.models import VAE, BayesianVAE, ConditionalVAE, SemiSupervisedVAE, likelihoods
 from pyro_vae.nn import MLP
 
 
@@ -86,6 +88,46 @@ def test_the_classifier_learns_from_labels_alone():
     assert float(expected.norm()) > 0.1
 
 
+def test_the_classification_term_is_scaled_as_its_plate_and_averaged_over_particles():
+    case = LabelledMixture()
+    head = case.guide.heads["y"].heads.linear.weight
+    y = case.y.clone()
+    y[2:] = torch.nan
+    options = {"max_plate_nesting": 1, "num_particles": 3, "vectorize_particles": True}
+    log_q = case.guide.posterior(case.x[:2], site="y").log_prob(case.y[:2]).sum()
+    expected = torch.autograd.grad(log_q, head)[0]
+    for scale in (1.0, 4.0):
+        programs = poutine.scale(case.model, scale), poutine.scale(case.guide, scale)
+        found = []
+        for weight in (0.0, 1.0):
+            torch.manual_seed(0)
+            loss = SemiSupervisedELBO(classification=weight, **options).differentiable_loss(*programs, case.x, y)
+            found.append(torch.autograd.grad(loss, head)[0])
+        torch.testing.assert_close(found[0] - found[1], scale * expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_label_below_another_discrete_site_is_refused():
+    """What is summed is ln q(y | x), not q(y | x, c)."""
+
+    def model(x, y=None):
+        with pyro.plate("data", len(x)):
+            pyro.sample("c", dist.OneHotCategorical(torch.ones(2)))
+            pyro.sample("y", dist.OneHotCategorical(torch.ones(3)), obs=y)
+            pyro.sample("x", dist.Normal(x, 1.0).to_event(1), obs=x)
+
+    def guide(x, y=None):
+        rates = pyro.param("rates", torch.ones(2, 3))
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.OneHotCategorical(rates.sum(-1)))
+            if y is None:
+                pyro.sample("y", dist.OneHotCategorical((c @ rates).exp()))
+
+    x, y = torch.randn(4, 2), torch.full((4, 3), torch.nan)
+    y[0] = torch.tensor([1.0, 0.0, 0.0])
+    with pytest.raises(ValueError, match='expected site "y" in one plate of data and independent of discrete sites'):
+        SemiSupervisedELBO(max_plate_nesting=1).differentiable_loss(model, guide, x, y)
+
+
 def test_stock_svi_compiled_svi_and_fit_take_the_loss(recorded, tmp_path):
     """Ten labels and 390 data without; the run is kept."""
     case = LabelledMixture()
@@ -130,6 +172,8 @@ def test_labels_are_checked():
         SemiSupervisedELBO(max_plate_nesting=1, site="label").differentiable_loss(
             case.model, case.guide, case.x, case.y
         )
+    with pytest.raises(ValueError, match="got y= by keyword"):
+        SemiSupervisedELBO(max_plate_nesting=1).loss(case.model, case.guide, case.x, case.y, y=case.y)
     with pytest.raises(ValueError, match="expected classification >= 0"):
         SemiSupervisedELBO(classification=-1.0)
     with pytest.raises(ValueError, match="expected data x, labels y, or num_data"):
@@ -177,6 +221,18 @@ def test_a_batch_stands_for_all_data(tmp_path):
         assert loss == pytest.approx(-Trace_ELBO().loss(model, guide, x) / 3)
 
 
+def test_a_decoder_that_is_handed_over_stays_as_it_was():
+    other = VAE((4,), latent_dim=2, decoder=MLP((8,)))
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    BayesianVAE((4,), size=100, latent_dim=2, decoder=other.decoder)
+    assert before.keys() == other.state_dict().keys() and len(list(other.decoder.parameters())) == 4
+    assert all(torch.equal(before[name], value) for name, value in other.state_dict().items())
+    tied = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 4), nn.Unflatten(-1, (1, 4)))
+    tied[1].weight = tied[0].weight
+    with pytest.raises(ValueError, match="expected a decoder whose parameters have one name each, got tied ones"):
+        BayesianVAE((4,), size=100, latent_dim=2, decoder=tied)
+
+
 def test_decoders_are_drawn():
     model, guide, x = bayesian()
     assert not list(model.decoder.parameters()) and "decoder.output.weight" not in model.state_dict()
@@ -184,5 +240,17 @@ def test_decoders_are_drawn():
         draws = Predictive(model, guide=guide, num_samples=4, parallel=parallel, return_sites=("x", "w"))(x)
         assert draws["x"].shape == (4, 3, 1) and len(draws["w"].unique(dim=0)) == 4
     assert model(num_data=5).shape == (5, 1)
+    with pytest.raises(ValueError, match="expected at most size=3 data, got 4"):
+        model(torch.zeros(4, 1).double())
     with pytest.raises(ValueError, match='expected every site inside the plate "data", got "w" outside'):
         evaluate(model, guide, x)
+
+
+def test_two_numbers_of_data_are_refused():
+    x, y = torch.zeros(3, 4), torch.zeros(3, 2)
+    with pytest.raises(ValueError, match="expected data x or num_data=..., got both"):
+        VAE((4,), latent_dim=2)(x, num_data=3)
+    for model in (ConditionalVAE((4,), covariates=2, latent_dim=2), SemiSupervisedVAE((4,), classes=2, latent_dim=2)):
+        assert model(y=y, num_data=3).shape == (3, 4)
+        with pytest.raises(ValueError, match="expected num_data=3, as many as"):
+            model(x, y, num_data=7)

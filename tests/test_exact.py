@@ -14,7 +14,7 @@ from torch import nn
 
 from pyro_vae import evaluate, fit, load_dataset
 from pyro_vae.evaluation import generalized_pareto_shape, log_weights
-from pyro_vae.guides import AmortizedGuide
+from pyro_vae.guides import AmortizedGuide, families
 from pyro_vae.models import VAE, LinearVAE
 from pyro_vae.models.linear import maximum_log_likelihood
 from pyro_vae.nn import MLP
@@ -151,6 +151,22 @@ def test_kl_weight_in_the_linear_vae(beta, rate, distortion):
         loss = TraceMeanField_ELBO(num_particles=64).loss(model, guide, DIGITS) / len(DIGITS)
     expected = beta * rate + distortion / (2 * s2) + 32 * math.log(2 * math.pi * s2)
     assert loss == pytest.approx(expected, abs=0.05)
+
+
+def test_gated_layers_and_the_initial_scale_by_hand():
+    torch.manual_seed(0)
+    network = MLP(hidden=(3,), activation="glu").bind((2,), (1,))
+    layer, x = network.layers[0], torch.randn(4, 2)
+    W, V, b, c = layer.weight[:3], layer.weight[3:], layer.bias[:3], layer.bias[3:]
+    gated = (x @ W.T + b) * torch.sigmoid(x @ V.T + c)
+    torch.testing.assert_close(network(x), network.output(gated))
+
+    for features in (0, 10):
+        scales = [
+            (torch.manual_seed(0), families.DiagonalNormal(scale).bind(features, (3,))(torch.ones(features)).stddev)[1]
+            for scale in (1.0, 0.05)
+        ]
+        torch.testing.assert_close(scales[1], 0.05 * scales[0])
 
 
 def one_layer_pair():

@@ -77,6 +77,10 @@ def test_vamp_prior_is_the_mixture_of_the_guides_posteriors(tmp_path):
     assert len(svi.parameters) == len({id(p) for m in (model, guide) for p in m.parameters()})
     prior.initialize(x)
     assert {tuple(u) for u in prior.inputs.tolist()} <= {tuple(row) for row in x.tolist()}
+    prior.initialize(x.where(x > 0, torch.nan))
+    assert bool(prior.inputs.isfinite().all())
+    with pytest.raises(ValueError, match="expected at least 5 data, one for each component, got 4"):
+        prior.initialize(x[:4])
 
     run = fit(model, guide, x, epochs=2, batch_size=10, out=tmp_path / "run", progress=False)
     loaded = load_run(run.path)
@@ -92,11 +96,12 @@ def test_flow_prior_scores_its_draws(name):
     torch.manual_seed(0)
     family = bound(name, dim=3, features=0)
     p = family.inverse()
-    z = p.sample((6,))
+    noise, z = ((torch.manual_seed(1), each.sample((6,)))[1] for each in (family.base(torch.empty(0)), p))
     by_hand, log_p = z, torch.zeros(6, dtype=torch.float64)
     for f in family.chain(torch.empty(0)):
         by_hand, ladj = f.call_and_ladj(by_hand)
         log_p = log_p + ladj
+    torch.testing.assert_close(by_hand, noise, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(p.log_prob(z), log_p + family.base(torch.empty(0)).log_prob(by_hand))
 
 
@@ -149,6 +154,13 @@ def test_likelihood_is_scipys(name):
     parameters = torch.randn(1, 1, 3, dtype=torch.float64)
     p = likelihood.bind((3,)).double()(parameters)
     assert float(p.log_prob(x.double()).detach()) == pytest.approx(answer(parameters).sum(), rel=1e-9)
+
+
+def test_the_fitting_likelihood_of_values_with_gaps():
+    x = torch.tensor([[0.0, 1.0], [torch.nan, 1.0]])
+    likelihood, reason = likelihoods.fitting(x)
+    assert isinstance(likelihood, likelihoods.Missing) and isinstance(likelihood.likelihood, likelihoods.Bernoulli)
+    assert reason == "some values are missing, and of the others every value is 0 or 1"
 
 
 def test_categorical_likelihood_is_a_cross_entropy():
