@@ -5,8 +5,8 @@ and "fitted 30": a mixture fitted afterwards to the draws of a VAE with a standa
 cluster is called by the digit that most of its training images show; accuracy is of the test images. 784-500-10.
 
 Rows "100 labels" and "3000 labels": the model M2 (arXiv 1406.5298), 784-500-50, with as many labelled training images,
-balanced, among 50,000, repeated until they are a tenth of the rows. Pyro's tutorial on the semi-supervised VAE has
-93.2 % and 95.8 %. `--choose` is for epochs and the weight of the classification term, by validation labels; the
+balanced, among 50,000, repeated until they are about a tenth of the rows. Pyro's tutorial on the semi-supervised VAE
+has 93.2 % and 95.8 %. `--choose` is for epochs and the weight of the classification term, by validation labels; the
 defaults have not been chosen yet, and no result is recorded.
 
     python benchmarks/mnist_labels.py   # goes on where it was interrupted
@@ -64,7 +64,8 @@ def clusters(digits: Dataset, components: int, how: str, seed: int, arguments: a
     prior = priors.GaussianMixture(10, components) if how == "learned" else priors.StandardNormal(10)
     model = VAE(digits.event_shape, prior=prior, decoder=NETWORK)
     guide = AmortizedGuide(model, NETWORK)
-    path = arguments.out / f"{f'mixture-{components}' if how == 'learned' else 'standard'}-{seed}"
+    prior_name = f"mixture-{components}" if how == "learned" else "standard"
+    path = arguments.out / f"{arguments.epochs} epochs" / f"{prior_name}-{seed}"
     settings = training(seed, arguments.epochs, path)
     run = fit(model, guide, digits.train, valid=digits.valid, kl_weight=Warmup(5), **settings)
     z = run.encode(digits.train).mean
@@ -90,13 +91,13 @@ def labels(digits: Dataset, count: int, _: str, seed: int, arguments: argparse.N
     known = torch.cat([order[digits.train.labels[order] == digit][: count // 10] for digit in range(10)])
     hidden = torch.full((len(digits.train), 10), torch.nan)
     given = torch.eye(10)[digits.train.labels[known]]
-    copies = max(1, len(digits.train) // (9 * count))
+    copies = max(1, round(len(digits.train) / (9 * count)))
     data = (
         torch.cat([digits.train.x, digits.train.x[known].repeat(copies, 1, 1, 1)]),
         torch.cat([hidden, given.repeat(copies, 1)]),
     )
     loss = SemiSupervisedELBO(max_plate_nesting=1, classification=arguments.classification)
-    path = arguments.out / f"labels-{count}-{seed}"
+    path = arguments.out / f"{arguments.epochs} epochs, {arguments.classification:g}" / f"labels-{count}-{seed}"
     run = fit(model, guide, data, loss=loss, **training(seed, arguments.epochs, path))
     with torch.no_grad():
         return {

@@ -56,7 +56,8 @@ BASE = pair()  # a row of both tables, trained once
 
 
 def train(name: str, row: Row, digits: Dataset, seed: int, arguments: argparse.Namespace) -> Run:
-    path = arguments.out / f"{'standard' if row is BASE else name}-{seed}"
+    settings = f"{arguments.epochs} epochs, {arguments.learning_rate:g}, {arguments.warmup:g}"
+    path = arguments.out / settings / f"{'standard' if row is BASE else name}-{seed}"
     if (path / "model.safetensors").exists():
         return load_run(path)
     torch.manual_seed(seed)
