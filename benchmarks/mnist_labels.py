@@ -97,8 +97,9 @@ def labels(digits: Dataset, count: int, _: str, seed: int, arguments: argparse.N
         torch.cat([hidden, given.repeat(copies, 1)]),
     )
     loss = SemiSupervisedELBO(max_plate_nesting=1, classification=arguments.classification)
-    path = arguments.out / f"{arguments.epochs} epochs, {arguments.classification:g}" / f"labels-{count}-{seed}"
-    run = fit(model, guide, data, loss=loss, **training(seed, arguments.epochs, path))
+    folder = f"{arguments.epochs} epochs, {arguments.classification:g}, {arguments.kl_start:g}"
+    settings = training(seed, arguments.epochs, arguments.out / folder / f"labels-{count}-{seed}")
+    run = fit(model, guide, data, loss=loss, kl_weight=Warmup(arguments.epochs / 2, arguments.kl_start), **settings)
     with torch.no_grad():
         return {
             name: 100 * (run.guide.posterior(split.x, site="y").probs.argmax(-1) == split.labels).float().mean().item()
@@ -122,6 +123,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--classification", type=float, default=50.0)
+    parser.add_argument("--kl_start", type=float, default=5.0, help="KL weight, falling to 1 by half the epochs")
     parser.add_argument("--choose", action="store_true", help="print the validation accuracy; no test score")
     parser.add_argument("--root", default=None, help="folder of the data (default: PYRO_VAE_DATA)")
     parser.add_argument("--out", type=Path, default=Path("runs/mnist_labels"))
@@ -138,7 +140,8 @@ def main() -> None:
         print(name, seed, f"validation {accuracy['valid']:.2f} %", flush=True)
         if not arguments.choose:
             results["rows"].setdefault(name, {})[str(seed)] = accuracy
-            record(target, {"epochs": arguments.epochs, "classification": arguments.classification, **results})
+            budget = {name: getattr(arguments, name) for name in ("epochs", "classification", "kl_start")}
+            record(target, budget | results)
     if not arguments.choose:
         print(table(json.loads(target.read_text())))
 

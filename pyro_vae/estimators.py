@@ -52,8 +52,10 @@ class SemiSupervisedELBO(TraceEnum_ELBO):
                 f'expected site "{self.site}" in one plate of data and independent of discrete sites that are summed '
                 f"out, got its log-probability of shape {tuple(log_q.shape)} for {rows} data: draw it first"
             )
-        log_q = log_q.reshape(-1, rows).mean(0) * drawn.trace.nodes[self.site]["scale"]  # of particles
-        surrogate = self.classification * torch.where(args[-1].isfinite().all(-1), log_q, 0.0).sum()
+        (plate,) = {f for f in drawn.trace.nodes[self.site]["cond_indep_stack"] if f.dim == -1}
+        weight = self.classification * (plate.full_size or plate.size) / plate.size
+        log_q = log_q.reshape(-1, rows).mean(0)  # over particles
+        surrogate = weight * torch.where(args[-1].isfinite().all(-1), log_q, 0.0).sum()
         return loss - (surrogate - surrogate.detach())
 
     def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:

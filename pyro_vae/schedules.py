@@ -21,6 +21,8 @@ class Warmup:
     Example:
         >>> [Warmup(10, start=0.5)(epoch) for epoch in (0, 5, 10, 20)]
         [0.5, 0.75, 1.0, 1.0]
+        >>> [Warmup(10, start=3.0)(epoch) for epoch in (0, 5, 20)]  # a KL that weighs more at first
+        [3.0, 2.0, 1.0]
     """
 
     epochs: float
@@ -31,7 +33,7 @@ class Warmup:
         _check_positive("start", self.start)
 
     def __call__(self, epoch: float) -> float:
-        return min(1.0, self.start + (1.0 - self.start) * epoch / self.epochs)
+        return 1.0 - (1.0 - self.start) * max(0.0, 1.0 - epoch / self.epochs)
 
 
 @dataclass(frozen=True)
