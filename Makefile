@@ -9,7 +9,7 @@ endif
 help:
 	@echo 'make run [DATA=FILE] [ARGS=OPTIONS]   train a model; ARGS go to pyro-vae fit'
 	@echo 'make test [ARGS=OPTIONS]              lint, types, tests and doctests; ARGS go to pytest'
-	@echo 'make matrix                           every prior x family x likelihood, half an hour'
+	@echo 'make matrix                           every prior x family x likelihood, by hand'
 	@echo 'make install                          make .venv, or bring it up to date (run and test make it when missing)'
 	@echo 'make clean                            remove .venv, builds and caches; runs/ stays'
 	@echo
