@@ -1,8 +1,8 @@
 """What labels and latent spaces know of each other on MNIST: clusters of Gaussian-mixture VAEs, and few labels.
 
 Rows "10 clusters" and "30 clusters": a VAE whose prior is a mixture of as many Gaussians, learned with it; "fitted 10"
-and "fitted 30": one fitted afterwards to the posterior means of a VAE with a standard normal prior (arXiv 1903.12436). A
-cluster is called by the digit that most of its training images show; accuracy is of the test images. 784-500-10.
+and "fitted 30": one fitted afterwards to the posterior means of a VAE with a standard normal prior (arXiv 1903.12436).
+A cluster is called by the digit that most of its training images show; accuracy is of the test images. 784-500-10.
 
 Rows "100 labels" and "3000 labels": the model M2 (arXiv 1406.5298), 784-500-50, with as many labelled training images,
 balanced, among 50,000, repeated until they are about a tenth of the rows. Pyro's tutorial on the semi-supervised VAE
