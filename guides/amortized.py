@@ -5,32 +5,27 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.nn import PyroModule
-from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
-from torch.distributions import biject_to, constraints
-from torch.distributions.constraints import MixtureSameFamilyConstraint
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+from torch.distributions import constraints
 
 from ..config import Configured
 from ..nn import MLP, Heads, bind
 from .families import Bernoulli, Categorical, DiagonalNormal, Family
+from .structure import Call, Calls, Latent, Plate, check_static, data_plate, latents, untouched
 
 __all__ = ["AmortizedGuide"]
 
 Example = tuple[Sequence[Any], Mapping[str, Any]]
 Dependencies = Literal["earlier", "none"] | Mapping[str, Sequence[str]]
 
-MAX_CALLS = 100  # signatures that are kept
 RESERVED = nn.ModuleDict()
-PERIODIC = (dist.VonMises, dist.SineBivariateVonMises, dist.SineSkewed)
 
 
 class AmortizedGuide(Configured, PyroModule):
@@ -79,18 +74,18 @@ class AmortizedGuide(Configured, PyroModule):
         super().__init__()
         self._declared = (model, encoder, family, dependencies)
         self._encoder_inputs = encoder_inputs
-        self._sites: dict[str, _Latent] = {}
+        self._sites: dict[str, Latent] = {}
         self._parents: dict[str, tuple[str, ...]] = {}
-        self._unseen: dict[str, tuple[_Plate, ...]] = {}  # plates of a site that the encoder's output does not have
+        self._unseen: dict[str, tuple[Plate, ...]] = {}  # plates of a site that the encoder's output does not have
         self._seen_in: tuple[int, ...] = ()
-        self._calls = _Calls()
+        self._calls = Calls()
         self._data: Any = None
         self.heads: Any = nn.ModuleDict()
         if example is None:
             if "num_data" not in inspect.signature(getattr(model, "forward", model)).parameters:
                 return
             try:
-                with _untouched(model), poutine.block():
+                with untouched(model), poutine.block():
                     drawn = model(num_data=2)
             except (TypeError, ValueError):  # it wants more: the first call has it
                 return
@@ -102,11 +97,11 @@ class AmortizedGuide(Configured, PyroModule):
     def _build(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         model, encoder, family, dependencies = self._declared
         tensors = _tensors(args, kwargs)
-        with _untouched(model), poutine.block():
-            sites, *others = [_latents(trace := poutine.trace(model).get_trace(*args, **kwargs)) for _ in range(8)]
-        self._data = _data_plate(trace, len(tensors[0]) if tensors else 0)
+        with untouched(model), poutine.block():
+            sites, *others = [latents(trace := poutine.trace(model).get_trace(*args, **kwargs)) for _ in range(8)]
+        self._data = data_plate(trace, len(tensors[0]) if tensors else 0)
         for again in others:
-            _check_static(sites, again)
+            check_static(sites, again)
         if not sites:
             raise ValueError("expected a model with latent sites, got one without: there is nothing to infer")
         families = family if isinstance(family, Mapping) else dict.fromkeys(sites, family)
@@ -133,7 +128,7 @@ class AmortizedGuide(Configured, PyroModule):
             like = inputs if inputs.is_floating_point() else torch.empty(0, device=inputs.device)
             self.encoder = bind(MLP() if encoder is None else encoder, inputs.shape[1:]).to(like)
             call = self._call(args, kwargs)
-            with _untouched(self.encoder), poutine.block(), torch.no_grad():
+            with untouched(self.encoder), poutine.block(), torch.no_grad():
                 h, _, dims = self._encode(call, args, kwargs)
             features = h.shape[-1]
             self._seen_in = _seen_in(h, dims, [site for site in sites.values() if self._data in site.plates])
@@ -147,7 +142,7 @@ class AmortizedGuide(Configured, PyroModule):
             own = features if local else 0
             known = own + sum(sites[parent].size for parent in self._parents[name])
             size = known + (math.prod(plate.full_size for plate in unseen) if unseen else 0)
-            self.heads[_key(name)] = head = site.head(families.get(name, DiagonalNormal()), size).to(like)
+            self.heads[_key(name)] = head = _head(site, families.get(name, DiagonalNormal()), size).to(like)
             for module in head.modules() if known > own else ():
                 if isinstance(module, Heads):  # else scales, exponentials of sums of draws, grow along a chain of sites
                     module.linear.weight.data[:, own:known] *= 0.1
@@ -196,11 +191,11 @@ class AmortizedGuide(Configured, PyroModule):
                 values[name] = draws[name] = pyro.sample(name, self._q(name, heads[_key(name)], h, plates, values))
         return draws
 
-    def _call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Call:
+    def _call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
         return self._calls.of(self._declared[0], self._sites, args, kwargs)
 
     def _encode(
-        self, call: _Call, args: Sequence[Any], kwargs: Mapping[str, Any]
+        self, call: Call, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> tuple[Tensor, dict[str, Any], list[int]]:
         """Features, ``(*plates, features)``, the plates, and the dimensions that the encoder's output has."""
         known = {plate.name: call.plates[plate.name] for site in self._sites.values() for plate in site.plates}
@@ -241,7 +236,7 @@ class AmortizedGuide(Configured, PyroModule):
             shape[dim] = size
         return h.permute(*order, -1).reshape(*shape, h.shape[-1]), plates, dims
 
-    def _within(self) -> tuple[_Plate, ...]:
+    def _within(self) -> tuple[Plate, ...]:
         """The plates within the data's, from the outermost."""
         stacks = [site.plates for site in self._sites.values() if self._data in site.plates]
         return max((stack[stack.index(self._data) + 1 :] for stack in stacks), key=len)
@@ -249,91 +244,13 @@ class AmortizedGuide(Configured, PyroModule):
     def _q(self, name: str, head: Any, h: Tensor, plates: Any, values: Mapping[str, Tensor]) -> Any:
         """The site's distribution given the encoder's output and the sites that it depends on."""
         site = self._sites[name]
-        parts = [site.on_its_plates(h, plates)] if self._data in site.plates else []
+        parts = [_on_its_plates(site, h, plates)] if self._data in site.plates else []
         parts += [self._sites[parent].flat(values[parent]) for parent in self._parents[name]]
         if unseen := self._unseen[name]:
             parts.append(_which(unseen, plates).to(next(head.parameters())))
         batch = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
         features = torch.cat([part.expand(*batch, -1) for part in parts], dim=-1) if parts else h.new_empty(0)
         return site.constrained(head(features))
-
-
-class _Plate(NamedTuple):
-    name: str
-    dim: int
-    size: int
-    full_size: int
-
-
-class _Call(NamedTuple):
-    """What the model is for arguments of one signature."""
-
-    plates: dict[str, _Plate]
-    drawn: frozenset[str]  # plates that draw their rows
-    observed: frozenset[str]  # latent sites that are observed now
-
-
-class _Calls:
-    """A `_Call` for each signature: shapes of tensors, values of the rest."""
-
-    __slots__ = ("known",)  # it follows from arguments alone, so that no guard of a compiled step need look here
-
-    def __init__(self) -> None:
-        self.known: dict[Any, _Call] = {}
-
-    def of(
-        self, model: Callable, sites: Mapping[str, _Latent], args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> _Call:
-        key = _signature((args, dict(kwargs)))
-        if key not in self.known:
-            unrecorded = disable_proxy_modes_tracing()  # where a compiled step meets the signature: bounds are read
-            with unrecorded, _untouched(model), poutine.block(), _DrawnRows() as drawn, torch.no_grad():
-                trace = poutine.trace(model).get_trace(*args, **kwargs)
-                events = {name: latent.event for name, latent in _latents(trace).items()}
-            if more := events.keys() - sites.keys():
-                raise ValueError(
-                    f"expected the latent sites {list(sites)} of the example, got {sorted(more)} beside: build the "
-                    "guide with an example in which nothing latent is given"
-                )
-            for name, event in events.items():
-                if event != sites[name].event:
-                    raise ValueError(
-                        f'expected latent site "{name}" as in the example, {sites[name].event}, got {event}: sample it '
-                        "on a fixed support, such as (0, 1), and scale it in the model"
-                    )
-            nodes = dict(_samples(trace)).items()
-            plates = {plate.name: plate for _, site in nodes for plate in _plates(site)}
-            observed = {name for name, site in nodes if site["is_observed"]} & sites.keys()
-            while len(self.known) >= MAX_CALLS:
-                self.known.pop(next(iter(self.known)))
-            self.known[key] = _Call(plates, frozenset(drawn.names), frozenset(observed))
-        return self.known[key]
-
-
-class _DrawnRows(Messenger):
-    """Notes the plates that draw their rows."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if type(msg["fn"]).__name__ == "_Subsample" and msg["value"] is None:
-            self.names.add(msg["name"])
-
-
-def _signature(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return Tensor, value.shape
-    if isinstance(value, Mapping):
-        return type(value), *((key, _signature(each)) for key, each in value.items())
-    if isinstance(value, list | tuple):
-        return type(value), *map(_signature, value)
-    try:
-        hash(value)
-    except TypeError:
-        return object()  # never seen: the model is traced again
-    return type(value), value
 
 
 def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
@@ -346,131 +263,7 @@ def _key(name: str) -> str:
     return name.replace(".", "/") if "." in name else f"{name}/" if hasattr(RESERVED, name) else name
 
 
-class _Latent:
-    """A latent site of the model."""
-
-    def __init__(self, name: str, site: Mapping[str, Any]) -> None:
-        self.name, self.event_shape, self.support = name, site["fn"].event_shape, site["fn"].support
-        if isinstance(self.support, MixtureSameFamilyConstraint):
-            self.support = self.support.base_constraint
-        self.plates = _plates(site)
-        scale = math.prod(plate.full_size / plate.size for plate in self.plates)
-        if site["mask"] is not None or not math.isclose(float(site["scale"]), scale, rel_tol=1e-5):
-            raise ValueError(
-                f'expected latent site "{name}" without a mask or a scale of its own, which q would lack: mask what is '
-                "observed alone, and scale model and guide together, as by pyro_vae.svi.latent_scale"
-            )
-        if isinstance(_innermost(site["fn"]), PERIODIC):
-            raise ValueError(
-                f'expected latent site "{name}" over the real numbers or a subset, got angles: sample a vector and '
-                "take its direction"
-            )
-        self.base: Any = self.support
-        while hasattr(self.base, "base_constraint"):
-            self.base = self.base.base_constraint
-        for bound, value in vars(self.base).items():
-            if not isinstance(value, Tensor):
-                continue
-            if value.requires_grad or (value.numel() > 1 and bool((value != value.flatten()[0]).any())):
-                raise ValueError(
-                    f'expected latent site "{name}" with one fixed support for all, got {self.base}: sample it on a '
-                    "fixed one, such as (0, 1), and scale it in the model"
-                )
-            setattr(self.base, bound, value.flatten()[0])
-        self.categories: int | None = None
-        if isinstance(self.base, constraints.integer_interval):
-            self.categories = int(self.base.upper_bound) + 1
-        self.dtype = site["value"].dtype
-        self.size = self.flat(site["value"]).shape[-1]
-        batch, dims = site["fn"].batch_shape, {plate.dim for plate in self.plates}
-        if any(size > 1 and dim not in dims for dim, size in zip(range(-len(batch), 0), batch, strict=True)):
-            raise ValueError(
-                f'expected latent site "{name}" with its batch in plates, got batch shape {tuple(batch)} in the plates '
-                f"{[plate.name for plate in self.plates]}: add pyro.plate or to_event"
-            )
-
-    @property
-    def event(self) -> tuple[Any, ...]:
-        """Shape and support."""
-        bounds = {name: float(value) for name, value in vars(self.base).items() if isinstance(value, Tensor | float)}
-        return tuple(self.event_shape), type(self.base).__name__.strip("_"), bounds
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Latent) and self._key() == other._key()
-
-    def _key(self) -> tuple[Any, ...]:
-        return self.name, self.plates, self.event
-
-    @property
-    def is_discrete(self) -> bool:
-        return bool(self.base.is_discrete)
-
-    @property
-    def is_real(self) -> bool:
-        return isinstance(self.base, type(constraints.real))  # a copy is another object
-
-    @property
-    def bare_shape(self) -> torch.Size:
-        """Of an event over the real numbers."""
-        if self.is_real:
-            return self.event_shape
-        return biject_to(self.support).inverse_shape(self.event_shape)
-
-    def head(self, family: Family, features: int) -> Any:
-        """The family, or the one of this site's discrete support, bound to it."""
-        own: type[Bernoulli] | type[Categorical] | None = None
-        if isinstance(self.base, type(constraints.boolean)):
-            own = Bernoulli
-        elif isinstance(self.base, type(constraints.one_hot)) or self.categories is not None:
-            own = Categorical
-        if self.is_discrete and own is None:
-            raise ValueError(
-                f'expected latent site "{self.name}" with a finite or a continuous support, got {self.base}: sum it '
-                "out in the model, or take a distribution with a bound"
-            )
-        if isinstance(family, Bernoulli | Categorical) and type(family) is not own:
-            fitting = own.__name__ if own else "a continuous one"
-            raise ValueError(
-                f'expected a family over the support of latent site "{self.name}", {self.base}, got '
-                f"{type(family).__name__}: take {fitting}"
-            )
-        if own is None:
-            return bind(family, features, self.bare_shape)
-        family = family if isinstance(family, own) else own()
-        integers = [] if self.categories is None else [self.categories, self.dtype]
-        return bind(family, features, self.event_shape, *integers)
-
-    def constrained(self, q: Any) -> Any:
-        """q over the site's support, from q over real numbers; q itself where the support is these, or discrete."""
-        if self.is_discrete or self.is_real:
-            return q
-        return dist.TransformedDistribution(q, [biject_to(self.support).with_cache(1)])
-
-    def flat(self, value: Tensor) -> Tensor:
-        """A value of the site as vectors, ``(*plates, size)``: one-hot, or over the real numbers."""
-        events = len(self.event_shape)
-        if self.categories is not None:
-            value, events = nn.functional.one_hot(value.long(), self.categories), events + 1
-        elif not self.is_discrete and not self.is_real:
-            value, events = biject_to(self.support).inv(value), len(self.bare_shape)
-        return value.flatten(start_dim=-events) if events else value[..., None]
-
-    def on_its_plates(self, h: Tensor, plates: Mapping[str, Any]) -> Tensor:
-        """The encoder's output, averaged over plates that this site is not in."""
-        names = {plate.dim: plate.name for plate in self.plates}
-        for dim in range(1 - h.dim(), 0):
-            if dim not in names:
-                h = h.mean(dim - 1, keepdim=True)
-            elif h.shape[dim - 1] not in (1, size := plates[names[dim]].subsample_size):
-                raise ValueError(
-                    f'expected the encoder\'s output to have {size} on the dimension of plate "{names[dim]}" of site '
-                    f'"{self.name}", got {h.shape[dim - 1]}: let it return (B, features), or (B, ..., features) with '
-                    "the plates within between"
-                )
-        return h.reshape(h.shape[min(names) - 1 :])
-
-
-def _which(some: Sequence[_Plate], plates: Mapping[str, Any]) -> Tensor:
+def _which(some: Sequence[Plate], plates: Mapping[str, Any]) -> Tensor:
     """Which element of these plates it is, one-hot, ``(*plates, elements)``."""
     number = torch.zeros(())
     for plate in some:
@@ -484,52 +277,7 @@ def _which(some: Sequence[_Plate], plates: Mapping[str, Any]) -> Tensor:
     return number[..., None] == torch.arange(math.prod(plate.full_size for plate in some), device=number.device)
 
 
-def _plates(site: Mapping[str, Any]) -> tuple[_Plate, ...]:
-    frames = site["cond_indep_stack"]
-    if any(not frame.vectorized for frame in frames):
-        raise ValueError(
-            f'expected vectorised plates, got site "{site["name"]}" in a sequential one: use `with pyro.plate(...)`'
-        )
-    return tuple(_Plate(frame.name, frame.dim, frame.size, frame.full_size or frame.size) for frame in frames)
-
-
-def _samples(trace: poutine.Trace) -> Iterator[tuple[str, Any]]:
-    for name, site in trace.nodes.items():
-        if site["type"] == "sample" and type(site["fn"]).__name__ != "_Subsample":
-            yield name, site
-
-
-def _innermost(distribution: Any) -> Any:
-    while hasattr(distribution, "base_dist"):
-        distribution = distribution.base_dist
-    return distribution
-
-
-def _latents(trace: poutine.Trace) -> dict[str, _Latent]:
-    """The latent sites, without those that the estimator sums out."""
-    sites = [(n, s) for n, s in _samples(trace) if not s["is_observed"] and s["infer"].get("enumerate") != "parallel"]
-    return {name: _Latent(name, site) for name, site in sites}
-
-
-def _data_plate(trace: poutine.Trace, count: int) -> _Plate | None:
-    """The one called "data", else the outermost of an observed site that has `count` elements, else the outermost."""
-    observed: list[_Plate] = []
-    for _, site in _samples(trace):
-        named = next((plate for plate in _plates(site) if plate.name == "data"), None)
-        if named is not None:
-            return named
-        if site["is_observed"] and not site["infer"].get("_deterministic"):
-            observed += _plates(site)
-    fitting = [plate for plate in observed if count in plate[2:]] or observed
-    if len(names := {plate.name for plate in fitting if count in plate[2:]}) > 1:
-        raise ValueError(
-            f'expected one plate of {count} data, got {sorted(names)}: call the one of independent data "data", or '
-            "give an example with another number of data"
-        )
-    return fitting[0] if fitting else None
-
-
-def _seen_in(h: Tensor, dims: Sequence[int], sites: Sequence[_Latent]) -> tuple[int, ...]:
+def _seen_in(h: Tensor, dims: Sequence[int], sites: Sequence[Latent]) -> tuple[int, ...]:
     """The dimensions of plates whose elements have features of their own in the encoder's output."""
     seen = []
     for dim in dims:
@@ -544,17 +292,8 @@ def _seen_in(h: Tensor, dims: Sequence[int], sites: Sequence[_Latent]) -> tuple[
     return tuple(seen)
 
 
-def _check_static(sites: Mapping[str, _Latent], again: Mapping[str, _Latent]) -> None:
-    for name in [*sites, *again]:
-        if sites.get(name) != again.get(name):
-            raise ValueError(
-                f'expected a model of static structure, got a latent site "{name}" that differs between runs, in '
-                "presence, shape or support: decide by masks and torch.where, and take supports that depend on no draw"
-            )
-
-
 def _parents(
-    site: _Latent, sites: Mapping[str, _Latent], dependencies: Dependencies, data: _Plate | None
+    site: Latent, sites: Mapping[str, Latent], dependencies: Dependencies, data: Plate | None
 ) -> tuple[str, ...]:
     """The earlier sites whose values the site's head sees."""
     earlier = list(sites)[: list(sites).index(site.name)]
@@ -580,20 +319,41 @@ def _arguments(model: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     return arguments
 
 
-@contextlib.contextmanager
-def _untouched(*programs: Any) -> Iterator[None]:
-    """Random state, Pyro's parameter store and the modules' modes are after the block what they were before it."""
-    owners = [getattr(program, "__self__", program) for program in programs]  # of bound methods
-    submodules = [m for owner in owners if isinstance(owner, nn.Module) for m in owner.modules()]
-    modes = [(submodule, submodule.training) for submodule in submodules]
-    store = pyro.get_param_store()
-    plain = not all(isinstance(owner, nn.Module) for owner in owners)  # functions read the store's values
-    try:
-        with torch.random.fork_rng(), store.scope(store.get_state() if plain else None):
-            for submodule in submodules:
-                submodule.training = False
-            yield
-    finally:
-        for submodule, training in modes:
-            submodule.training = training
-        dict(store.items())  # reading a parameter gives it back its `unconstrained`, which `scope` takes from it
+def _head(site: Latent, family: Family, features: int) -> Any:
+    """The family, or the one of this site's discrete support, bound to it."""
+    own: type[Bernoulli] | type[Categorical] | None = None
+    if isinstance(site.base, type(constraints.boolean)):
+        own = Bernoulli
+    elif isinstance(site.base, type(constraints.one_hot)) or site.categories is not None:
+        own = Categorical
+    if site.is_discrete and own is None:
+        raise ValueError(
+            f'expected latent site "{site.name}" with a finite or a continuous support, got {site.base}: sum it '
+            "out in the model, or take a distribution with a bound"
+        )
+    if isinstance(family, Bernoulli | Categorical) and type(family) is not own:
+        fitting = own.__name__ if own else "a continuous one"
+        raise ValueError(
+            f'expected a family over the support of latent site "{site.name}", {site.base}, got '
+            f"{type(family).__name__}: take {fitting}"
+        )
+    if own is None:
+        return bind(family, features, site.bare_shape)
+    family = family if isinstance(family, own) else own()
+    integers = [] if site.categories is None else [site.categories, site.dtype]
+    return bind(family, features, site.event_shape, *integers)
+
+
+def _on_its_plates(site: Latent, h: Tensor, plates: Mapping[str, Any]) -> Tensor:
+    """The encoder's output, averaged over plates that the site is not in."""
+    names = {plate.dim: plate.name for plate in site.plates}
+    for dim in range(1 - h.dim(), 0):
+        if dim not in names:
+            h = h.mean(dim - 1, keepdim=True)
+        elif h.shape[dim - 1] not in (1, size := plates[names[dim]].subsample_size):
+            raise ValueError(
+                f'expected the encoder\'s output to have {size} on the dimension of plate "{names[dim]}" of site '
+                f'"{site.name}", got {h.shape[dim - 1]}: let it return (B, features), or (B, ..., features) with '
+                "the plates within between"
+            )
+    return h.reshape(h.shape[min(names) - 1 :])
