@@ -11,10 +11,14 @@ from pyro.infer import Trace_ELBO
 
 from pyro_vae import CompiledSVI, checkpoint
 from pyro_vae.evaluation import log_weights
-from pyro_vae.guides import AmortizedGuide
+from pyro_vae.guides import AmortizedGuide, families
 from pyro_vae.models import VAE
 
 FAMILIES = FAMILIES | DISCRETE
+FAMILIES |= {  # of one transform, as the graphs of splines are long
+    "AutoregressiveSpline": families.AutoregressiveSpline(1, hidden=(16, 16)),
+    "CouplingSpline": families.CouplingSpline(1, hidden=(16, 16)),
+}
 
 
 def covering_array():
