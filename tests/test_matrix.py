@@ -131,6 +131,7 @@ class Everything(nn.Module):
                     pyro.sample("x", part.observation(part.latent()), obs=x)
 
 
+@pytest.mark.slow
 def test_inductor_compiles_every_component(monkeypatch):
     """The bound of a program of them all, in one graph; kernels are not optimised, which takes seconds for each."""
     monkeypatch.setenv("TORCHINDUCTOR_DEBUG_COMPILE", "1")
