@@ -25,7 +25,7 @@ test: .venv/.installed
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m ruff format --check .
 	.venv/bin/python -m mypy
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -rs --doctest-modules pyro_vae tests $(ARGS)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -rfEs --doctest-modules pyro_vae tests $(ARGS)
 
 matrix: .venv/.installed
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -q tests/test_matrix.py --matrix $(ARGS)
