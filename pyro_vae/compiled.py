@@ -418,7 +418,10 @@ def _compile(graph: GraphModule, tensors: Sequence[Tensor]) -> Callable:
         return _inductor(graph, tensors)
     except Exception as error:
         if not _compiler_works():
-            raise NotStaticError("torch finds no working C++ compiler. Mend: install one, such as g++") from error
+            raise NotStaticError(
+                "torch finds no working C++ compiler. Mend: install one, such as g++, and set TORCHINDUCTOR_CACHE_DIR, "
+                "if at all, to a path without spaces, which torch's call of it does not take"
+            ) from error
         raise NotStaticError(
             f"torch cannot compile the program's graph: {type(error).__name__}: {_first_line(error)}. Mend: none here; "
             "other versions of torch may"
