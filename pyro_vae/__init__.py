@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import guides, models
+    from .comparison import Comparison, compare_estimators
     from .data import Dataset, load_dataset
     from .evaluation import Evaluation, evaluate
     from .svi import SVI, CompiledSVI
@@ -21,10 +22,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SVI",
+    "Comparison",
     "CompiledSVI",
     "Dataset",
     "Evaluation",
     "Run",
+    "compare_estimators",
     "evaluate",
     "fit",
     "guides",
@@ -34,6 +37,8 @@ __all__ = [
 ]
 
 _MODULE_OF = {
+    "Comparison": "comparison",
+    "compare_estimators": "comparison",
     "Dataset": "data",
     "load_dataset": "data",
     "Evaluation": "evaluation",

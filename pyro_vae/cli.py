@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from .options import (
     Table,
     check,
     classes_help,
+    estimator,
     flat,
     mend,
     nested,
@@ -50,6 +52,7 @@ Variational autoencoders as Pyro programs.
   sample         draw new data from a run's model
   encode         q(z | x) of data: means, scales and draws
   reconstruct    decode what a run's guide makes of data
+  compare        which loss to train a run's model with: bias and noise of gradients, time, what training gains
   report         write a run's report again
   doctor         what this installation has, and what it lacks
 
@@ -80,7 +83,7 @@ what is trained (--model.help, --guide.help, ... list the classes and their opti
   --model.latent_dim N, --model.decoder MLP, --model.decoder.hidden [200,200], --model.prior CLASS
   --model.likelihood auto|CLASS    auto (default) looks at the data
   --guide CLASS        AmortizedGuide (default); --guide.encoder ConvolutionalEncoder, --guide.family CLASS
-  --loss CLASS         Trace_ELBO (default), TraceMeanField_ELBO, or your own
+  --loss CLASS         Trace_ELBO (default), IWAE, DReG, ..., or your own; --loss.num_particles K
   --optimizer CLASS    Adam (default); --optimizer.lr 1e-3
   --learning_rate, --kl_weight CLASS     schedules, as in --kl_weight Warmup --kl_weight.epochs 20
 
@@ -113,6 +116,7 @@ Score a run's model and guide: nats per datum, higher is better but for kl.
   RUN                the run's directory, such as runs/latest
   --data NAME|PATH   other data than the run's         --split train|valid|test|all (test)
   --num_samples N    draws per datum (1000)            --seed N (0), --device D (auto)
+  --annealing N      log p(x) by annealed importance sampling too, N temperatures (such as 1000; slow)
   --out FILE.json    write the scores too              --overwrite
 
 example:
@@ -156,6 +160,29 @@ E[x' | z] for z ~ q(z | x), in the data's original units.
 
 example:
   pyro-vae reconstruct runs/latest --out reconstructions.npz
+""",
+    "compare": """\
+usage: pyro-vae compare RUN [OPTIONS]
+
+Hold losses against each other on a run's model and guide: bounds and their gap to log p(x), bias and
+signal-to-noise ratio of gradients, time and memory of a step and, with a budget, what training brings.
+
+  RUN                  the run's directory, such as runs/latest
+  --estimators A,B,C   classes of pyro_vae.estimators, pyro.infer or your own, module.Class (ELBO,IWAE,DReG);
+                       --estimators.help lists them; --estimators.CIWAE.beta 0.5 sets what one takes
+  --num_particles K,K  draws of each (1,4,16)
+  --steps N | --seconds S   train copies with each, so long for each seed; otherwise none is trained
+  --seeds N,N,N        of trainings (0,1,2)              --learning_rate X   of Adam (0.001)
+  --batch_size N       of gradients and steps (100)      --compile true|false   compiled steps (false)
+  --data NAME|PATH     other data than the run's: its training split is what all is measured on
+  --split train|valid|test|all   what trained copies are scored on (valid)
+  --num_data N         data that bounds are of (500)
+  --num_samples N      draws per datum that log p(x) is told by (1000)
+  --num_gradients N    draws of each gradient (200)      --seed N (0), --device D (auto)
+  --out DIR            comparison.csv, .json and figures (comparison)      --overwrite
+
+example:
+  pyro-vae compare runs/latest --estimators IWAE,DReG --num_particles 1,8,64 --steps 500
 """,
     "report": """\
 usage: pyro-vae report RUN [OPTIONS]
@@ -286,6 +313,9 @@ def _dispatch(arguments: list[str]) -> int:
         if positional or options:
             raise ValueError(f"expected doctor alone, got {' '.join(arguments[1:])!r}: leave it out")
         return _doctor()
+    if command == "compare" and "estimators.help" in dict(options):
+        print(classes_help("estimators"))
+        return 0
     if len(positional) != 1:
         came = " ".join(positional) or "none"
         raise ValueError(f"expected one RUN, got {came}: pyro-vae {command} runs/latest")
@@ -308,18 +338,21 @@ def _called(command: str, function: Callable[..., int], run: Path, options: Opti
     tree: Table = {}
     for path, value in options:
         name, _, rest = path.partition(".")
-        if name not in names or (rest and name != "data"):
+        if name not in names or (rest and name not in ("data", "estimators")):
             known = [f"--{each}" for each in sorted(names)]
             raise ValueError(f"expected {one_of(known)}, got --{path}: {mend(f'--{path}', known, command, '--help')}")
         if name == "data":
             tree.setdefault("data", {})[rest or "name_or_path"] = value
+        elif name == "estimators":
+            tree.setdefault("estimators", {})[rest] = value
         else:
             tree[name] = value
     data = check(load_dataset, tree.pop("data", {}), "data")
-    if "out" in names:
+    if command in OUT:
         _check_ending(Path(tree.get("out") or OUT[command]), (".json",) if command == "evaluate" else (".npz", ".csv"))
+    tables = {"data": data, "estimators": tree.pop("estimators", {})}
     arguments = check(function, tree, "")
-    return function(run, **({"data": data} if "data" in names else {}), **arguments)
+    return function(run, **{name: tables[name] for name in tables if name in names}, **arguments)
 
 
 # ------------------------------------------------------------ fit
@@ -553,6 +586,7 @@ def _evaluate(
     data: Table,
     split: Part = "test",
     num_samples: int = 1000,
+    annealing: int | None = None,
     out: Path | None = None,
     overwrite: bool = False,
     device: str = "auto",
@@ -563,7 +597,7 @@ def _evaluate(
     _check_out(out, overwrite)
     loaded = _load(run, device)
     part = _split(_dataset(loaded, data), split)
-    scores = evaluate(loaded.model, loaded.guide, part, num_samples=num_samples, seed=seed)
+    scores = evaluate(loaded.model, loaded.guide, part, num_samples=num_samples, seed=seed, annealing=annealing)
     print(f"{split} split: {scores}")
     if out is not None:
         table: Table = {
@@ -647,6 +681,102 @@ def _reconstruct(
     x = reconstruct(loaded.model, loaded.guide, part, num_samples=num_samples, seed=seed)
     _write_data(out, dataset, part, {"x": dataset.restore(x)})
     return 0
+
+
+def _compare(
+    run: Path,
+    data: Table,
+    estimators: Table,
+    num_particles: str = "1,4,16",
+    steps: int | None = None,
+    seconds: float | None = None,
+    seeds: str = "0,1,2",
+    learning_rate: float | None = None,
+    batch_size: int | None = None,
+    compile: bool = False,
+    split: Part = "valid",
+    num_data: int = 500,
+    num_samples: int = 1000,
+    num_gradients: int = 200,
+    out: Path = Path("comparison"),
+    overwrite: bool = False,
+    device: str = "auto",
+    seed: int = 0,
+) -> int:
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not overwrite)):
+        raise FileExistsError(f"expected a new or empty folder, got {str(out)!r}: name another, or add --overwrite")
+    if not out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"expected a folder at {str(out.parent)!r}, got none: make it, or name another --out")
+    chosen = _estimators(estimators)
+    values, of_training = _numbers("num_particles", num_particles, 1), _numbers("seeds", seeds, 0)
+    from .comparison import compare_estimators
+
+    loaded = _load(run, device)
+    dataset = _dataset(loaded, data)
+    comparison = compare_estimators(
+        loaded.model,
+        loaded.guide,
+        dataset.train,
+        chosen,
+        num_particles=values,
+        num_data=num_data,
+        num_samples=num_samples,
+        num_gradients=num_gradients,
+        steps=steps,
+        seconds=seconds,
+        seeds=of_training,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        valid=_split(dataset, split),
+        compile=compile,
+        seed=seed,
+    )
+    print(comparison)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.absolute().parent) as folder:
+        comparison.to_csv(Path(folder, "comparison.csv"))
+        comparison.to_json(Path(folder, "comparison.json"))
+        comparison.figures(folder)
+        out.mkdir(exist_ok=True)
+        print()
+        for path in sorted(Path(folder).iterdir()):
+            os.replace(path, out / path.name)
+            print(f"wrote    {out / path.name}")
+    return 0
+
+
+def _estimators(options: Table) -> dict[str, Callable[[int], Any]]:
+    """What ``--estimators A,B --estimators.B.alpha 0.5`` stands for: by name, from K to an estimator."""
+    from .config import build
+
+    arguments: dict[str, Table] = {}
+    for path, value in options.items():
+        name, _, rest = path.partition(".")
+        if path and not rest:
+            raise ValueError(
+                f"expected --estimators.CLASS.NAME VALUE, got --estimators.{path} {value}: name what to set"
+            )
+        if path:
+            arguments.setdefault(name, {})[rest] = value
+    classes = str(options.get("", "ELBO,IWAE,DReG")).split(",")
+    names = [each.rpartition(".")[2] for each in classes]
+    if not all(names) or len(set(names)) < len(names):
+        raise ValueError(f"expected different classes for --estimators, got {options['']!r}: as in IWAE,DReG")
+    if unknown := arguments.keys() - set(names):
+        name = min(unknown)
+        raise ValueError(f"expected settings of one of {', '.join(names)}, got --estimators.{name}: name it too")
+
+    def from_K(path: str, its: Table) -> Callable[[int], Any]:
+        estimator(path, its, 2)  # whatever is wrong is said before data are loaded
+        return lambda K: build({"estimator": estimator(path, its, K)})["estimator"]
+
+    return {name: from_K(path, arguments.get(name, {})) for name, path in zip(names, classes, strict=True)}
+
+
+def _numbers(option: str, text: str, minimum: int) -> tuple[int, ...]:
+    words = [word.strip() for word in text.strip("[]() ").split(",")]
+    if not all(word.isdecimal() and int(word) >= minimum for word in words):
+        raise ValueError(f"expected whole numbers >= {minimum} for --{option}, got {text!r}: as in --{option} 1,4,16")
+    return tuple(map(int, words))
 
 
 def _report(run: Path, num_samples: int = 1000, device: str = "auto", seed: int = 0) -> int:
@@ -802,6 +932,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "sample": _sample,
     "encode": _encode,
     "reconstruct": _reconstruct,
+    "compare": _compare,
     "report": _report,
     "doctor": _doctor,
 }

@@ -6,19 +6,19 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from .compiled import Compiled
 from .data import as_data
+from .log_weights import LogWeights, Structure, Structures, log_weights, samples
 
-__all__ = ["Estimate", "Evaluation", "evaluate", "generalized_pareto_shape", "log_weights"]
+__all__ = ["Estimate", "Evaluation", "evaluate", "generalized_pareto_shape"]
 
 MAX_ELEMENTS = 4_000_000  # of one tensor of decoded data: about 16 MB in float32
 WORTH_COMPILING = 1_000  # calls
@@ -55,6 +55,7 @@ class Evaluation:
         ess: effective sample size of the K importance weights, 1 to K.
         khat: shape of the weights' Pareto tail; above 0.7 the weights cannot be trusted (arXiv 1507.02646).
         per_datum: each score's values, shape (N,): rank data by them.
+        annealed: log p(x) by annealed importance sampling from the prior, where it was asked for: see `annealing`.
     """
 
     elbo: Estimate
@@ -67,9 +68,11 @@ class Evaluation:
     num_samples: int
     num_data: int
     per_datum: dict[str, Tensor]
+    annealed: Estimate | None = None
 
     def table(self) -> dict[str, Estimate]:
-        return {name: getattr(self, name) for name in ("elbo", "log_evidence", "kl", "ess", "khat")}
+        names = ["elbo", "log_evidence", *(["annealed"] if self.annealed else []), "kl", "ess", "khat"]
+        return {name: getattr(self, name) for name in names}
 
     def __str__(self) -> str:
         rows = [f"{name:>13}  {estimate}" for name, estimate in self.table().items()]
@@ -79,70 +82,10 @@ class Evaluation:
         return "\n".join([f"{self.num_data} data, {self.num_samples} draws each; nats per datum", *rows])
 
 
-@dataclass(frozen=True)
-class Weights:
-    """Log-weights of draws from q, and the parts that they are made of; each (K, B)."""
-
-    log_weight: Tensor
-    kl: Tensor
-    sites: Mapping[str, tuple[Any, Any, Tensor, int]]  # name: (q, p, draws, the draws' data dimension)
-
-
-def log_weights(
-    model: Callable, guide: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], num_samples: int
-) -> Weights:
-    """``log p(x_b, z_kb) - log q(z_kb | x_b)``, shape (K, B), in one vectorised call of guide and model.
-
-    Raises:
-        ValueError: a site outside the plate ``"data"`` (its log-weight belongs to no datum), or data outside the
-            support.
-
-    Example:
-        >>> from pyro_vae.guides import AmortizedGuide
-        >>> from pyro_vae.models import VAE
-        >>> model = VAE((4,), latent_dim=2)
-        >>> log_weights(model, AmortizedGuide(model), (torch.ones(5, 4),), {}, 3).log_weight.shape
-        torch.Size([3, 5])
-    """
-    nesting = _plate_nesting(model, guide, args, kwargs)
-    weights, observed = _log_weights(model, guide, args, kwargs, num_samples, nesting)
-    _check_observed(observed)
-    return weights
-
-
-def _check_observed(sites: Mapping[str, Any]) -> None:
-    for name, site in sites.items():
-        check_support(name, site["fn"], site["value"])
-
-
-def _log_weights(
-    model: Callable, guide: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], num_samples: int, nesting: int
-) -> tuple[Weights, dict[str, Any]]:
-    """`log_weights` and the observed sites, whose values have not been checked."""
-    with pyro.plate("draws", num_samples, dim=-1 - nesting):
-        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        model_trace = poutine.trace(poutine.replay(model, guide_trace)).get_trace(*args, **kwargs)
-    log_weight = kl = torch.zeros(())
-    sites, observed = {}, {}
-    for sign, trace in ((1.0, model_trace), (-1.0, guide_trace)):
-        for name, site in samples(trace):
-            if site["is_observed"]:
-                observed[name] = site
-            log_prob = sign * log_prob_per_datum(name, site, nesting)
-            log_weight = log_weight + log_prob
-            if not site["is_observed"]:
-                kl = kl - log_prob
-            if name in guide_trace.nodes and name in model_trace.nodes:
-                q, p, z = guide_trace.nodes[name]["fn"], model_trace.nodes[name]["fn"], site["value"]
-                sites[name] = (q, p, z, z.dim() - q.event_dim + _data_frame(name, site).dim)
-    return Weights(log_weight, kl, sites), observed
-
-
-def samples(trace: poutine.Trace) -> Iterator[tuple[str, Any]]:
-    """The sample sites of a trace, without those that plates make."""
-    for name, site in trace.nodes.items():
-        if site["type"] == "sample" and type(site["fn"]).__name__ != "_Subsample":
-            yield name, site
+def _check_observed(weights: LogWeights) -> None:
+    for name, site in samples(weights.calls[0].p):
+        if site["is_observed"]:
+            check_support(name, site["fn"], site["value"])
 
 
 def check_support(name: str, distribution: Any, x: Tensor) -> None:
@@ -165,34 +108,11 @@ def check_support(name: str, distribution: Any, x: Tensor) -> None:
     )
 
 
-def _plate_nesting(model: Callable, guide: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    with torch.random.fork_rng(), poutine.block():
-        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        model_trace = poutine.trace(poutine.replay(model, guide_trace)).get_trace(*args, **kwargs)
-    frames = [f for t in (guide_trace, model_trace) for _, site in samples(t) for f in site["cond_indep_stack"]]
-    return -min((frame.dim for frame in frames if frame.vectorized), default=-1)
-
-
-def _data_frame(name: str, site: Any) -> Any:
-    frame = next((frame for frame in site["cond_indep_stack"] if frame.name == "data"), None)
-    if frame is None:
+def _check_plates(structure: Structure) -> None:
+    for name in structure.global_sites:
         raise ValueError(
             f'expected every site inside the plate "data", got "{name}" outside: its weight belongs to no single datum'
         )
-    return frame
-
-
-def log_prob_per_datum(name: str, site: Any, nesting: int) -> Tensor:
-    """The site's log-probability, masked and summed over all plates but draws and data: (K, B) or (1, B)."""
-    data = _data_frame(name, site)
-    log_prob = site["fn"].log_prob(site["value"])
-    if site["mask"] is not None:
-        log_prob = torch.where(torch.as_tensor(site["mask"]), log_prob, log_prob.new_zeros(()))
-    plates = {frame.dim: frame.size for frame in site["cond_indep_stack"] if frame.vectorized}
-    shape = [plates.get(dim, 1) for dim in range(-1 - nesting, 0)]
-    others = [dim for dim in range(-nesting, 0) if dim != data.dim]
-    log_prob = log_prob.expand(torch.broadcast_shapes(log_prob.shape, tuple(shape)))
-    return (log_prob.sum(others, keepdim=True) if others else log_prob).reshape(-1, data.size)
 
 
 class _Sums:
@@ -231,6 +151,7 @@ def evaluate(
     seed: int = 0,
     progress: bool = True,
     compile: bool | None = None,
+    annealing: int | None = None,
 ) -> Evaluation:
     """Score a pair on data with K = `num_samples` draws per datum, in eval mode, on the device that the model is on.
 
@@ -238,6 +159,7 @@ def evaluate(
         data: a tensor; a tuple of tensors, optionally ending in a dict of keyword tensors; or a split of a data set,
             whose standardisation is undone: scores are those of the original units.
         compile: run the draws as one compiled graph; by default where there are draws enough to pay for it.
+        annealing: number of temperatures, such as 1,000, of 16 chains of annealed importance sampling beside.
 
     Raises:
         ValueError: data outside the likelihood's support (grey values under a Bernoulli are no log-likelihood), or a
@@ -253,6 +175,8 @@ def evaluate(
     """
     if num_samples < 1:
         raise ValueError(f"expected num_samples >= 1, got {num_samples}: give a positive number")
+    if annealing is not None and annealing < 1:
+        raise ValueError(f"expected annealing >= 1 temperatures, got {annealing}: give a positive number")
     data = as_data(data)
     device = next((p.device for p in _parameters(model, guide)), data.device)
     data = data.to(device)
@@ -261,7 +185,8 @@ def evaluate(
     parts = -(-num_samples // max(1, min(num_samples, MAX_ELEMENTS // (event * rows))))
     draws = [num_samples // parts + (i < num_samples % parts) for i in range(parts)]
     calls = parts * -(-len(data) // rows)
-    compute: Callable = functools.partial(_parts, model, guide)
+    structures = Structures()
+    compute: Callable = functools.partial(_parts, model, guide, structures)
     if compile or (compile is None and calls >= WORTH_COMPILING):
         compute = Compiled(compute, model, guide)
     tail = min(math.ceil(num_samples / 5), math.ceil(3 * math.sqrt(num_samples))) + 1
@@ -273,22 +198,30 @@ def evaluate(
             count = min(rows, len(data) - begin)
             index = torch.arange(begin, begin + rows, device=device).clamp(max=len(data) - 1)  # graphs have one shape
             args, kwargs = data.batch(index, generator)
-            nesting, sums = _plate_nesting(model, guide, args, kwargs), _Sums(len(index), tail)
+            sums = _Sums(len(index), tail)
+            _check_plates(structures.of(model, guide, args, kwargs, "data"))
             with torch.random.fork_rng():
-                _check_observed(_log_weights(model, guide, args, kwargs, 1, nesting)[1])
+                _check_observed(log_weights(model, guide, args, kwargs, 1, structures, plate="data"))
             for K in draws:
-                sums.add(*compute(args, kwargs, K, nesting))
+                sums.add(*compute(args, kwargs, K))
             for name, value in _scores(sums, num_samples).items():
                 whole = scores.setdefault(name, value.new_empty(len(data), *value.shape[1:]))
                 whole[begin : begin + count] = value[:count]
             bar.update(count)
-    return _summary(scores, num_samples, data.log_jacobian)
+    evaluation = _summary(scores, num_samples, data.log_jacobian)
+    if annealing is None:
+        return evaluation
+    from .annealing import annealed
+
+    found = annealed(model, data, num_temperatures=annealing, seed=seed, progress=progress, compile=compile)
+    per_datum = evaluation.per_datum | {"annealed": found.per_datum}
+    return replace(evaluation, per_datum=per_datum, annealed=found.log_evidence)
 
 
 def _parts(
-    model: Callable, guide: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], num_samples: int, nesting: int
+    model: Callable, guide: Callable, structures: Structures, args: Sequence[Any], kwargs: Mapping[str, Any], K: int
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    weights, _ = _log_weights(model, guide, args, kwargs, num_samples, nesting)
+    weights = log_weights(model, guide, args, kwargs, K, structures, plate="data", scaled=False)
     return weights.log_weight, weights.kl, _moments(weights)
 
 
@@ -308,7 +241,7 @@ def _scores(sums: _Sums, K: int) -> dict[str, Tensor]:
     }
 
 
-def _moments(weights: Weights) -> dict[str, Tensor]:
+def _moments(weights: LogWeights) -> dict[str, Tensor]:
     """Sums over draws per latent dimension, (B, D): the posterior's mean, its square, the KL where both factorise."""
     means, divergences = [], []
     for q, p, z, data_dim in weights.sites.values():

@@ -21,6 +21,7 @@ __all__ = [
     "Table",
     "check",
     "classes_help",
+    "estimator",
     "flat",
     "mend",
     "nested",
@@ -35,19 +36,21 @@ Options = list[tuple[str, Any]]  # (a dotted path, a value: text from the comman
 Table = dict[str, Any]
 
 FLAGS = {"overwrite", "data.download", "mean", "print_config"}
-WHERE = {  # the short names of a component's classes are those of this module
-    "model": "pyro_vae.models",
-    "guide": "pyro_vae.guides",
-    "loss": "pyro.infer",
-    "optimizer": "torch.optim",
-    "learning_rate": "pyro_vae.schedules",
-    "kl_weight": "pyro_vae.schedules",
-    "prior": "pyro_vae.models.priors",
-    "likelihood": "pyro_vae.models.likelihoods",
-    "family": "pyro_vae.guides.families",
-    "encoder": "pyro_vae.nn",
-    "decoder": "pyro_vae.nn",
+WHERE = {  # the short names of a component's classes are those of these modules, of the later ones first
+    "model": ("pyro_vae.models",),
+    "guide": ("pyro_vae.guides",),
+    "loss": ("pyro.infer", "pyro_vae.estimators"),
+    "estimators": ("pyro.infer", "pyro_vae.estimators"),
+    "optimizer": ("torch.optim",),
+    "learning_rate": ("pyro_vae.schedules",),
+    "kl_weight": ("pyro_vae.schedules",),
+    "prior": ("pyro_vae.models.priors",),
+    "likelihood": ("pyro_vae.models.likelihoods",),
+    "family": ("pyro_vae.guides.families",),
+    "encoder": ("pyro_vae.nn",),
+    "decoder": ("pyro_vae.nn",),
 }
+ESTIMATORS = ("loss", "estimators")
 COMPONENTS = ("model", "guide", "loss", "optimizer", "learning_rate", "kl_weight")
 USUAL = {
     "model": "VAE",
@@ -297,25 +300,26 @@ def _find(path: str, name: str | None, arguments: Mapping[str, Any]) -> tuple[An
     """The class or function of a short name or import path, and its import path."""
     from .config import import_object
 
-    role = path.rpartition(".")[2]
+    role = _role(path)
     if name is None and role not in USUAL:
         raise ValueError(f"expected a class for --{path}, got only {', '.join(arguments)}: add --{path} CLASS")
     name = USUAL[role] if name is None else name
+    command, option = ("compare", "--estimators") if role == "estimators" else ("fit", f"--{path}")
     if not isinstance(name, str):
-        raise ValueError(f"expected a class for --{path}, got {name!r}: name one, or see pyro-vae fit --{path}.help")
+        raise ValueError(f"expected a class for {option}, got {name!r}: name one, or see pyro-vae fit {option}.help")
     if "." in name:
         target = import_object(name)
     else:
         known = _classes(role)
         if name not in known:
             raise ValueError(
-                f"expected a class for --{path}, {one_of(known)} or an import path, got {name!r}: "
-                f"{mend(str(name), known, 'fit', f'--{path}.help')}"
+                f"expected a class for {option}, {one_of(known)} or an import path, got {name!r}: "
+                f"{mend(str(name), known, command, f'{option}.help')}"
             )
         target = known[name]
     if not callable(target):
         raise ValueError(
-            f"expected a class or function for --{path}, got {name!r}, a {type(target).__name__}: name one"
+            f"expected a class or function for {option}, got {name!r}, a {type(target).__name__}: name one"
         )
     _check_role(path, name, target)
     return target, f"{target.__module__}.{target.__qualname__}" if "." not in name else name
@@ -341,6 +345,7 @@ def _check_role(path: str, name: str, target: Any) -> None:
         "model": program,
         "guide": program,
         "loss": ("a subclass of pyro.infer.ELBO", is_a(ELBO)),
+        "estimators": ("subclasses of pyro.infer.ELBO", is_a(ELBO)),
         "optimizer": ("a subclass of torch.optim.Optimizer", is_a(optim.Optimizer) or of_pyro),
         "learning_rate": schedule,
         "kl_weight": schedule,
@@ -350,11 +355,28 @@ def _check_role(path: str, name: str, target: Any) -> None:
         "encoder": network,
         "decoder": network,
     }
-    role = path.rpartition(".")[2]
+    role = _role(path)
     own = role in COMPONENTS and role != path  # an argument of the user's class, of a name that means something here
     wanted, fits = ("", True) if own else roles.get(role, ("", True))
     if not fits:
         raise ValueError(f"expected {wanted} for --{path}, got {name!r}: see pyro-vae fit --{path}.help")
+
+
+def _role(path: str) -> str:
+    """What a component is for: the last name of its path, or that of an entry of ``--estimators``."""
+    return "estimators" if path.startswith("estimators.") and path.count(".") == 1 else path.rpartition(".")[2]
+
+
+def estimator(name: str, arguments: Mapping[str, Any], num_particles: int) -> Table:
+    """An estimator of so many draws, by short name or import path, as `config.build` takes it."""
+    path = f"estimators.{name.rpartition('.')[2]}"
+    target, _ = _find(path, name, arguments)
+    taken = inspect.signature(target).parameters.values()
+    if not any(p.name == "num_particles" or p.kind is p.VAR_KEYWORD for p in taken):
+        raise ValueError(f"expected --estimators that take num_particles, got {name}, which does not: leave it out")
+    if "num_particles" in arguments:
+        raise ValueError(f"expected --num_particles for all estimators, got --{path}.num_particles: name it there")
+    return resolved(path, {"class_path": name, "init_args": {**arguments, "num_particles": num_particles}})
 
 
 def _torch_optimizer(class_path: str, given: Mapping[str, Any]) -> Table:
@@ -377,19 +399,19 @@ def _classes(role: str) -> dict[str, Any]:
 
     from torch import nn, optim
 
-    roles = [role] if role in WHERE else [each for each in WHERE if WHERE[each].startswith("pyro_vae.")]
+    roles = [role] if role in WHERE else [each for each in WHERE if WHERE[each][0].startswith("pyro_vae.")]
     found: dict[str, Any] = {}
-    for module in dict.fromkeys(WHERE[each] for each in roles):
+    for module in dict.fromkeys(module for each in roles for module in WHERE[each]):
         names = vars(importlib.import_module(module))
         public = names.get("__all__", [name for name in names if not name.startswith("_")])
         found |= {name: names[name] for name in public if inspect.isclass(names.get(name))}
-    if role == "loss":
+    if role in ESTIMATORS:
         from pyro.infer import ELBO
 
         found = {name: each for name, each in found.items() if issubclass(each, ELBO) and each is not ELBO}
     if role == "optimizer":
         found = {name: each for name, each in found.items() if issubclass(each, optim.Optimizer)}
-    bases = ("Prior", "Likelihood", "Family", "Declared", "Optimizer", "Configured")
+    bases = ("Prior", "Likelihood", "Family", "Estimator", "Declared", "Optimizer", "Configured")
     unfit = ("LBFGS", "SparseAdam", "Trace_MMD")  # they need a closure, sparse gradients, draws as losses
     if role in ("encoder", "decoder"):
         other = "Decoder" if role == "encoder" else "Encoder"
@@ -397,7 +419,7 @@ def _classes(role: str) -> dict[str, Any]:
     return {
         name: each
         for name, each in found.items()
-        if name not in (*bases, *unfit) and not (role == "loss" and name.startswith("Jit"))
+        if name not in (*bases, *unfit) and not (role in ESTIMATORS and name.startswith("Jit"))
     }
 
 
@@ -464,6 +486,10 @@ def classes_help(path: str) -> str:
     if role not in WHERE:
         raise ValueError(f"expected {one_of(f'--{name}.help' for name in WHERE)}, got --{path}.help: choose one")
     lines = [f"--{path} CLASS, or package.module.CLASS of your own; --{path}.NAME VALUE sets what it takes"]
+    if role == "estimators":
+        lines = [
+            "--estimators CLASS,CLASS, also package.module.CLASS; --estimators.CLASS.NAME VALUE sets what one takes"
+        ]
     for name, target in _classes(role).items():
         summary = (inspect.getdoc(target) or "").split("\n\n")[0]
         takes = [str(p) for n, p in parameters(target).items() if n != FILLED.get(role)]

@@ -23,9 +23,8 @@ from .evaluation import (
     check_support,
     evaluate,
     isolated,
-    log_prob_per_datum,
-    samples,
 )
+from .log_weights import on_plates, per_datum, samples
 
 __all__ = [
     "Encoding",
@@ -307,14 +306,15 @@ def _draw_groups(
     prior_trace = _drawn(model, len(args[0]), kwargs)
     latents, posterior = _latents(guide_trace), _observation(model_trace)
     check_support(OBSERVATION, posterior["fn"], posterior["value"])
-    depth = -min(frame.dim for frame in posterior["cond_indep_stack"])
+    log_prob = on_plates(posterior, posterior["fn"].log_prob(posterior["value"]))
+    data_dim = next(frame.dim for frame in posterior["cond_indep_stack"] if frame.name == "data")
     prior = {name: _by_datum(site, site["value"]) for name, site in samples(prior_trace)}
     return {
         "prior": {name: prior[name] for name in latents},
         "prior_predictive": {OBSERVATION: prior[OBSERVATION]},
         "posterior": {name: _by_datum(site, site["value"]) for name, site in latents.items()},
         "posterior_predictive": {OBSERVATION: _by_datum(posterior, posterior["fn"].sample())},
-        "log_likelihood": {OBSERVATION: log_prob_per_datum(OBSERVATION, posterior, depth)[0]},
+        "log_likelihood": {OBSERVATION: per_datum(log_prob, data_dim, -1 - log_prob.dim())[0]},
     }
 
 

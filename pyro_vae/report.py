@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 from .checkpoint import atomic
 from .data import Dataset
-from .evaluation import Estimate, Evaluation, evaluate, isolated, samples
+from .evaluation import Estimate, Evaluation, evaluate, isolated
+from .log_weights import samples
 from .prediction import decode, encodings, reconstruct, sample
 from .training import Run
 
@@ -669,6 +670,7 @@ def _memory(subject: _Subject) -> str:
 HINTS = {
     "elbo": "lower bound on log p(x), the one that training raises",
     "log_evidence": "closer lower bound on log p(x), from importance sampling",
+    "annealed": "log p(x) by annealed importance sampling, which does not rest on the guide",
     "kl": "information that the code z holds about x",
     "ess": "effective sample size: how many of the draws count",
     "khat": "below 0.7, the log evidence can be trusted",

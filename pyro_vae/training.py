@@ -28,7 +28,9 @@ from . import checkpoint, prediction
 from .compiled import get_random_state, set_random_state
 from .config import build, describe
 from .data import Data, Dataset, Split, as_data, load_dataset
-from .evaluation import Evaluation, check_support, evaluate, evaluating, samples
+from .estimators import ConstrainedELBO, DReG, Estimator
+from .evaluation import Evaluation, check_support, evaluate, evaluating
+from .log_weights import samples
 from .optim import Optimizer
 from .schedules import Schedule
 from .svi import SVI, CompiledSVI, NonFiniteLossError, latent_scale, load_modules, modules_of
@@ -45,7 +47,8 @@ class Run:
 
     `path` holds ``config.toml`` as resolved, ``metrics.jsonl`` (a line per epoch), ``checkpoints/`` and
     ``model.safetensors``; `history` is the list of those lines: ``epoch``, ``steps``, ``bound`` and ``valid`` (nats per
-    datum, higher is better), ``kl_weight``, ``learning_rate``, ``seconds``.
+    datum, higher is better), ``kl_weight``, ``learning_rate``, ``seconds``, and what the loss records, such as the
+    multipliers of `ConstrainedELBO`.
     """
 
     def __init__(self, model: Any, guide: Any, path: Path, config: dict[str, Any]) -> None:
@@ -232,6 +235,8 @@ def fit(
                 record["valid"] = _validation_bound(svi, held_out, share, 8 * batch_size, seed)
             record["kl_weight"] = kl_weight((svi.steps - 1) / steps_per_epoch) if kl_weight else 1.0
             record["learning_rate"] = svi.update.groups[0].get("lr")
+            if isinstance(loss, Estimator):
+                record |= loss.record()
             state.end_epoch(record, patience)
             shown = {key: f"{record[key]:.2f}" for key in ("bound", "valid") if key in record}
             bar.set_postfix(epoch=f"{state.epoch}/{epochs}", **shown)
@@ -474,10 +479,10 @@ def _check_arguments(data: Data, epochs: int, batch_size: int, patience: int | N
 
 
 def _check_schedules(loss: Any, optimizer: Any, learning_rate: Schedule | None, kl_weight: Schedule | None) -> None:
-    if kl_weight and isinstance(loss, RenyiELBO | ReweightedWakeSleep):
+    if kl_weight and isinstance(loss, RenyiELBO | ReweightedWakeSleep | ConstrainedELBO | DReG):
         raise ValueError(
             f"expected a loss that is linear in the KL term beside kl_weight, got {type(loss).__name__}, whose weights "
-            "it would change: leave kl_weight out, or use Trace_ELBO"
+            "or constraints it would change: leave kl_weight out, or use ELBO"
         )
     arguments = getattr(optimizer, "pt_optim_args", {})
     if learning_rate and (isinstance(optimizer, PyroLRScheduler) or "lrd" in arguments or "eta" in arguments):

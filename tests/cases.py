@@ -15,8 +15,8 @@ from pyro import poutine
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from pyro_vae.evaluation import samples
 from pyro_vae.guides import AmortizedGuide, families
+from pyro_vae.log_weights import samples
 from pyro_vae.models import VAE, LinearVAE, likelihoods, priors
 from pyro_vae.nn import MLP, ConvolutionalDecoder, ConvolutionalEncoder
 

@@ -38,6 +38,19 @@ def test_the_page_on_priors_runs():
     exec("\n".join(blocks("docs/priors.md")), {"__name__": "docs"})
 
 
+def test_the_page_on_estimators_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "docs"}
+    exec("\n".join(blocks("docs/estimators.md")), names)
+    dreg = []
+    for estimator in (names["DReG"], names["DoublyReparameterised"]):
+        torch.manual_seed(0)
+        loss = estimator(num_particles=4).differentiable_loss(names["model"], names["guide"], names["x"])
+        dreg.append(torch.autograd.grad(loss, [*names["guide"].parameters()]))
+    for a, b in zip(*dreg, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.usefixtures("float64")
 def test_the_worked_example_of_a_prior(monkeypatch, recorded, tmp_path):
     code, row, *_ = blocks("CONTRIBUTING.md")

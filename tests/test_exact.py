@@ -13,8 +13,9 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from pyro_vae import evaluate, fit, load_dataset
-from pyro_vae.evaluation import generalized_pareto_shape, log_weights
+from pyro_vae.evaluation import generalized_pareto_shape
 from pyro_vae.guides import AmortizedGuide, families
+from pyro_vae.log_weights import log_weights
 from pyro_vae.models import VAE, LinearVAE
 from pyro_vae.models.linear import maximum_log_likelihood
 from pyro_vae.nn import MLP
@@ -330,13 +331,13 @@ def test_memory_is_bounded_whatever_the_number_of_draws(monkeypatch):
 
     calls = []
 
-    def counted(model, guide, args, kwargs, num_samples, nesting):
+    def counted(model, guide, args, kwargs, num_samples, structure, **options):
         calls.append((num_samples, len(args[0])))
-        return scored(model, guide, args, kwargs, num_samples, nesting)
+        return scored(model, guide, args, kwargs, num_samples, structure, **options)
 
-    scored = evaluation._log_weights
+    scored = evaluation.log_weights
     monkeypatch.setattr(evaluation, "MAX_ELEMENTS", 20_000)
-    monkeypatch.setattr(evaluation, "_log_weights", counted)
+    monkeypatch.setattr(evaluation, "log_weights", counted)
     model = LinearVAE((3,), latent_dim=1)
     for num_samples in (2, 7, 64, 1000):
         calls.clear()

@@ -12,7 +12,7 @@ from pyro.infer import Predictive, Trace_ELBO
 
 from pyro_vae import evaluate, fit, load_run
 from pyro_vae.config import build, describe
-from pyro_vae.evaluation import log_weights
+from pyro_vae.log_weights import log_weights
 
 UNDESCRIBED = ("two_sites", "distribution_prior")
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

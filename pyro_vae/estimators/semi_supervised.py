@@ -1,4 +1,4 @@
-"""Estimators, objectives of Pyro's form: ``loss(model, guide, *data)`` is minus a bound in nats, summed over data."""
+"""The bound of data of which some have labels."""
 
 from __future__ import annotations
 

@@ -1,0 +1,517 @@
+"""Annealed importance sampling: log p(x) by chains along a path of densities, from p(z) or q(z | x) to p(x, z)."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.distributions.util import sum_rightmost
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
+from torch.distributions import biject_to
+from torch.distributions.constraints import MixtureSameFamilyConstraint
+from tqdm import tqdm
+
+from .compiled import Compiled
+from .data import Data, as_data
+from .evaluation import MAX_ELEMENTS, Estimate, check_support, isolated
+from .log_weights import DRAWS, on_plates, per_datum, samples, structure_of
+
+__all__ = ["Annealed", "Sandwich", "annealed", "sandwich"]
+
+TARGET = 0.65  # rate of acceptance, about the best for HMC (arXiv 1001.4460)
+JITTER = 0.2  # of the step size, against trajectories that come back to where they began
+GAIN = 0.5  # of the logarithm of the step size, for each move and unit of the rate
+PILOT_MOVES = 50  # at least
+FIRST_MOVES = 20  # of the pilot, at the first temperature, where it knows nothing
+WORTH_COMPILING = 5_000  # calls
+PERIODIC = (dist.VonMises, dist.SineBivariateVonMises, dist.SineSkewed)
+
+Density = Callable[[Tensor, float], tuple[Tensor, Tensor, Tensor]]
+Batch = tuple[Sequence[Any], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Annealed:
+    """Annealed importance sampling of N data; `float()` gives the estimate's value.
+
+    Attributes:
+        log_evidence: mean over data of `per_datum`, with standard errors over data and, apart, over chains.
+        per_datum: ``log 1/K sum_k exp(log_weight_k)``, (N,), nats.
+        log_weight: of each of the K chains, (K, N): ``E[exp(log_weight)] = p(x)`` exactly.
+        acceptance: mean rate of acceptance of the HMC moves, aimed at 0.65.
+    """
+
+    log_evidence: Estimate
+    per_datum: Tensor
+    log_weight: Tensor
+    acceptance: float
+    num_chains: int
+    num_temperatures: int
+
+    def __float__(self) -> float:
+        return self.log_evidence.value
+
+    def __str__(self) -> str:
+        return str(self.log_evidence)
+
+
+@dataclass(frozen=True)
+class Sandwich:
+    """``E[lower] <= E[log p(x)] <= E[upper]`` for data of the model's own.
+
+    Attributes:
+        lower, upper: means over data, with standard errors over data and, apart, over chains (those of `upper` start at
+            one exact draw each, and the error is that given these draws).
+        gap: upper - lower for the same data, whose scatter cancels: in expectation the most by which either is wrong.
+        per_datum: lower and upper, (2, N), nats.
+        acceptance: mean rate of acceptance of the HMC moves.
+    """
+
+    lower: Estimate
+    upper: Estimate
+    gap: Estimate
+    per_datum: Tensor
+    acceptance: float
+    num_chains: int
+    num_temperatures: int
+
+    def __str__(self) -> str:
+        return f"{self.lower} to {self.upper}"
+
+
+def annealed(
+    model: Callable,
+    data: Any,
+    *,
+    guide: Callable | None = None,
+    num_chains: int = 16,
+    num_temperatures: int = 1000,
+    leapfrog_steps: int = 10,
+    seed: int = 0,
+    progress: bool = True,
+    compile: bool | None = None,
+) -> Annealed:
+    r"""``log p(x)`` by annealed importance sampling (arXiv physics/9803008; for decoders 1611.04273), nats per datum.
+
+    ``log w = sum_{k=1..T} (t_k - t_{k-1}) log [p(x, z_{k-1}) / q_0(z_{k-1})]``, ``z_0 ~ q_0``, and z_k one HMC move
+    from z_{k-1} that leaves ``pi_k(z) proportional to q_0(z)^{1 - t_k} p(x, z)^{t_k}`` invariant. ``E[w] = p(x)``
+    exactly, so that ``E log 1/K sum_k w_k <= log p(x)``, as for the bound of `evaluate`; yet the chains come to where
+    p(z | x) is when q_0 misses it. q_0 is p(z), or q(z | x) of a `guide`; the temperatures ``0 = t_0 < ... < t_T = 1``
+    are sigmoidal. A pilot run with draws of its own adapts the step size for each temperature and datum; the chains
+    that count take these as given.
+
+    Every gradient is a call of the model: ``2 T (leapfrog_steps + 1)`` of K chains for each datum, pilot and all.
+
+    Args:
+        model: a Pyro model with continuous latent sites, constrained ones too, in the plate ``"data"``. Masks count,
+            scales do not.
+        data: as for `evaluate`: a standardised split's score is that of the original units.
+        guide: q(z | x) to start from; a good one needs fewer temperatures.
+        num_chains: K. num_temperatures: T; 1 is plain importance sampling.
+        leapfrog_steps: of each HMC move.
+        compile: run model and gradient as one compiled graph; by default where there are calls enough to pay for it.
+
+    Raises:
+        ValueError: latent sites that are discrete, outside the plate ``"data"``, or without a density; data outside the
+            likelihood's support; numbers below 1.
+
+    Example:
+        >>> from pyro_vae.models import LinearVAE
+        >>> model, x = LinearVAE((3,), latent_dim=1), torch.randn(20, 3)
+        >>> estimate = annealed(model, x, num_temperatures=20, leapfrog_steps=3, progress=False)
+        >>> abs(float(estimate) - model.log_evidence(x).mean().item()) < 0.2
+        True
+    """
+    data = as_data(data)
+    chains = _Chains(num_chains, num_temperatures, leapfrog_steps)
+    programs = [model] if guide is None else [model, guide]
+    with isolated(*programs):
+        torch.manual_seed(seed + 1)  # seed itself is that of the data's own draws
+        (log_weight,), acceptance = _run(model, guide, data, None, chains, seed, progress, compile)
+    log_weight = log_weight + data.log_jacobian
+    value, variance = _log_mean(log_weight)
+    return Annealed(_estimate(value, variance), value, log_weight, acceptance, num_chains, num_temperatures)
+
+
+def sandwich(
+    model: Callable,
+    num_data: int,
+    *,
+    guide: Callable | None = None,
+    num_chains: int = 16,
+    num_temperatures: int = 1000,
+    leapfrog_steps: int = 10,
+    seed: int = 0,
+    progress: bool = True,
+    compile: bool | None = None,
+    **kwargs: Tensor,
+) -> Sandwich:
+    """Bounds on E[log p(x)] from both sides for data x that the model itself draws: bidirectional Monte Carlo (arXiv
+    1511.02543).
+
+    The lower one is that of `annealed`. As z that x was drawn from is an exact draw of ``p(z | x)``, chains can go the
+    same path backwards from it, and their weights have ``E[1 / w] = 1 / p(x)``: minus the logarithm of their mean is
+    above log p(x) in expectation. The gap bounds the error of both, and shows how many temperatures `annealed` needs.
+
+    Args:
+        num_data: N, drawn by ``model(num_data=N, **kwargs)``, which returns x, or a tuple of tensors, that
+            ``model(x, **kwargs)`` takes. The other arguments are those of `annealed`.
+        kwargs: the model's own, tensors with a row for each datum, such as covariates.
+
+    Raises:
+        ValueError: as `annealed`; a model that does not return the data that it draws.
+
+    Example:
+        >>> from pyro_vae.models import LinearVAE
+        >>> model = LinearVAE((3,), latent_dim=1)
+        >>> bounds = sandwich(model, 20, num_temperatures=20, leapfrog_steps=3, progress=False)
+        >>> abs(float(bounds.gap)) < 0.3
+        True
+    """
+    if num_data < 1:
+        raise ValueError(f"expected num_data >= 1, got {num_data}: give a positive number")
+    chains = _Chains(num_chains, num_temperatures, leapfrog_steps)
+    programs = [model] if guide is None else [model, guide]
+    with isolated(*programs):
+        torch.manual_seed(seed)
+        simulated = poutine.trace(model).get_trace(num_data=num_data, **kwargs)
+        x = simulated.nodes["_RETURN"]["value"]
+        if not all(isinstance(part, Tensor) for part in (x if isinstance(x, tuple) else (x,))):
+            raise ValueError(f"expected a model that returns the data it draws, got {type(x).__name__}: return x")
+        data = as_data((*(x if isinstance(x, tuple) else (x,)), kwargs))
+        weights, acceptance = _run(model, guide, data, simulated, chains, seed, progress, compile)
+    (lower, below), (negated, above) = (_log_mean(log_weight) for log_weight in weights)
+    return Sandwich(
+        _estimate(lower, below),
+        _estimate(-negated, above),
+        _estimate(-negated - lower, below + above),
+        torch.stack([lower, -negated]),
+        acceptance,
+        num_chains,
+        num_temperatures,
+    )
+
+
+def _log_mean(log_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """``log 1/K sum_k w_k``, and its variance over chains by the delta method, NaN for K = 1; each (N,)."""
+    K = len(log_weight)
+    value = log_weight.logsumexp(0) - math.log(K)
+    relative = (log_weight - value).exp()
+    return value, relative.var(0) / K if K > 1 else torch.full_like(value, math.nan)
+
+
+def _estimate(value: Tensor, variance: Tensor) -> Estimate:
+    N = len(value)
+    error = value.std().item() / math.sqrt(N) if N > 1 else math.nan
+    return Estimate(value.mean().item(), error, variance.sum().sqrt().item() / N)
+
+
+class _Chains:
+    """K chains along temperatures ``0 = t_0 < ... < t_T = 1``, of any density."""
+
+    def __init__(self, num_chains: int, num_temperatures: int, leapfrog_steps: int) -> None:
+        numbers = {"num_chains": num_chains, "num_temperatures": num_temperatures, "leapfrog_steps": leapfrog_steps}
+        for name, number in numbers.items():
+            if number < 1:
+                raise ValueError(f"expected {name} >= 1, got {number}: give a positive number")
+        self.count, self.leapfrog_steps, self.between = num_chains, leapfrog_steps, num_temperatures - 1
+        sigmoid = torch.linspace(-4, 4, num_temperatures + 1, dtype=torch.float64).sigmoid()
+        self.temperatures: list[float] = ((sigmoid - sigmoid[0]) / (sigmoid[-1] - sigmoid[0])).tolist()
+        self.pilot_moves = [0, *[-(-PILOT_MOVES // num_temperatures)] * self.between, 0]
+        self.pilot_moves[1] += FIRST_MOVES if self.between else 0
+
+    def pilot(self, density: Density, u: Tensor, bar: tqdm) -> list[Tensor]:
+        """Step sizes (B, 1) for each temperature, from chains that start at u, (K, B, S)."""
+        log_step, steps = u.new_zeros(u.shape[1], 1), []
+        for t, moves in zip(self.temperatures, self.pilot_moves, strict=True):
+            for _ in range(moves):
+                u, _, rate = self.move(density, u, t, log_step.exp())
+                log_step = log_step + GAIN * (rate.mean(0)[:, None] - TARGET)
+                bar.update()
+            steps.append(log_step.exp())
+        return steps
+
+    def run(
+        self, density: Density, u: Tensor, steps: Sequence[Tensor], bar: tqdm, backward: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """log w of chains from u ~ pi_0, or -log w of backward ones from u ~ pi_T, and rates of acceptance, (K, B)."""
+        order = range(len(steps))[:: -1 if backward else 1]
+        *_, ratio = density(u, self.temperatures[1])
+        log_weight, rates = ratio.new_zeros(ratio.shape, dtype=torch.float64), torch.zeros_like(ratio)
+        for here, there in itertools.pairwise(order):
+            log_weight += (self.temperatures[there] - self.temperatures[here]) * ratio
+            if there != order[-1]:
+                u, ratio, rate = self.move(density, u, self.temperatures[there], steps[there])
+                rates += rate / self.between
+                bar.update()
+        return log_weight, rates if self.between else rates + math.nan
+
+    def move(self, density: Density, u: Tensor, t: float, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One HMC move that leaves pi_t invariant: u and its ratio afterwards, and the rate of acceptance, (K, B)."""
+        log_pi, gradient, ratio = density(u, t)
+        step = step * (1 + JITTER * (2 * torch.rand_like(u[..., :1]) - 1))
+        momentum = torch.randn_like(u)
+        kinetic, proposal = momentum.square().sum(-1) / 2, u
+        for _ in range(self.leapfrog_steps):
+            momentum = momentum + step / 2 * gradient
+            proposal = proposal + step * momentum
+            log_pi_there, gradient, ratio_there = density(proposal, t)
+            momentum = momentum + step / 2 * gradient
+        rate = acceptance(log_pi_there - log_pi + kinetic - momentum.square().sum(-1) / 2)
+        accepted = torch.rand_like(rate) < rate
+        return torch.where(accepted[..., None], proposal, u), torch.where(accepted, ratio_there, ratio), rate
+
+
+def acceptance(log_ratio: Tensor) -> Tensor:
+    """``min(1, exp(log_ratio))``, and 0 for NaN, where a path has left what numbers can hold."""
+    return log_ratio.clamp(max=0).exp().nan_to_num(0.0)
+
+
+def _run(
+    model: Callable,
+    guide: Callable | None,
+    data: Data,
+    simulated: poutine.Trace | None,
+    chains: _Chains,
+    seed: int,
+    progress: bool,
+    compile: bool | None,
+) -> tuple[Tensor, float]:
+    """log w, (1, K, N), and where the data were simulated, -log w of backward chains below; the rate of acceptance."""
+    programs = [model] if guide is None else [model, guide]
+    modules = [program for program in programs if isinstance(program, nn.Module)]
+    device = next((p.device for module in modules for p in module.parameters()), data.device)
+    data = data.to(device)
+    K, N, directions = chains.count, len(data), 1 if simulated is None else 2
+    event = max(1_000, *(tensor[:1].numel() for tensor in data.args))  # as in evaluate
+    rows = max(1, min(N, MAX_ELEMENTS // (event * K)))
+    parts = -(-K // max(1, min(K, MAX_ELEMENTS // (event * rows))))
+    counts = [K // parts + (i < K % parts) for i in range(parts)]
+    moves = -(-N // rows) * (sum(chains.pilot_moves) + parts * directions * chains.between)
+    worth_compiling = moves * (chains.leapfrog_steps + 1) >= WORTH_COMPILING if compile is None else compile
+    generator = torch.Generator(device).manual_seed(seed)
+    results = torch.empty(2, directions, K, N, dtype=torch.float64)
+    path: _Path | None = None
+    with tqdm(total=moves, unit="move", disable=None if progress else True) as bar:
+        for begin in range(0, N, rows):
+            index = torch.arange(begin, begin + rows, device=device).clamp(max=N - 1)  # graphs have one shape
+            batch = data.batch(index, generator)
+            if path is None:
+                path = _Path(model, guide, batch)
+                density: Callable = Compiled(path, *programs) if worth_compiling else path
+            path.check(batch)
+            of_batch = functools.partial(density, batch)
+            steps = chains.pilot(of_batch, path.draws(counts[0], batch), bar)
+            for first, count in zip(itertools.accumulate(counts, initial=0), counts, strict=False):
+                starts = [path.draws(count, batch)]
+                if simulated is not None:
+                    starts.append(path.exact(simulated, index, count, batch))
+                for i, u in enumerate(starts):
+                    both = torch.stack(chains.run(of_batch, u, steps, bar, backward=i == 1)).cpu()
+                    results[:, i, first : first + count, begin : begin + rows] = both[..., : N - begin]
+    log_weights, rates = results
+    return log_weights, rates.mean().item()
+
+
+class _Path:
+    """``log pi_t(u) = log q_0(z) + t log [p(x, z) / q_0(z)] + log |dz / du|`` of z = z(u) for B data.
+
+    u holds all latent sites over the real numbers, (K, B, S), each reached through ``biject_to`` of its support.
+    """
+
+    def __init__(self, model: Callable, guide: Callable | None, batch: Batch) -> None:
+        self.model, self.guide = model, guide
+        self.start = poutine.block(model, hide_fn=_is_observed) if guide is None else guide
+        structure = structure_of(model, self.start, *batch, plate="data")
+        for name in structure.global_sites:
+            raise ValueError(
+                f'expected every site inside the plate "data", got "{name}" outside: its weight belongs to no single '
+                "datum; sample it in the plate, or give its value"
+            )
+        self.nesting = structure.nesting
+        p, q = self._drawn(1, batch)
+        for name, site in _sites(q):
+            if name not in p.nodes:
+                raise ValueError(
+                    f'expected a guide whose density is known, got auxiliary site "{name}", which would have to be '
+                    "integrated out: start from the prior, guide=None"
+                )
+            _check_density(name, site)
+        self.shapes: dict[str, torch.Size] = {}  # of an event and the plates within the data's, over the real numbers
+        for name, site in _sites(p):
+            self.data_dim = _data_dim(name, site, len(batch[0][0]))
+            if not site["is_observed"]:
+                _check_density(name, site)
+                self.shapes[name] = self._by_datum(site).shape[2:]
+        if not self.shapes:
+            raise ValueError("expected latent sites, got none: log p(x) is the model's log-probability of x as it is")
+
+    def __call__(self, batch: Batch, u: Tensor, t: float) -> tuple[Tensor, Tensor, Tensor]:
+        """``log pi_t(u)``, its gradient, and the ratio ``log p(x, z) / q_0(z)``: (K, B), (K, B, S), (K, B)."""
+        u = u.detach().requires_grad_()
+        with torch.enable_grad():
+            start, ratio = self._log_probs(u, batch)
+            log_pi = start + t * ratio
+            (gradient,) = torch.autograd.grad(log_pi.sum(), u)
+        return log_pi.detach(), gradient, ratio.detach()
+
+    def check(self, batch: Batch) -> None:
+        """Raises ValueError for data outside of the likelihood's support."""
+        for name, site in _sites(self._drawn(1, batch)[0]):
+            if site["is_observed"]:
+                check_support(name, site["fn"], site["value"])
+
+    def draws(self, K: int, batch: Batch) -> Tensor:
+        """u of z ~ q_0, (K, B, S)."""
+        return self._bare(self._drawn(K, batch)[0])
+
+    def exact(self, simulated: poutine.Trace, index: Tensor, K: int, batch: Batch) -> Tensor:
+        """u of z that the data of these rows were drawn with, the same in all K chains, (K, B, S)."""
+        z = {}
+        for name in self.shapes:
+            site = simulated.nodes[name]
+            value = site["value"].index_select(self.data_dim - len(site["fn"].event_shape), index)
+            value = value.reshape(*[1] * (1 + self.nesting - len(site["fn"].batch_shape)), *value.shape)
+            z[name] = value.expand(K, *value.shape[1:])
+        with self._chains(K):
+            return self._bare(_trace(poutine.condition(self.model, data=z), batch))
+
+    def _log_probs(self, u: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """``log q_0(z) |dz / du|`` and ``log p(x, z) / q_0(z)``, (K, B)."""
+        with self._chains(len(u)), _Bare(self._values(u)) as bare:
+            p = _trace(self.model, batch)
+        prior, likelihood, volume, q_0 = (u.new_zeros(u.shape[:2]) for _ in range(4))
+        for name, site in _sites(p):
+            log_prob = self._per_datum(site, site["fn"].log_prob(site["value"]))
+            if name in self.shapes:
+                prior = prior + log_prob
+                log_det = bare.log_det[name]
+                volume = volume + self._per_datum(site, sum_rightmost(log_det, log_det.dim() - 1 - self.nesting))
+            else:
+                likelihood = likelihood + log_prob
+        if self.guide is None:
+            return prior + volume, likelihood
+        with self._chains(len(u)):
+            q = _trace(poutine.replay(self.guide, p), batch)
+        for _, site in _sites(q):
+            q_0 = q_0 + self._per_datum(site, site["fn"].log_prob(site["value"]))
+        return q_0 + volume, prior + likelihood - q_0
+
+    def _drawn(self, K: int, batch: Batch) -> tuple[poutine.Trace, poutine.Trace]:
+        """The model at draws from q_0, and q_0 itself."""
+        with self._chains(K):
+            q = _trace(self.start, batch)
+            return _trace(poutine.replay(self.model, q), batch), q
+
+    def _chains(self, K: int) -> pyro.plate:
+        with poutine.block():
+            return pyro.plate(DRAWS, K, dim=-1 - self.nesting)
+
+    def _by_datum(self, site: Any) -> Tensor:
+        """A site's value over the real numbers, ``(K, B, *other plates, *event)``."""
+        return _bijection(site["fn"].support).inv(site["value"]).movedim(1 + self.nesting + self.data_dim, 1)
+
+    def _bare(self, trace: poutine.Trace) -> Tensor:
+        parts = [(self._by_datum(trace.nodes[name]), shape.numel()) for name, shape in self.shapes.items()]
+        u = torch.cat([part.reshape(*part.shape[:2], size) for part, size in parts], -1)
+        edge = -math.log(torch.finfo(u.dtype).tiny)
+        u = u.nan_to_num(nan=math.nan, posinf=edge, neginf=-edge)  # of draws that were rounded to the support's edge
+        if bool(u.isnan().any()):
+            raise ValueError(
+                f"expected draws of the guide in the supports of the model's sites {list(self.shapes)}, got others: "
+                "map them there, or start from the prior, guide=None"
+            )
+        return u
+
+    def _values(self, u: Tensor) -> dict[str, Tensor]:
+        """The parts of u by site, ``(K, *plates, *event)``."""
+        parts = u.split([shape.numel() for shape in self.shapes.values()], -1)
+        return {
+            name: part.reshape(*u.shape[:2], *shape).movedim(1, 1 + self.nesting + self.data_dim)
+            for part, (name, shape) in zip(parts, self.shapes.items(), strict=True)
+        }
+
+    def _per_datum(self, site: Mapping[str, Any], log_prob: Tensor) -> Tensor:
+        return per_datum(on_plates(site, log_prob), self.data_dim, -1 - self.nesting)
+
+
+class _Bare(Messenger):
+    """Gives latent sites values on their supports from ones over the real numbers; keeps log-determinants."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+        self.log_det: dict[str, Tensor] = {}
+
+    def _pyro_sample(self, message: Any) -> None:
+        if not message["is_observed"] and (u := self.values.get(message["name"])) is not None:
+            bijection = _bijection(message["fn"].support)
+            message["value"] = bijection(u)
+            self.log_det[message["name"]] = bijection.log_abs_det_jacobian(u, message["value"])
+
+
+def _trace(program: Callable, batch: Batch) -> poutine.Trace:
+    args, kwargs = batch
+    return poutine.trace(program).get_trace(*args, **kwargs)
+
+
+def _bijection(support: Any) -> Any:
+    """From real numbers to the support; None where there is none."""
+    while isinstance(support, MixtureSameFamilyConstraint):
+        support = support.base_constraint
+    try:
+        return biject_to(support)
+    except NotImplementedError:
+        return None
+
+
+def _data_dim(name: str, site: Any, N: int) -> int:
+    """The dimension of the plate of the data, all N of them."""
+    for frame in site["cond_indep_stack"]:
+        if frame.name != "data" and frame.full_size not in (None, frame.size):
+            raise ValueError(
+                f'expected all elements of plate "{frame.name}" in every call, got {frame.size} of {frame.full_size}: '
+                "leave out its subsample_size"
+            )
+    data = next(frame for frame in site["cond_indep_stack"] if frame.name == "data")
+    if not data.vectorized or data.size != N:
+        came = f"{data.size} of its {N} rows" if data.vectorized else "a sequential one"
+        raise ValueError(f'expected a vectorised plate "data" of all rows, got {came} at site "{name}": use len(x)')
+    return data.dim
+
+
+def _check_density(name: str, site: Any) -> None:
+    """Raises ValueError for a latent site on which no chain can move."""
+    distribution, support = site["fn"], site["fn"].support
+    while hasattr(distribution, "base_dist"):
+        distribution = distribution.base_dist
+    if distribution.support.is_discrete:
+        problem = "which is discrete: sum it out in the model, or give its value"
+    elif isinstance(distribution, dist.Delta):
+        problem = "which has no density: take pyro.deterministic, or a distribution with a spread"
+    elif isinstance(distribution, PERIODIC):
+        problem = "an angle: sample a vector and take its direction"
+    elif _bijection(support) is None:
+        problem = f"on {support}, which biject_to does not know: sample real numbers, and map them in the model"
+    else:
+        return
+    kind = type(distribution).__name__
+    raise ValueError(f'expected continuous latent sites that HMC can move on, got "{name}", {kind}, {problem}')
+
+
+def _is_observed(site: Any) -> bool:
+    return site["type"] == "sample" and site["is_observed"]
+
+
+def _sites(trace: poutine.Trace) -> list[tuple[str, Any]]:
+    """The sample sites that carry a density."""
+    return [(name, site) for name, site in samples(trace) if not site["infer"].get("_deterministic")]

@@ -1,0 +1,595 @@
+"""``ln p(x, z) - ln q(z | x)`` of K draws, (K, B), in every plate structure: what an estimator is made of."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.util import is_validation_enabled
+from pyro.poutine.messenger import Messenger
+from pyro.util import check_site_shape
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+
+from .compiled import preserved
+
+__all__ = [
+    "LogWeights",
+    "Path",
+    "Site",
+    "Structure",
+    "Structures",
+    "is_point",
+    "log_weights",
+    "on_plates",
+    "per_datum",
+    "samples",
+    "structure_of",
+]
+
+MAX_STRUCTURES = 100  # signatures that are kept
+DRAWS = "_draws"
+PER_DRAW = ("log_p", "log_q", "reconstruction", "kl", "score")
+
+
+class Structure(NamedTuple):
+    """What a pair is for arguments of one signature.
+
+    `plate` is the outermost one of independent data, None where there is none: then everything is one datum. Sites
+    outside it are global. `nesting` is how many dimensions the plates take; `subsampled` a plate within the data's (or
+    any, where there is none) that stands for more elements than it has.
+    """
+
+    plate: str | None
+    nesting: int
+    global_sites: tuple[str, ...]
+    subsampled: str | None
+
+
+def structure_of(
+    model: Callable, guide: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], plate: str | None = None
+) -> Structure:
+    """Run guide and model once, leaving everything as it was, to see their plates.
+
+    The plate of the data, where it is not given, is one that holds every observed site: the one with the most latent
+    sites (points apart), and of several like it the outermost. There is none where a site outside is drawn after one
+    within, on which it may depend.
+
+    Raises:
+        ValueError: latent sites of the model that the guide lacks, or that are marked for enumeration; sites of the
+            guide that the model lacks, or observes; with Pyro's validation, log-probabilities that do not fit plates.
+    """
+    with disable_proxy_modes_tracing(), preserved(), torch.no_grad():
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        model_trace = poutine.trace(poutine.replay(model, guide_trace)).get_trace(*args, **kwargs)
+        structure = _structure(model_trace, guide_trace, plate)
+        if is_validation_enabled():
+            for trace in (guide_trace, model_trace):
+                trace.compute_log_prob()
+                for _, site in samples(trace):
+                    check_site_shape(site, structure.nesting)
+    return structure
+
+
+def _structure(model_trace: poutine.Trace, guide_trace: poutine.Trace, plate: str | None) -> Structure:
+    _check_latents(model_trace, guide_trace)
+    traces = [
+        [(n, site) for n, site in samples(trace) if not _weightless(site)] for trace in (guide_trace, model_trace)
+    ]
+    sites = [site for trace in traces for site in trace]
+    frames = [frame for _, site in sites for frame in site["cond_indep_stack"] if frame.name != DRAWS]
+    if plate is None:
+        latent = [_plates(site) for _, site in traces[0] if not site["is_observed"] and not is_point(site["fn"])]
+        observed = [_plates(site) for _, site in traces[1] if site["is_observed"]]
+        count = {name: sum(name in stack for stack in latent) for stack in observed or latent for name in stack}
+        shared = [name for name, latents in count.items() if latents and all(name in stack for stack in observed)]
+        plate = max(shared, key=count.__getitem__, default=None)  # the first of the largest
+        for inside in ([plate in _plates(site) for _, site in trace] for trace in traces):
+            if any(a and not b for a, b in itertools.pairwise(inside)):
+                plate = None
+    scaled = {f.name for f in frames if f.name != plate and f.full_size is not None and f.size != f.full_size}
+    within = [site for _, site in sites if plate is None or plate in _plates(site)]
+    subsampled = (f.name for site in within for f in site["cond_indep_stack"] if f.name in scaled)
+    outside = {} if plate is None else {name: None for name, site in sites if plate not in _plates(site)}
+    nesting = -min((frame.dim for frame in frames if frame.vectorized), default=0)
+    return Structure(plate, nesting, tuple(outside), next(subsampled, None))
+
+
+def _check_latents(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
+    for name, site in samples(model_trace):
+        if site["is_observed"] or name in guide_trace.nodes:
+            continue
+        if site["infer"].get("enumerate"):
+            raise ValueError(
+                f'expected latent sites that the guide draws, got "{name}", which is to be summed out: draw it in the '
+                "guide too, or use TraceEnum_ELBO"
+            )
+        raise ValueError(
+            f'expected every latent site of the model in the guide, got "{name}" in the model alone: sample it in the '
+            "guide, or give its value"
+        )
+    for name, site in samples(guide_trace):
+        if name not in model_trace.nodes and not site["is_observed"] and not site["infer"].get("is_auxiliary"):
+            raise ValueError(
+                f'expected sites of the guide in the model too, got "{name}" in the guide alone: give it the name of a '
+                'latent site, or mark it, infer={"is_auxiliary": True}'
+            )
+        if site["is_observed"] and name in model_trace.nodes and not _weightless(site):
+            raise ValueError(
+                f'expected a guide that draws latent sites alone, got the observed site "{name}": leave it to the '
+                "model; a GuideMessenger, which runs the model itself, is for Pyro's own ELBOs"
+            )
+
+
+class Structures:
+    """A `Structure` for each pair and signature of arguments; copies and pickles begin empty.
+
+    Nothing is kept alive: where a program is another than it was, or at the place of another, its run shows it, and
+    `log_weights` looks again.
+    """
+
+    __slots__ = ("known",)  # it follows from the programs, so that no guard of a compiled step need look here
+
+    def __init__(self) -> None:
+        self.known: dict[Hashable, Structure] = {}
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return Structures, ()
+
+    def of(
+        self,
+        model: Callable,
+        guide: Callable,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        plate: str | None = None,
+        known: Structure | None = None,
+    ) -> Structure:
+        """That of the pair; `known` takes the place of what was."""
+        key = (_identity(model), _identity(guide), _signature((tuple(args), dict(kwargs))), plate)
+        if known is not None or key not in self.known:
+            while len(self.known) >= MAX_STRUCTURES:
+                self.known.pop(next(iter(self.known)))
+            self.known[key] = known or structure_of(model, guide, args, kwargs, plate)
+        return self.known[key]
+
+
+def _identity(program: Callable) -> Hashable:
+    owner = getattr(program, "__self__", None)  # of a bound method, which is another object each time
+    return id(program) if owner is None else (id(owner), getattr(program, "__func__", None))
+
+
+def _signature(value: Any) -> Hashable:
+    if isinstance(value, Tensor):
+        return Tensor, value.shape
+    if isinstance(value, Mapping):
+        return type(value), *((key, _signature(each)) for key, each in value.items())
+    if isinstance(value, list | tuple):
+        return type(value), *map(_signature, value)
+    return (type(value), value) if value is None or isinstance(value, int | str) else (type(value),)
+
+
+class Site(NamedTuple):
+    """A latent site: q, p, the draws, ``(K, ...)``, and the dimension of them that the data are on."""
+
+    q: Any
+    p: Any
+    value: Tensor
+    data_dim: int
+
+
+class Path(NamedTuple):
+    """A draw as the sampling path made it from the parameters and earlier leaves, and the leaf in its place."""
+
+    name: str
+    drawn: Tensor
+    leaf: Tensor
+
+
+@dataclasses.dataclass
+class LogWeights:
+    """Parts of ``ln w = ln p(x, z) - ln q(z | x)`` for K draws and B data, each (K, B), and of global sites, each ().
+
+    Attributes:
+        log_p, log_q: of the local sites; a KL weight is in both.
+        reconstruction: ``ln p(x | z)``.
+        kl: ``ln q(z | x) - ln p(z)``, or where it was asked for and exists the analytic divergence in its place.
+        score: ln q of the sites that have no reparameterised draw, without weights; None where there are none.
+        global_log_p, global_log_q, global_score: the same for the sites outside the plate of the data.
+        scale: of the plate of the data, N / B. weighted: whether ln q of a local latent site has a weight, the KL's.
+        sites: the local latent sites. unreparameterised: the names of those that `score` and `global_score` are of.
+        leaves: whether the programs were given draws as leaves of autograd; `paths` are how these were made.
+    """
+
+    log_p: Tensor
+    log_q: Tensor
+    reconstruction: Tensor
+    kl: Tensor
+    score: Tensor | None
+    global_log_p: Tensor
+    global_log_q: Tensor
+    global_score: Tensor | None
+    scale: float
+    weighted: bool
+    sites: dict[str, Site]
+    global_sites: tuple[str, ...]
+    unreparameterised: list[str]
+    calls: list[_Reader]
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    leaves: bool = False
+    paths: list[Path] = dataclasses.field(default_factory=list)
+
+    @property
+    def log_weight(self) -> Tensor:
+        return self.reconstruction - self.kl
+
+    @property
+    def global_log_weight(self) -> Tensor:
+        return self.global_log_p - self.global_log_q
+
+    def kl_per_dim(self, name: str) -> Tensor:
+        """A site's part of `kl` for each dimension where q and p both factorise over them, else as a whole:
+        (K, B, dimensions), K being 1 where it is that of every draw."""
+        return torch.cat([call.kl_per_dim(name) for call in self.calls])
+
+    def observed(self, name: str) -> Tensor | None:
+        """The value of an observed site; None where there is none of that name."""
+        site = self.calls[0].p.nodes.get(name, {})
+        return site["value"] if site.get("is_observed") else None
+
+    def along_paths(self, of_local: Tensor, of_global: Tensor) -> Tensor:
+        """What has the gradient ``sum_i (d f / d z_i) dz_i`` along the sampling paths of the draws, f being `of_local`
+        for draws of local sites and `of_global` for those of global ones; ``d f / d z_i`` holds the other draws fixed,
+        dz_i does not.
+        """
+        leaves = [path.leaf for path in self.paths]
+        gradients = [torch.zeros_like(leaf) for leaf in leaves]
+
+        def add(f: Tensor, those: Sequence[int], outer: Tensor | None = None) -> None:
+            if those and f.requires_grad:
+                wanted = [leaves[i] for i in those]
+                found = torch.autograd.grad(f, wanted, outer, retain_graph=True, allow_unused=True)
+                for i, gradient in zip(those, found, strict=True):
+                    gradients[i] = gradients[i] if gradient is None else gradients[i] + gradient
+
+        of_all = [i for i, path in enumerate(self.paths) if path.name in self.global_sites]
+        add(of_global, of_all)
+        add(of_local, [i for i in range(len(leaves)) if i not in of_all])
+        surrogate = of_local.new_zeros(())
+        for i, path in reversed([*enumerate(self.paths)]):
+            surrogate = surrogate + (gradients[i].detach() * path.drawn).sum()
+            add(path.drawn, range(i), gradients[i])
+        return surrogate
+
+
+def log_weights(
+    model: Callable,
+    guide: Callable,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    num_particles: int,
+    structures: Structures | None = None,
+    *,
+    plate: str | None = None,
+    vectorize: bool = True,
+    analytic_kl: bool = False,
+    leaves: bool = False,
+    scaled: bool = True,
+) -> LogWeights:
+    """Draw K times from the guide, and score the draws. Global sites are drawn once for all K.
+
+    Args:
+        structures: where to look up the pair's, and keep it. plate: that of the data, as for `structure_of`.
+        vectorize: all draws in one call, in a plate outside all others; else one call each.
+        analytic_kl: use ``KL(q(z_i | x, z_<i) || p(z_i | z_<i))`` in closed form, in `kl` alone, where it exists.
+        leaves: hand the programs each reparameterised draw as a leaf of autograd, and keep the path that led to it.
+        scaled: take scales into account, those of plates within the data's and weights such as the KL's.
+
+    Raises:
+        ValueError: as `structure_of`; programs whose plates differ from run to run.
+
+    Example:
+        >>> from pyro_vae.guides import AmortizedGuide
+        >>> from pyro_vae.models import VAE
+        >>> model = VAE((4,), latent_dim=2)
+        >>> log_weights(model, AmortizedGuide(model), (torch.ones(5, 4),), {}, 3).log_weight.shape
+        torch.Size([3, 5])
+    """
+    structures = structures or Structures()
+    structure = structures.of(model, guide, args, kwargs, plate)
+    for _ in range(2):
+        call = functools.partial(_one_call, model, guide, args, kwargs, structure, analytic_kl, leaves, scaled)
+        first = call(num_particles if vectorize else 1)
+        now = _structure(first.calls[0].p, first.calls[0].q, plate)
+        if now == structure:
+            break
+        structure = structures.of(model, guide, args, kwargs, plate, known=now)  # it is not what it was
+    else:
+        raise ValueError(f"expected programs of static structure, got {structure} and then {now}: decide by masks")
+    if vectorize or num_particles == 1:
+        return first
+    shared = poutine.Trace()  # by all draws: the rows of plates, and global sites
+    for trace in (first.calls[0].q, first.calls[0].p):
+        for name, site in trace.nodes.items():
+            of_all = type(site.get("fn")).__name__ == "_Subsample" or name in structure.global_sites
+            if of_all and name not in shared.nodes:
+                shared.add_node(name, **site)
+    parts = [first, *(call(1, shared) for _ in range(1, num_particles))]
+    joined: dict[str, Any] = {
+        part: torch.cat([getattr(each, part) for each in parts])
+        for part in PER_DRAW
+        if getattr(first, part) is not None
+    }
+    calls = [each.calls[0] for each in parts]
+    return dataclasses.replace(first, **joined, calls=calls, paths=[path for each in parts for path in each.paths])
+
+
+def _one_call(
+    model: Callable,
+    guide: Callable,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    structure: Structure,
+    analytic_kl: bool,
+    leaves: bool,
+    scaled: bool,
+    num_particles: int,
+    shared: poutine.Trace | None = None,
+) -> LogWeights:
+    draws = _Draws(num_particles, structure)
+    detached = _Leaves(leaves, structure.global_sites if shared else ())
+    if shared is not None:
+        model, guide = (poutine.replay(program, shared) for program in (model, guide))
+    with draws, detached:
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    with draws:
+        model_trace = poutine.trace(poutine.replay(model, guide_trace)).get_trace(*args, **kwargs)
+    reader = _Reader(model_trace, guide_trace, structure, num_particles, analytic_kl, scaled, detached.own_log_q)
+    weights = reader.read(args, kwargs)
+    weights.leaves, weights.paths = leaves, detached.paths
+    return weights
+
+
+class _Draws(pyro.plate):
+    """The plate of the draws, around local sites alone."""
+
+    def __init__(self, num_particles: int, structure: Structure) -> None:
+        with poutine.block():
+            super().__init__(DRAWS, num_particles, dim=-1 - structure.nesting)
+        self.within, self.one = structure.plate, num_particles == 1
+
+    def _process_message(self, message: Any) -> None:
+        if message["type"] != "sample" or self.one or type(message["fn"]).__name__ == "_Subsample":
+            return
+        if self.within is None or self.within in _plates(message):
+            super()._process_message(message)
+
+
+class _Leaves(Messenger):
+    """Replaces reparameterised draws by leaves, but for sites `kept`."""
+
+    def __init__(self, wanted: bool, kept: Sequence[str]) -> None:
+        super().__init__()
+        self.wanted, self.kept = wanted, kept
+        self.paths: list[Path] = []
+        self.own_log_q: dict[str, Tensor] = {}  # of draws by transforms, scored by the pass that made them
+
+    def _pyro_post_sample(self, message: Any) -> None:
+        unsuited = message["is_observed"] or type(message["fn"]).__name__ == "_Subsample"
+        if not self.wanted or unsuited or message["name"] in self.kept:
+            return
+        drawn, q = message["value"], message["fn"]
+        if hasattr(drawn, "_unquantize"):
+            raise ValueError(
+                f'expected draws that are differentiated at their values, got those of "{message["name"]}", a straight-'
+                "through relaxation: use ELBO or IWAE"
+            )
+        if q.has_rsample and drawn.is_floating_point():
+            if any(isinstance(each, torch.distributions.TransformedDistribution) for each in _layers(q)):
+                self.own_log_q[message["name"]] = q.log_prob(drawn).detach()
+            message["value"] = drawn.detach().requires_grad_()
+            self.paths.append(Path(message["name"], drawn, message["value"]))
+
+
+class _Reader:
+    """Sums a pair of traces into `LogWeights`."""
+
+    def __init__(
+        self,
+        model_trace: poutine.Trace,
+        guide_trace: poutine.Trace,
+        structure: Structure,
+        num_particles: int,
+        analytic_kl: bool,
+        scaled: bool,
+        own_log_q: Mapping[str, Tensor],
+    ) -> None:
+        self.scaled, self.own_log_q = scaled, own_log_q
+        self.p, self.q, self.structure, self.K = model_trace, guide_trace, structure, num_particles
+        frames = [f for trace in (self.p, self.q) for _, site in samples(trace) for f in site["cond_indep_stack"]]
+        of_data = [frame for frame in frames if frame.name == structure.plate]
+        scales = {(frame.full_size or frame.size) / frame.size for frame in of_data} or {1.0}
+        if len(scales) > 1:
+            raise ValueError(
+                f'expected plate "{structure.plate}" of one size in model and guide, got data that stand for {scales} '
+                "each: give it the same size in both"
+            )
+        (self.scale,) = scales
+        self.data_dim: int | None = of_data[0].dim if of_data else None
+        self.B: int = of_data[0].size if of_data else 1
+        self.shared = [n for n, _ in samples(self.q) if n in self.p.nodes and not self.p.nodes[n]["is_observed"]]
+        in_order = self.shared == [name for name, _ in samples(self.p) if name in self.shared]
+        self.analytic_kl = analytic_kl and in_order  # each q(z_i | z_<i) and p(z_i | z_<i) is then known before z_i
+
+    def read(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> LogWeights:
+        values = [site["value"] for trace in (self.q, self.p) for _, site in samples(trace)]
+        zero = torch.zeros((), device=next((value.device for value in values if isinstance(value, Tensor)), None))
+        sums = dict.fromkeys(PER_DRAW, zero)
+        of_all = dict.fromkeys(("log_p", "log_q", "score"), zero)
+        unreparameterised: list[str] = []
+        weighted = False
+        divergences = {name: self._divergence(name) for name in self.shared} if self.analytic_kl else {}
+        for trace, part in ((self.q, "log_q"), (self.p, "log_p")):
+            for name, site in samples(trace):
+                log_prob = site["fn"].log_prob(site["value"])
+                if trace is self.q and name in self.own_log_q:
+                    log_prob = self.own_log_q[name] + (log_prob - log_prob.detach())
+                value = self._weighted(site, on_plates(site, log_prob))
+                score = None
+                if trace is self.q and not site["fn"].has_rsample:
+                    unreparameterised.append(name)
+                    score = on_plates(site, site["fn"].score_parts(site["value"]).score_function, masked=False)
+                if name in self.structure.global_sites:
+                    of_all[part] = of_all[part] + value.sum()
+                    of_all["score"] = of_all["score"] + (0.0 if score is None else score.sum())
+                    continue
+                sums[part] = sums[part] + (value := self._per_datum(value))
+                sums["score"] = sums["score"] + (0.0 if score is None else self._per_datum(score))
+                if trace is self.p and site["is_observed"]:
+                    sums["reconstruction"] = sums["reconstruction"] + value
+                elif (divergence := divergences.get(name)) is None:
+                    sums["kl"] = sums["kl"] + (value if trace is self.q else -value)
+                elif trace is self.q:
+                    sums["kl"] = sums["kl"] + self._per_datum(divergence)
+                weighted |= trace is self.q and self._scale(site) is not None
+        parts = {name: value.expand(self.K, self.B) for name, value in sums.items()}
+        of_local = [name for name in unreparameterised if name not in self.structure.global_sites]
+        return LogWeights(
+            log_p=parts["log_p"],
+            log_q=parts["log_q"],
+            reconstruction=parts["reconstruction"],
+            kl=parts["kl"],
+            score=parts["score"] if of_local else None,
+            global_log_p=of_all["log_p"],
+            global_log_q=of_all["log_q"],
+            global_score=of_all["score"] if len(of_local) < len(unreparameterised) else None,
+            scale=self.scale,
+            weighted=weighted,
+            sites={name: self._site(name) for name in self.shared if name not in self.structure.global_sites},
+            global_sites=self.structure.global_sites,
+            unreparameterised=unreparameterised,
+            calls=[self],
+            args=args,
+            kwargs=kwargs,
+        )
+
+    def _site(self, name: str) -> Site:
+        q, value = self.q.nodes[name]["fn"], self.p.nodes[name]["value"]
+        value = value[None] if self.K == 1 else value  # a single draw has no dimension of its own
+        return Site(q, self.p.nodes[name]["fn"], value, value.dim() - q.event_dim + (self.data_dim or 0))
+
+    def _divergence(self, name: str) -> Tensor | None:
+        """``KL(q(z_i | x, z_<i) || p(z_i | z_<i))`` in closed form, weighted; None where there is none."""
+        q, p = self.q.nodes[name], self.p.nodes[name]
+        divergence = closed_form_kl(q["fn"], p["fn"])
+        return None if divergence is None else self._weighted_kl(name, divergence, p["fn"].log_prob)
+
+    def _weighted_kl(self, name: str, kl: Tensor, log_p: Callable[[Tensor], Tensor]) -> Tensor:
+        """``w_q (ln q - ln p) + (w_q - w_p) ln p``, the weights being masks and scales, which may differ."""
+        q, p = self.q.nodes[name], self.p.nodes[name]
+        kl = self._weighted(q, on_plates(q, kl))
+        if _equal(q["mask"], p["mask"]) and _equal(q["scale"], p["scale"]):
+            return kl
+        of_q, of_p = (self._weighted(site, on_plates(site, log_p(p["value"]))) for site in (q, p))
+        return kl + (of_q - of_p)
+
+    def kl_per_dim(self, name: str) -> Tensor:
+        (q, p), z = (trace.nodes[name]["fn"] for trace in (self.q, self.p)), self.p.nodes[name]["value"]
+        events, dims = 0, 1 + self.structure.nesting
+        if all(isinstance(d, torch.distributions.Independent) and not d.base_dist.event_shape for d in (q, p)):
+            events, q, p = q.event_dim, q.base_dist, p.base_dist
+
+        def first(value: Tensor) -> Tensor:
+            """(dimensions, *plates)"""
+            value = value.flatten(start_dim=-events).movedim(-1, 0) if events else value[None]
+            return value.reshape(len(value), *[1] * (dims + 1 - value.dim()), *value.shape[1:])
+
+        divergence = closed_form_kl(q, p) if self.analytic_kl else None
+        kl = q.log_prob(z) - p.log_prob(z) if divergence is None else divergence
+        kl = self._weighted_kl(name, first(kl), lambda z: first(p.log_prob(z)))
+        others = [dim for dim in range(1 - dims, 0) if dim != self.data_dim]
+        kl = kl.sum(others, keepdim=True) if others else kl
+        return kl.reshape(*kl.shape[:2], -1).movedim(0, -1)
+
+    def _scale(self, site: Mapping[str, Any]) -> Any:
+        """The site's scale without that of the plate of the data; None where it is 1."""
+        scale = site["scale"] / (self.scale if self.structure.plate in _plates(site) else 1.0)
+        return None if isinstance(scale, float | int) and scale == 1 else scale
+
+    def _weighted(self, site: Mapping[str, Any], log_prob: Tensor) -> Tensor:
+        scale = self._scale(site) if self.scaled else None
+        return log_prob if scale is None else log_prob * scale
+
+    def _per_datum(self, value: Tensor) -> Tensor:
+        return per_datum(value, self.data_dim, -1 - self.structure.nesting)
+
+
+def on_plates(site: Mapping[str, Any], log_prob: Tensor, masked: bool = True) -> Tensor:
+    """A site's log-probabilities, masked, and of the shape of all its plates."""
+    if masked and site["mask"] is not None:
+        log_prob = torch.where(torch.as_tensor(site["mask"]), log_prob, log_prob.new_zeros(()))
+    plates = {frame.dim: frame.size for frame in site["cond_indep_stack"] if frame.vectorized}
+    shape = [plates.get(dim, 1) for dim in range(min(plates, default=0), 0)]
+    return log_prob.expand(torch.broadcast_shapes(log_prob.shape, tuple(shape)))
+
+
+def per_datum(value: Tensor, data_dim: int | None, draws_dim: int) -> Tensor:
+    """Summed over all plates but those of draws and data: (K, B), with 1 in the place of what it has not."""
+    others = [dim for dim in range(-value.dim(), 0) if dim not in (draws_dim, data_dim)]
+    value = value.sum(others, keepdim=True) if others else value
+    return value.reshape(value.shape[draws_dim] if value.dim() >= -draws_dim else 1, -1)
+
+
+def closed_form_kl(q: Any, p: Any) -> Tensor | None:
+    """``KL(q || p)``, of the batch shape of both; None where there is no closed form."""
+    if is_point(q):  # whose registered divergence lacks its density
+        return None
+    if q.batch_shape != p.batch_shape:  # torch's formulas for discrete ones do not broadcast
+        shape = torch.broadcast_shapes(q.batch_shape, p.batch_shape)
+        q, p = q.expand(shape), p.expand(shape)
+    try:
+        return torch.distributions.kl_divergence(q, p)
+    except NotImplementedError:
+        return None
+
+
+def _layers(distribution: Any) -> Iterator[Any]:
+    """The distribution and what it is made from."""
+    yield distribution
+    while hasattr(distribution, "base_dist"):
+        distribution = distribution.base_dist
+        yield distribution
+
+
+def is_point(distribution: Any) -> bool:
+    return any(isinstance(each, pyro.distributions.Delta) for each in _layers(distribution))
+
+
+def _weightless(site: Mapping[str, Any]) -> bool:
+    """Whether an observed site's log-probability is always 0: deterministic, or what a reparameterisation left."""
+    masks = [getattr(each, "_mask", None) for each in _layers(site["fn"])]
+    return site["is_observed"] and (bool(site["infer"].get("_deterministic")) or any(mask is False for mask in masks))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two masks or scales are the same, as far as can be told without reading tensors."""
+    return a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b)
+
+
+def _plates(site: Mapping[str, Any]) -> list[str]:
+    """The vectorised plates around a site, from the outermost."""
+    return [frame.name for frame in site["cond_indep_stack"] if frame.vectorized and frame.name != DRAWS]
+
+
+def samples(trace: poutine.Trace) -> Iterator[tuple[str, Any]]:
+    """The sample sites of a trace, without those that plates make."""
+    for name, site in trace.nodes.items():
+        if site["type"] == "sample" and type(site["fn"]).__name__ != "_Subsample":
+            yield name, site
