@@ -39,6 +39,21 @@ def recorded(monkeypatch):
 
 
 @pytest.fixture
+def recorded_once(recorded, monkeypatch):
+    """`recorded`, without the second recording, which finds programs that are not static: none of these."""
+    from pyro_vae.compiled import _Recording
+
+    record, graphs = _Recording._record, {}
+
+    def first(self, leaves):
+        if self not in graphs:
+            graphs[self] = record(self, leaves)
+        return graphs[self]
+
+    monkeypatch.setattr(_Recording, "_record", first)
+
+
+@pytest.fixture
 def float64():
     torch.set_default_dtype(torch.float64)
     yield

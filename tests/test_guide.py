@@ -273,7 +273,7 @@ def test_subsampled_plates_keep_their_scale():
     torch.testing.assert_close(guide_trace.nodes["z"]["fn"].mean, expected)
 
 
-def test_all_latents_global_is_an_autoguide():
+def test_all_latents_global_is_an_autoguide(recorded):
     """Bayesian regression: exact evidence, no encoder."""
     torch.manual_seed(0)
     X, y = torch.randn(6, 2, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
@@ -401,7 +401,7 @@ def test_copies_pickles_and_predictive():
     assert drawn["z"].shape == (6, 5, 2)
 
 
-def test_global_sites_in_a_plate_have_parameters_each():
+def test_global_sites_in_a_plate_have_parameters_each(recorded):
     """Three components with conjugate means: exact evidence, and the exact posterior of each."""
     y = torch.tensor([[-2.0, 0.5, 3.0]], dtype=torch.float64)
 

@@ -59,7 +59,7 @@ def test_gaussian_mixture_fitted_to_draws_is_scikit_learns():
     assert after.decoder is model.decoder and after(num_data=3).shape == (3, 4)
 
 
-def test_vamp_prior_is_the_mixture_of_the_guides_posteriors(tmp_path):
+def test_vamp_prior_is_the_mixture_of_the_guides_posteriors(recorded, tmp_path):
     torch.manual_seed(0)
     prior = priors.VampPrior((4,), 2, MLP((8,)), families.DiagonalNormal(), components=5)
     model = VAE((4,), prior=prior, decoder=MLP((8,)))
