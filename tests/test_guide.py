@@ -898,9 +898,9 @@ def test_an_inverse_autoregressive_flow_closes_the_linear_vaes_gap():
         torch.manual_seed(1)
         guide = AmortizedGuide(model, nn.Flatten(), family).double()
         optimizer = torch.optim.Adam(guide.parameters(), lr=0.03)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 600)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 400)
         loss = Trace_ELBO(num_particles=8, vectorize_particles=True, max_plate_nesting=1)
-        for _ in range(600):
+        for _ in range(400):
             optimizer.zero_grad()
             loss.differentiable_loss(model, guide, x).backward()
             optimizer.step()

@@ -260,7 +260,7 @@ class PIWAE(MIWAE):
 
     Example:
         >>> PIWAE(num_bounds=2, num_particles=2).bound(torch.tensor([[0.0], [1.0], [2.0], [2.0]]))
-        tensor([1.5210])
+        tensor([1.5313])
     """
 
     def bound(self, log_weight: Tensor) -> Tensor:
