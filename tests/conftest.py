@@ -68,3 +68,8 @@ def skip_without_cuda(request):
 
 def pytest_addoption(parser):
     parser.addoption("--matrix", action="store_true", help="every prior x family x likelihood, not a covering array")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest first, so that no worker waits for it at the end."""
+    items.sort(key=lambda item: "inductor_compiles_every" not in item.name)

@@ -94,7 +94,7 @@ def at_once():
 
 @pytest.fixture(scope="module")
 def asymptotic():
-    return toy([IWAE, DReG], num_particles=(8, 64), num_gradients=6000, num_references=0)
+    return toy([IWAE, DReG], num_particles=(8, 64), num_gradients=4000, num_references=0)
 
 
 def linear_pair():
