@@ -81,7 +81,7 @@ def row(comparison, estimator, K):
 def few_rounds():
     """Of timed steps: the times themselves are not tested."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pyro_vae.comparison.ROUNDS", 2)
+        patch.setattr("pyro_vae.comparison.steps.ROUNDS", 2)
         yield
 
 
@@ -260,7 +260,7 @@ def test_draws_at_once_are_like_draws_one_by_one(monkeypatch):
     x = torch.rand(10, 6, dtype=torch.float64).round()
     options = FEW | {"num_particles": (4,), "num_gradients": 250}
     together = compare_estimators(model, guide, x, [DReG], **options).table
-    monkeypatch.setattr("pyro_vae.comparison.WORTH_RECORDING", math.inf)
+    monkeypatch.setattr("pyro_vae.comparison.gradients.WORTH_RECORDING", math.inf)
     alone = compare_estimators(model, guide, x, [DReG], **options).table
     for part in ("model", "guide"):
         for name, tolerance in (("norm", 0.08), ("mean_norm", 0.06), ("variance", 0.3), ("snr", 0.2)):

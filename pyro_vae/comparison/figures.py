@@ -13,10 +13,11 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from .checkpoint import atomic
+from ..checkpoint import atomic
+from .result import uncertain
 
 if TYPE_CHECKING:
-    from .comparison import Comparison
+    from .result import Comparison
 
 __all__ = ["draw"]
 
@@ -57,7 +58,7 @@ def signal_to_noise(comparison: Comparison) -> Figure:
                 continue
             fit, label = slopes.loc[name], _plain(name)
             if math.isfinite(fit["slope"]):
-                label += f"   {_uncertain(fit['slope'], fit['standard_error'])}"
+                label += f"   {uncertain(fit['slope'], fit['standard_error'], '+')}".replace("-", "−")
                 K = rows["K"][shown]
                 line = math.exp(fit["intercept"]) * K ** fit["slope"]
                 axis.plot(K * look["apart"], line, color=look["color"], lw=1.2, ls=(0, (4, 3)), zorder=1)
@@ -203,12 +204,6 @@ def _legend(axis: Any, title: str | None, **place: Any) -> None:
 def _compact(value: float, position: float) -> str:
     """A tick's label: 40000 is 40k."""
     return EngFormatter(sep="")(value) if abs(value) >= 10_000 else f"{value:.6g}".replace("-", "−")
-
-
-def _uncertain(value: float, error: float) -> str:
-    """To the first digit of the error, from hundredths on."""
-    digits = min(4, max(2, -math.floor(math.log10(error)))) if error > 0 else 2
-    return f"{value:+.{digits}f} ± {error:.{digits}f}".replace("-", "−")
 
 
 def _plain(name: str) -> str:

@@ -1,0 +1,196 @@
+"""`Comparison`: what was found, as a table, in words and in files."""
+
+from __future__ import annotations
+
+import json
+import math
+import textwrap
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import pandas
+
+from ..checkpoint import atomic
+from ..evaluation import Estimate
+from .gradients import PARTS
+
+BIASED = 4.0  # standard errors
+WIDTH = 100  # of the text table
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """What `compare_estimators` found; ``str()`` is a text table, and what follows from it.
+
+    Attributes:
+        table: a row for each estimator and K. In nats per datum: ``bound``, ``bound_standard_error`` over data and
+            ``bound_standard_error_draws`` over draws; ``gap`` to log p(x) and its two errors, named alike. Of the
+            gradient of the loss of a batch, each with the prefix ``model_`` or ``guide_`` and in nats per unit of the
+            parameters: ``norm``, of its expectation; ``mean_norm``, the expected norm of a draw;
+            ``standard_deviation`` and ``variance``, the trace of the covariance; ``snr`` and
+            ``snr_standard_error``, the mean over parameters of ``|mean| / standard deviation``; ``snr_whole`` and its
+            error, ``norm / standard_deviation``; ``bias`` and ``bias_standard_error``. ``draws`` of the guide for each
+            datum; ``seconds`` and ``megabytes`` per step, the latter at its peak beyond what lives between steps;
+            ``compiled``. Of training: ``trained``, log p(x) in nats per datum, mean over seeds;
+            ``trained_standard_error``; ``trained_low`` and ``trained_high``, a 95 % interval; ``trained_steps``;
+            ``trained_seconds``; ``failed``, seeds that ended in a loss that is not finite and are left out. NaN where
+            something was not asked for or makes no sense.
+        slopes: a row for each estimator and part: ``slope`` of ln snr against ln K by weighted least squares, its
+            ``standard_error`` and ``intercept``; ``whole_slope`` and ``whole_standard_error`` of ``snr_whole``.
+        log_evidence: log p(x) that gaps are to, nats per datum.
+        source: where that is from: "exact", "given" or "bound of ... draws".
+        skipped: why an estimator does not exist for a K, by name.
+        settings: what the numbers were taken with.
+    """
+
+    table: pandas.DataFrame
+    slopes: pandas.DataFrame
+    log_evidence: Estimate
+    source: str
+    skipped: dict[str, str]
+    settings: dict[str, Any]
+
+    @property
+    def verdict(self) -> list[str]:
+        """What the numbers say, a sentence each."""
+        return _verdict(self)
+
+    def __str__(self) -> str:
+        return _text(self)
+
+    def to_csv(self, path: Path | str) -> None:
+        """Write `table`, atomically."""
+        with atomic(Path(path)) as temporary:
+            self.table.to_csv(temporary, index=False)
+
+    def to_json(self, path: Path | str) -> None:
+        """Write everything, atomically; NaN and infinity become null."""
+        content = {
+            "log_evidence": vars(self.log_evidence),
+            "source": self.source,
+            "skipped": self.skipped,
+            "settings": self.settings,
+            "table": self.table.to_dict("records"),
+            "slopes": self.slopes.to_dict("records"),
+        }
+        with atomic(Path(path)) as temporary:
+            temporary.write_text(json.dumps(_finite_or_null(content), indent=1, allow_nan=False) + "\n", "utf-8")
+
+    @classmethod
+    def from_json(cls, path: Path | str) -> Self:
+        """What `to_json` wrote."""
+        content = json.loads(Path(path).read_text("utf-8"))
+        numbers = {key: math.nan if value is None else value for key, value in content["log_evidence"].items()}
+        table, slopes = (pandas.DataFrame(content[name]) for name in ("table", "slopes"))
+        for frame in (table, slopes):
+            for name in frame.columns.difference(["estimator", "part", "compiled"]):
+                frame[name] = pandas.to_numeric(frame[name])
+        others = {name: content[name] for name in ("source", "skipped", "settings")}
+        return cls(table, slopes, Estimate(**numbers), **others)
+
+    def figures(self, directory: Path | str) -> list[Path]:
+        """Draw ``signal_to_noise.png``, ``bounds.png`` and ``quality_against_time.png`` into an existing directory."""
+        from .figures import draw
+
+        return draw(self, Path(directory))
+
+
+def _finite_or_null(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite_or_null(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite_or_null(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _text(comparison: Comparison) -> str:
+    settings, table = comparison.settings, comparison.table
+    of = comparison.log_evidence
+    lines = [
+        f"{settings['num_data']} data, gradients and steps of {settings['batch_size']}; {settings['num_gradients']:,} "
+        f"gradients, {settings['num_references']:,} for the bias; {settings['device']}, {settings['threads']} threads",
+        f"log p(x) = {of} nats per datum ({comparison.source})",
+        "",
+    ]
+    ratios = {f"{part}_z": table[f"{part}_bias"] / table[f"{part}_bias_standard_error"] for part in PARTS}
+    columns = [
+        ("K", [f"{K}" for K in table["K"]]),
+        ("bound", _numbers(table["bound"])),
+        ("gap", _numbers(table["gap"])),
+        ("SNR m", _numbers(table["model_snr"])),
+        ("SNR g", _numbers(table["guide_snr"])),
+        ("bias m", _numbers(ratios["model_z"], 1)),
+        ("bias g", _numbers(ratios["guide_z"], 1)),
+        ("ms", _numbers(1e3 * table["seconds"])),
+        ("MB", _numbers(table["megabytes"], 1)),
+    ]
+    meaning = "nats per datum: bound, gap"
+    if table["trained"].notna().any():
+        columns += [("trained", _numbers(table["trained"])), ("±", _numbers(table["trained_standard_error"]))]
+        meaning += ", log p(x) after training ± its standard error over seeds"
+    meaning += (
+        "; SNR and bias of the gradients of m, the model, and g, the guide, a bias in its standard errors, sure above "
+        f"{BIASED:g}; ms and MB of a step"
+    )
+    widths = [max(len(name), *map(len, cells)) for name, cells in columns]
+    gap = "  " if sum(widths) + 2 * len(widths) <= WIDTH - 12 else " "
+    room = WIDTH - sum(widths) - len(gap) * len(widths)
+    names = ["estimator", *(_cut(name, max(9, room)) for name in table["estimator"])]
+    first = max(map(len, names))
+    for cells in zip(names, *([name, *rows] for name, rows in columns), strict=True):
+        line = [cells[0].ljust(first), *(cell.rjust(width) for cell, width in zip(cells[1:], widths, strict=True))]
+        lines.append(gap.join(line))
+    lines += ["", *textwrap.wrap(meaning, WIDTH), ""]
+    slopes = comparison.slopes[comparison.slopes["slope"].notna()]
+    for name in slopes["estimator"].drop_duplicates():
+        own = slopes[slopes["estimator"] == name]
+        parts = zip(own["part"], own["slope"], own["standard_error"], strict=True)
+        of_parts = (f"K^({uncertain(slope, error)}) for the {part}" for part, slope, error in parts)
+        lines += textwrap.wrap(f"{name}: SNR ~ {', '.join(of_parts)}", WIDTH)
+    for note in (*comparison.verdict, *(f"left out: {name}: {why}" for name, why in comparison.skipped.items())):
+        lines += textwrap.wrap(f"- {note}", WIDTH)
+    return "\n".join(lines)
+
+
+def _verdict(comparison: Comparison) -> list[str]:
+    table, said = comparison.table, []
+    for part in PARTS:
+        excess = table[f"{part}_bias"] / table[f"{part}_bias_standard_error"]
+        biased = table[excess > BIASED]
+        for name in biased["estimator"].drop_duplicates():
+            where = ", ".join(f"{K}" for K in biased["K"][biased["estimator"] == name])
+            said.append(f"{name}: the {part}'s gradient is biased at K = {where}")
+    for _, row in comparison.slopes.iterrows():
+        if row["slope"] < min(-0.1, -3 * row["standard_error"]):
+            said.append(f"{row['estimator']}: the signal of the {row['part']}'s gradient drowns with K")
+    trained = table[table["trained"].notna()]
+    if len(trained):
+        best = trained.loc[trained["trained"].idxmax()]
+        text = f"{best['estimator']}, K = {best['K']} trains best, log p(x) = {best['trained']:.2f}"
+        others = trained[(trained["trained_high"] >= best["trained_low"]) & (trained.index != best.name)]
+        if len(others) > 4:
+            text += f"; {len(others)} others are within the 95 % intervals"
+        elif len(others):
+            named = (f"{name}, K = {K}" for name, K in zip(others["estimator"], others["K"], strict=True))
+            text += f"; within the 95 % intervals: {'; '.join(named)}"
+        said.append(text)
+    return said
+
+
+def _numbers(values: Iterable[float], digits: int = 2) -> list[str]:
+    def shown(value: float) -> str:
+        return f"{value:.{digits}f}" if abs(value) < 1e5 else f"{value:.2e}"
+
+    return ["–" if math.isnan(value) else shown(value) for value in values]
+
+
+def _cut(name: str, width: int) -> str:
+    return name if len(name) <= width else name[: width - 1] + "…"
+
+
+def uncertain(value: float, error: float, sign: str = "") -> str:
+    """To the first digit of the error, from hundredths on."""
+    digits = min(4, max(2, -math.floor(math.log10(error)))) if error > 0 else 2
+    return f"{value:{sign}.{digits}f} ± {error:.{digits}f}"
