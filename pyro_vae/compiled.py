@@ -32,6 +32,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .guards import Entry, Guards, NotStaticError, Scalar, python_state, restore, stable
+from .scan import compiler
 
 __all__ = ["Compiled", "FallbackWarning", "get_random_state", "set_random_state"]
 
@@ -57,6 +58,16 @@ PURE_HANDLERS = (
 
 class FallbackWarning(UserWarning):
     """A program runs eagerly, at the speed of `pyro.infer.SVI`; the message says why, and the mend."""
+
+
+@contextlib.contextmanager
+def _steps_compiled() -> Iterator[None]:
+    """Each `scan` is one step in the graph."""
+    token = compiler.set(lambda graph, tensors: _compile(graph, tensors))
+    try:
+        yield
+    finally:
+        compiler.reset(token)
 
 
 class NotNowError(Exception):
@@ -341,7 +352,7 @@ class _Recording:
             return [result for result in results if isinstance(result, Tensor)]
 
         one_for_all = torch._guards.TracingContext(FakeTensorMode())  # else make_fx builds one for each operation
-        with _recordable(), torch._guards.tracing(one_for_all):
+        with _recordable(), torch._guards.tracing(one_for_all), _steps_compiled():
             apart = [tensor.detach() for tensor in self._tensors(leaves)]  # from what the program reads elsewhere
             return _owning(make_fx(function)(*apart))
 

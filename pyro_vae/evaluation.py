@@ -281,7 +281,7 @@ def _summary(scores: dict[str, Tensor], K: int, log_jacobian: float) -> Evaluati
     return Evaluation(
         **{name: estimate(name) for name in ("elbo", "log_evidence", "kl", "ess", "khat")},
         kl_per_dim=scores["kl_per_dim"].mean(0) if "kl_per_dim" in scores else None,
-        active_units=int((scores["mean"].var(0) - noise.mean(0) > 0.01).sum()),
+        active_units=int((scores["mean"].var(0, correction=min(1, N - 1)) - noise.mean(0) > 0.01).sum()),
         num_samples=K,
         num_data=N,
         per_datum={name: scores[name] for name in ("elbo", "log_evidence", "kl", "ess", "khat")},

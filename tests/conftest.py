@@ -36,6 +36,7 @@ def fresh_state():
 def recorded(monkeypatch):
     """The recorded graph, run as it is: what inductor does to it is tested apart, as it takes seconds."""
     monkeypatch.setattr("pyro_vae.compiled._compile", lambda graph, tensors: graph)
+    monkeypatch.setattr("pyro_vae.scan._Step.table", {})
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """What models and guides are both made of: flow transforms, and distributions that Pyro lacks."""
 
 from .autoregressive import autoregressive, coupling
+from .markov_chain import MarkovChain
 from .missing import WithMissing
 from .transforms import (
     GatedAffineTransform,
@@ -12,6 +13,7 @@ from .transforms import (
 
 __all__ = [
     "GatedAffineTransform",
+    "MarkovChain",
     "OnePass",
     "PlanarTransform",
     "RadialTransform",

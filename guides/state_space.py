@@ -1,0 +1,188 @@
+"""Structured inference networks for state-space models."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from ..config import Configured
+from ..distributions import MarkovChain
+from ..nn import Declared, bind, positive
+from ..scan import scan
+from ..sequences import steps_of
+from .families import DiagonalNormal, Family
+
+__all__ = ["Combiner", "LinearCombiner", "StateSpaceGuide", "TanhCombiner"]
+
+Inference = Literal["MF-L", "MF-R", "MF-LR", "ST-L", "ST-R", "ST-LR"]
+CELLS: dict[str, Any] = {"rnn": nn.RNNCell, "gru": nn.GRUCell, "lstm": nn.LSTMCell}
+
+
+class Combiner(Declared):
+    """Base: `build` gets the size of z and of each of h; ``forward(z_prev, *h)`` gives features of q(z_t | ...), and
+    what is added to its location, or None."""
+
+    def build(self, latent_dim: int, hidden: int, parts: int) -> None:
+        raise NotImplementedError
+
+    def forward(self, z: Tensor, *h: Tensor) -> tuple[Tensor, Tensor | None]:
+        raise NotImplementedError
+
+    num_features: int
+
+
+class LinearCombiner(Combiner):
+    """Features ``tanh(W (z, h) + b)``, and ``V (z, h)`` added to the location: it follows unbounded states.
+
+    Example:
+        >>> features, offset = LinearCombiner().bind(2, 8, 1)(torch.zeros(5, 2), torch.zeros(5, 8))
+        >>> features.shape, offset.shape
+        (torch.Size([5, 8]), torch.Size([5, 2]))
+    """
+
+    def build(self, latent_dim: int, hidden: int, parts: int) -> None:
+        self.num_features = hidden
+        self.features = nn.Linear(latent_dim + parts * hidden, hidden)
+        self.offset = nn.Linear(latent_dim + parts * hidden, latent_dim, bias=False)
+
+    def forward(self, z: Tensor, *h: Tensor) -> tuple[Tensor, Tensor]:
+        v = torch.cat([z, *h], -1)
+        return self.features(v).tanh(), self.offset(v)
+
+
+class TanhCombiner(Combiner):
+    """Features ``(tanh(W z + b) + h_left + h_right) / 3``, or ``(tanh(W z + b) + h) / 2`` (arXiv 1609.09869).
+
+    Example:
+        >>> TanhCombiner().bind(2, 8, 1)(torch.zeros(5, 2), torch.zeros(5, 8))[0].shape
+        torch.Size([5, 8])
+    """
+
+    def build(self, latent_dim: int, hidden: int, parts: int) -> None:
+        self.num_features = hidden
+        self.of_z = nn.Linear(latent_dim, hidden)
+
+    def forward(self, z: Tensor, *h: Tensor) -> tuple[Tensor, None]:
+        return (self.of_z(z).tanh() + sum(h)) / (1 + len(h)), None
+
+
+class StateSpaceGuide(Configured, PyroModule):
+    """``q(z | x) = prod_t q(z_t | z_{t-1}, h_t)``, h_t what recurrent networks make of x and u up to t, from t on, or
+    both (arXiv 1609.09869).
+
+    Args:
+        model: with `latent_dim`, `event_dim` and `num_inputs`, as `StateSpaceModel`; it is not kept.
+        inference: MF-L, MF-R, MF-LR: q(z_t | h_t), without z_{t-1}. ST-L, ST-R, ST-LR: with it. L reads the past (a
+            filter), R the future (a smoother, as z_{t-1} tells of the past), LR both.
+        hidden: the size of h.
+        cell: "rnn", "gru" or "lstm".
+        combiner: what joins z_{t-1} and h_t.
+        family: of each step, as ``families.IAF(transforms=1)``.
+        missing: "frames": the networks see which steps are observed; "entries": of each value.
+
+    Raises:
+        ValueError: another code or cell.
+
+    Example:
+        >>> from pyro_vae.models.state_space import Emission, Initial, LinearTransition, StateSpaceModel
+        >>> model = StateSpaceModel(Initial(2), LinearTransition(2), Emission(2, 5))
+        >>> StateSpaceGuide(model, inference="ST-R")(torch.ones(3, 7, 5)).shape
+        torch.Size([3, 7, 2])
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        inference: Inference = "ST-LR",
+        hidden: int = 64,
+        cell: Literal["rnn", "gru", "lstm"] = "gru",
+        combiner: Combiner | None = None,
+        family: Family | None = None,
+        missing: Literal["frames", "entries"] = "frames",
+    ) -> None:
+        super().__init__()
+        structure, _, directions = inference.partition("-")
+        if structure not in ("MF", "ST") or directions not in ("L", "R", "LR"):
+            raise ValueError(f"expected inference MF-L, MF-R, MF-LR, ST-L, ST-R or ST-LR, got {inference!r}")
+        for name, value, known in (("cell", cell, CELLS), ("missing", missing, ("frames", "entries"))):
+            if value not in known:
+                raise ValueError(f"expected {name} to be one of {', '.join(known)}, got {value!r}")
+        self.structured, self.missing = structure == "ST", missing
+        D, Z, hidden = model.event_dim, model.latent_dim, positive("hidden", hidden)
+        width = D + model.num_inputs + (D if missing == "entries" else 1)
+        self.cells = nn.ModuleDict({direction: CELLS[cell](width, hidden) for direction in directions})
+        self.num_states = 2 if cell == "lstm" else 1
+        features = hidden * len(directions)
+        if self.structured:
+            self.combiner = bind(LinearCombiner() if combiner is None else combiner, Z, hidden, len(directions))
+            features = self.combiner.num_features
+            self.before = nn.Parameter(torch.zeros(Z))
+        self.family = bind(DiagonalNormal() if family is None else family, features, (Z,))
+
+    def forward(
+        self,
+        x: Tensor,
+        u: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        steps = steps_of(x, lengths, mask)
+        h = torch.cat([self.encoded(steps, u, direction) for direction in self.cells], -1)
+        with pyro.plate("data", len(x)):
+            first = self.step(self.before.expand(len(x), -1) if self.structured else None, h[:, 0])
+            return pyro.sample("z", MarkovChain(first, self.step, h.shape[1], h, steps.there))
+
+    def step(self, z: Tensor | None, h: Tensor) -> dist.Distribution:
+        """``q(z_t | z_{t-1}, h_t)``."""
+        if z is None:
+            return self.family(h)
+        shape = torch.broadcast_shapes(z.shape[:-1], h.shape[:-1])
+        if not self.structured:
+            return self.family(h.expand(*shape, -1))
+        parts = h.expand(*shape, -1).chunk(len(self.cells), -1)
+        features, offset = self.combiner(z.expand(*shape, -1), *parts)
+        q = self.family(features)
+        return q if offset is None else _shifted(q, offset)
+
+    def encoded(self, steps: Any, u: Tensor | None, direction: str) -> Tensor:
+        """(B, T, hidden): of steps up to each ("L") or from each on ("R")."""
+        observed = steps.x == steps.x
+        if steps.observed is not None:
+            observed = observed & (steps.observed if steps.observed.dim() == 3 else steps.observed[..., None])
+        x = torch.where(observed, steps.x, 0.0)
+        seen = observed if self.missing == "entries" else observed.any(-1, keepdim=True)
+        parts = [x, seen.to(x.dtype)] if u is None else [x, u, seen.to(x.dtype)]
+        inputs = torch.cat(parts, -1).movedim(1, 0)
+        there = torch.ones_like(inputs[..., :1], dtype=torch.bool)
+        if steps.there is not None:
+            there = steps.there.movedim(1, 0)[..., None]
+        if direction == "R":
+            inputs, there = inputs.flip(0), there.flip(0)
+        cell: Any = self.cells[direction]
+
+        def step(state: Any, at: Any) -> tuple[Any, Tensor]:
+            given, alive = at
+            new = cell(given, state[0] if len(state) == 1 else state)
+            new = new if isinstance(new, tuple) else (new,)
+            new = tuple(torch.where(alive, a, b) for a, b in zip(new, state, strict=True))
+            return new, new[0]
+
+        start = (inputs.new_zeros(inputs.shape[1], cell.hidden_size),) * self.num_states
+        _, h = scan(step, start, (inputs, there))
+        return (h.flip(0) if direction == "R" else h).movedim(0, 1)
+
+
+def _shifted(q: Any, offset: Tensor) -> Any:
+    """The distribution of z + offset."""
+    if isinstance(q, torch.distributions.Independent) and isinstance(q.base_dist, torch.distributions.Normal):
+        return dist.Normal(q.base_dist.loc + offset, q.base_dist.scale).to_event(1)
+    if isinstance(q, torch.distributions.MultivariateNormal):
+        return dist.MultivariateNormal(q.loc + offset, scale_tril=q.scale_tril)
+    shift = torch.distributions.AffineTransform(offset, 1.0, event_dim=1, cache_size=1)
+    return dist.TransformedDistribution(q, [shift])

@@ -1,0 +1,187 @@
+"""A Markov chain as one distribution over all its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions import constraints, kl_divergence, register_kl
+from torch.utils import _pytree as pytree
+
+from ..scan import scan
+
+__all__ = ["MarkovChain"]
+
+
+class MarkovChain(dist.TorchDistribution):
+    r"""``p(z_1, ..., z_T) = p(z_1) prod_{t > 1} p(z_t | z_{t-1}, u_t)``, one event of shape (T, *Z).
+
+    A draw is made step by step; a value is scored by one call of `transition` for all steps; a chain's own draw, by
+    the passes that made it. The divergence from another chain is estimated along this chain's draw by divergences of
+    single steps in closed form::
+
+        KL(q(z_1) || p(z_1)) + sum_{t > 1} KL(q(z_t | z_{t-1}) || p(z_t | z_{t-1})),    z ~ q
+
+    Args:
+        initial: p(z_1), a distribution over events of shape Z.
+        transition: ``transition(z_prev, u_t)``, without inputs ``transition(z_prev)``, returns p(z_t | z_{t-1}, u_t)
+            for any leading batch shape.
+        num_steps: T.
+        inputs: (*batch, T, C); the first step's belongs to `initial`, and is not read.
+        mask: (*batch, T), False at steps that are not there: they count nothing.
+        carry: what a recurrent transition remembers, a tree of tensors (*batch, size) at z_1: such a one is called with
+            it as last argument, returns ``(distribution, carry)``, and is scored step by step.
+
+    Raises:
+        ValueError: no steps, or inputs or a mask for another number of them.
+
+    Example:
+        >>> first = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+        >>> chain = MarkovChain(first, lambda z: dist.Normal(z, 0.1).to_event(1), num_steps=7)
+        >>> z = chain.sample(torch.Size([5]))
+        >>> z.shape, chain.log_prob(z).shape
+        (torch.Size([5, 7, 2]), torch.Size([5]))
+    """
+
+    arg_constraints: dict[str, Any] = {}
+
+    def __init__(
+        self,
+        initial: Any,
+        transition: Callable[..., Any],
+        num_steps: int,
+        inputs: Tensor | None = None,
+        mask: Tensor | None = None,
+        carry: Any = None,
+    ) -> None:
+        if num_steps < 1:
+            raise ValueError(f"expected num_steps >= 1, got {num_steps}: a chain has a first step")
+        for name, given, dims in (("inputs", inputs, 2), ("a mask", mask, 1)):
+            if given is not None and (given.dim() < dims or given.shape[-dims] != num_steps):
+                raise ValueError(
+                    f"expected {name} for {num_steps} steps, got shape {tuple(given.shape)}: time is dimension -{dims}"
+                )
+        self.initial, self.transition, self.num_steps = initial, transition, num_steps
+        self.inputs, self.mask_, self.carry = inputs, mask, carry
+        self._draw: tuple[Tensor, Tensor] | None = None
+        shapes = [initial.batch_shape]
+        shapes += [inputs.shape[:-2]] if inputs is not None else []
+        shapes += [mask.shape[:-1]] if mask is not None else []
+        event_shape = torch.Size([num_steps]) + initial.event_shape
+        super().__init__(torch.broadcast_shapes(*shapes), event_shape, validate_args=False)
+
+    @property
+    def has_rsample(self) -> bool:
+        return self.initial.has_rsample
+
+    @constraints.dependent_property(is_discrete=False)
+    def support(self) -> Any:
+        return constraints.independent(self.initial.support, 1)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> MarkovChain:
+        wider = MarkovChain(self.initial, self.transition, self.num_steps, self.inputs, self.mask_, self.carry)
+        if wider.batch_shape == torch.Size(batch_shape):
+            wider._draw = self._draw
+        wider._batch_shape = torch.Size(batch_shape)
+        return wider
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+        with torch.no_grad():
+            return self.rsample(sample_shape)
+
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+        shape = torch.Size(sample_shape) + self.batch_shape
+        first = self.initial.expand(shape)
+        z = _drawn(first)
+        log_first = first.log_prob(z)
+        if self.num_steps == 1:
+            path, each = z[None], log_first[None]
+        else:
+
+            def step(state: Any, u: Tensor) -> tuple[Any, tuple[Tensor, Tensor]]:
+                p, carry = self._next(state[0], u, state[1])
+                z = _drawn(p)
+                return (z, carry), (z, p.log_prob(z))
+
+            _, (later, log_later) = scan(step, (z, self._carry(shape)), self._inputs(shape, z))
+            path, each = torch.cat([z[None], later]), torch.cat([log_first[None], log_later])
+        path = path.movedim(0, len(shape))
+        self._draw = path, each.movedim(0, -1)
+        return path
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        drawn = self._draw is not None and value is self._draw[0]
+        each = self._draw[1] if drawn else self.log_prob_of_steps(value)  # type: ignore[index]
+        if self.mask_ is not None:
+            each = torch.where(self.mask_, each, 0.0)
+        return each.sum(-1)
+
+    def log_prob_of_steps(self, value: Tensor) -> Tensor:
+        """``ln p(z_t | z_{t-1}, u_t)`` of each step, (*batch, T), masked ones too."""
+        first, later = self._steps(value, lambda p, z: p.log_prob(z))
+        first = first[..., None]
+        return first if later is None else torch.cat([first.expand_as(later[..., :1]), later], -1)
+
+    def _steps(self, value: Tensor, score: Callable[[Any, Tensor], Tensor]) -> tuple[Tensor, Tensor | None]:
+        """`score` of the first step, and of all later ones with time as last dimension."""
+        time = value.dim() - len(self.event_shape)
+        z = value.select(time, 0)
+        first = score(self.initial, z)
+        if self.num_steps == 1:
+            return first, None
+        before, after = value.narrow(time, 0, self.num_steps - 1), value.narrow(time, 1, self.num_steps - 1)
+        if self.carry is None:
+            u = None if self.inputs is None else self.inputs[..., 1:, :]
+            return first, score(self._next(before, u, None)[0], after)
+        shape = value.shape[:time]
+
+        def step(state: Any, at: tuple[Tensor, Tensor]) -> tuple[Any, Tensor]:
+            u, z = at
+            p, carry = self._next(state[0], u, state[1])
+            return (z, carry), score(p, z)
+
+        _, later = scan(step, (z, self._carry(shape)), (self._inputs(shape, z), after.movedim(time, 0)))
+        return first, later.movedim(0, -1)
+
+    def _next(self, z: Tensor, u: Tensor | None, carry: Any) -> tuple[Any, Any]:
+        given = (z,) if self.inputs is None else (z, u)
+        return (self.transition(*given), ()) if self.carry is None else self.transition(*given, carry)
+
+    def _carry(self, shape: torch.Size) -> Any:
+        tree = () if self.carry is None else self.carry
+        return pytree.tree_map(lambda c: c.expand(shape + c.shape[-1:]), tree)
+
+    def _inputs(self, shape: torch.Size, like: Tensor) -> Tensor:
+        """u_2 ... u_T, (T - 1, *shape, C)."""
+        if self.inputs is None:
+            return like.new_zeros(self.num_steps - 1, 0)
+        u = self.inputs[..., 1:, :]
+        return u.expand(shape + u.shape[-2:]).movedim(-2, 0)
+
+
+def _drawn(p: Any) -> Tensor:
+    return p.rsample() if p.has_rsample else p.sample()
+
+
+@register_kl(MarkovChain, MarkovChain)
+def _kl_of_chains(q: MarkovChain, p: MarkovChain) -> Tensor:
+    """Along the draw of q; unbiased. Steps count where both chains have them."""
+    if q.carry is not None or p.carry is not None:
+        raise NotImplementedError("the steps of a recurrent chain are not known apart from its carry")
+    z = q._draw[0] if q._draw is not None else q.rsample()
+    time = z.dim() - len(q.event_shape)
+    first = kl_divergence(q.initial, p.initial)
+    if q.num_steps > 1:
+        before = z.narrow(time, 0, q.num_steps - 1)
+        steps = [c._next(before, None if c.inputs is None else c.inputs[..., 1:, :], None)[0] for c in (q, p)]
+        later = kl_divergence(*steps)
+        each = torch.cat([first[..., None].expand_as(later[..., :1]), later], -1)
+    else:
+        each = first[..., None].expand(q.batch_shape + (1,))
+    for mask in (q.mask_, p.mask_):
+        if mask is not None:
+            each = torch.where(mask, each, 0.0)
+    return each.sum(-1)

@@ -1,0 +1,267 @@
+"""`scan`: a recurrence over time, of which a recorded graph holds one step and not all of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
+from torch.utils import _pytree as pytree
+
+__all__ = ["scan"]
+
+compiler: ContextVar[Callable[[GraphModule, Sequence[Tensor]], Callable] | None] = ContextVar("compiler", default=None)
+
+
+def scan(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs: Any) -> tuple[Any, Any]:
+    """``c_t, y_t = step(c_{t-1}, u_t)`` for t = 1 ... T: the last carry, and all y_t.
+
+    Where the call is recorded, as by `CompiledSVI`, the graph holds one step, compiled once for all lengths. Its
+    gradient is that of the recurrence ``c_t = F_t(c_{t-1}, theta)``: with g the gradient of what follows::
+
+        l_t = g_t + (dF_{t+1} / dc_t)^T l_{t+1},        d theta = sum_t (dF_t / dtheta)^T l_t
+
+    The first runs backwards through time; the second is one call for all steps. A step that cannot be taken apart like
+    that, as its draws depend on the carry in another way than by a location and a scale, is unrolled.
+
+    Args:
+        step: a pure function; what it draws is drawn anew at each step.
+        carry: a tree of tensors, whose shapes a step keeps.
+        inputs: a tree of tensors (T, ...), T >= 1.
+
+    Returns:
+        The carry after the last step, and the tree of y with tensors (T, ...).
+
+    Example:
+        >>> total, sums = scan(lambda c, u: (c + u, c + u), torch.zeros(()), torch.arange(4.0))
+        >>> total, sums
+        (tensor(6.), tensor([0., 1., 3., 6.]))
+    """
+    leaves = pytree.tree_leaves(inputs)
+    if compiler.get() is not None and len(leaves[0]) > 1:
+        try:
+            return _rolled(step, carry, inputs)
+        except _NotSeparableError:
+            pass
+    ys = []
+    for t in range(len(leaves[0])):
+        carry, y = step(carry, pytree.tree_map(lambda u, t=t: u[t], inputs))
+        ys.append(y)
+    return carry, pytree.tree_map(lambda *each: torch.stack(each), *ys)
+
+
+class _NotSeparableError(Exception):
+    """The step's draws are not a function of noise that is drawn apart."""
+
+
+def _rolled(step: Callable, carry: Any, inputs: Any) -> tuple[Any, Any]:
+    start, structure = pytree.tree_flatten(carry)
+    leaves, of_inputs = pytree.tree_flatten(inputs)
+    n = len(start)
+
+    def flat(*tensors: Tensor) -> list[Tensor]:
+        given = pytree.tree_unflatten(tensors[:n], structure), pytree.tree_unflatten(tensors[n:], of_inputs)
+        c, y = step(*given)
+        flat.of_y = pytree.tree_structure(y)  # type: ignore[attr-defined]
+        return [*pytree.tree_leaves(c), *pytree.tree_leaves(y)]
+
+    with disable_proxy_modes_tracing(), torch.no_grad():
+        examples = [*[c.detach().clone() for c in start], *[u[0].detach().clone() for u in leaves]]
+        one = make_fx(flat)(*examples)
+        constants = _lift_constants(one)
+        taken = _Step.of(one, n, len(leaves), [*examples, *constants])
+    with torch.no_grad():
+        path, noise = _split(torch.ops.pyro_vae.scan(taken.key, start, leaves, constants), n)
+    before = [torch.cat([c[None], p[:-1]]) for c, p in zip(start, path, strict=True)]
+    axes = [0] * (n + len(leaves) + len(noise)) + [None] * len(constants)
+    results = torch.vmap(taken.full, in_dims=tuple(axes))(*before, *leaves, *noise, *constants)
+    fixed = [*before, *leaves, *noise, *constants]
+    results = _Adjoint.apply(taken, n, len(path), *path, *results, *fixed)
+    c, ys = results[:n], results[n:]
+    return (
+        pytree.tree_unflatten([each[-1] for each in c], structure),
+        pytree.tree_unflatten(ys, flat.of_y),  # type: ignore[attr-defined]
+    )
+
+
+def _split(tensors: Sequence[Tensor], n: int) -> tuple[list[Tensor], list[Tensor]]:
+    return [*tensors[:n]], [*tensors[n:]]
+
+
+class _Adjoint(torch.autograd.Function):
+    """The results of all steps, whose gradients it turns into those of the recurrence."""
+
+    @staticmethod
+    def forward(ctx: Any, step: _Step, n: int, num_path: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        path, rest = tensors[:num_path], tensors[num_path:]
+        results, fixed = rest[: step.num_results], rest[step.num_results :]
+        ctx.step, ctx.n, ctx.num_path = step, n, num_path
+        ctx.save_for_backward(*fixed)
+        return (*[p.clone() for p in path], *[r.clone() for r in results[n:]])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        step, n, fixed = ctx.step, ctx.n, [*ctx.saved_tensors]
+        adjoint = torch.ops.pyro_vae.scan_adjoint(step.key, [*gradients], fixed)
+        return (None, None, None, *[None] * ctx.num_path, *adjoint, *gradients[n:], *[None] * len(fixed))
+
+
+class _Step:
+    """One step as a graph of (carry, inputs, noise, constants), its noise as a graph of nothing."""
+
+    table: dict[str, _Step] = {}
+
+    def __init__(
+        self, key: str, full: GraphModule, noise: GraphModule, n: int, m: int, examples: Sequence[Tensor]
+    ) -> None:
+        self.key, self.full, self.noise, self.n, self.m = key, full, noise, n, m
+        (output,) = (node for node in full.graph.nodes if node.op == "output")
+        self.num_results = len(output.args[0])
+        given = [tensor.detach() for tensor in (*examples[: n + m], *noise(), *examples[n + m :])]
+        self.pull = _adjoint(full, n, given)
+        self.compile: Any = compiler.get()
+        self.forward: Callable | None = None
+        self.adjoint: Callable | None = None
+
+    @classmethod
+    def of(cls, one: GraphModule, n: int, m: int, examples: Sequence[Tensor]) -> _Step:
+        full, noise = _without_noise(one, n + m)
+        shapes = [f"{tensor.shape} {tensor.dtype} {tensor.device}" for tensor in examples]
+        key = hashlib.sha256("\n".join([full.code, noise.code, *shapes]).encode()).hexdigest()
+        if key not in cls.table:
+            cls.table[key] = cls(key, full, noise, n, m, examples)
+        return cls.table[key]
+
+    def run(self, start: Sequence[Tensor], inputs: Sequence[Tensor], constants: Sequence[Tensor]) -> list[Tensor]:
+        """The carries after each step, and the noise."""
+        noises = [self.noise.forward() for _ in range(len(inputs[0]))]
+        carry, path = [*start], []
+        for given in zip(*[u.unbind() for u in inputs], noises, strict=True):
+            tensors = [*carry, *given[:-1], *given[-1], *constants]
+            if self.forward is None:
+                self.forward = self.compile(_carry_alone(self.full, self.n), [each.detach() for each in tensors])
+            carry = self.forward(*tensors)
+            path.append(carry)
+        return [torch.stack(each) for each in (*zip(*path, strict=True), *zip(*noises, strict=True))]
+
+    def run_adjoint(self, gradients: Sequence[Tensor], fixed: Sequence[Tensor]) -> list[Tensor]:
+        """l_t for the gradients g_t of all carries and results."""
+        n, over_time = self.n, self.n + self.m + self.num_noise
+        constants, found, back = fixed[over_time:], [], None
+        steps = zip(*[each.unbind() for each in (*fixed[:over_time], *gradients)], strict=True)
+        for given in reversed([*steps]):
+            of_carry = given[over_time : over_time + n]
+            at = of_carry if back is None else torch._foreach_add(of_carry, back)
+            found.append(at)
+            if len(found) < len(gradients[0]):
+                tensors = [*given[:over_time], *constants, *at, *given[over_time + n :]]
+                if self.adjoint is None:
+                    self.adjoint = self.compile(self.pull, [each.detach() for each in tensors])
+                back = self.adjoint(*tensors)
+        return [torch.stack(each) for each in zip(*found[::-1], strict=True)]
+
+    @property
+    def num_noise(self) -> int:
+        (output,) = (node for node in self.noise.graph.nodes if node.op == "output")
+        return len(output.args[0])
+
+
+def _lift_constants(graph: GraphModule) -> list[Tensor]:
+    """Make what the step reads from elsewhere its last inputs; returns these tensors."""
+    found: dict[str, Node] = {}
+    last = [node for node in graph.graph.nodes if node.op == "placeholder"][-1]
+    for node in [node for node in graph.graph.nodes if node.op == "get_attr"]:
+        if not isinstance(getattr(graph, node.target), Tensor):
+            raise _NotSeparableError
+        if node.target not in found:
+            with graph.graph.inserting_after(last):
+                found[node.target] = last = graph.graph.placeholder(f"constant{node.target}")
+        node.replace_all_uses_with(found[node.target])
+        graph.graph.erase_node(node)
+    graph.recompile()
+    return [getattr(graph, name) for name in found]
+
+
+def _without_noise(graph: GraphModule, before: int) -> tuple[GraphModule, GraphModule]:
+    """The step as a function of its noise, which follows the first inputs, and the noise as a function of nothing."""
+    own = {
+        node
+        for node in graph.graph.nodes
+        if node.op == "call_function" and torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    }
+    noise = torch.fx.Graph()
+    copies: dict[Node, Node] = {}
+
+    def copied(node: Node) -> Node:
+        if node.op != "call_function":
+            raise _NotSeparableError
+        if node not in copies:
+            for source in node.all_input_nodes:
+                copied(source)
+            copies[node] = noise.node_copy(node, lambda source: copies[source])
+        return copies[node]
+
+    drawn = [node for node in graph.graph.nodes if node in own]
+    noise.output([copied(node) for node in drawn])
+    places = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    place = places[before - 1]
+    for node in drawn:
+        with graph.graph.inserting_after(place):
+            place = graph.graph.placeholder(f"noise_{node.name}")
+        place.meta = dict(node.meta)
+        node.replace_all_uses_with(place)
+        graph.graph.erase_node(node)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph, GraphModule({}, noise)
+
+
+def _carry_alone(full: GraphModule, n: int) -> GraphModule:
+    graph = torch.fx.Graph()
+    results: Any = graph.graph_copy(full.graph, {})
+    graph.output([*results[:n]])
+    graph.eliminate_dead_code()
+    return GraphModule(full, graph)
+
+
+def _adjoint(full: GraphModule, n: int, given: Sequence[Tensor]) -> GraphModule:
+    """The step's inputs, then the gradients of its results, to the gradients of the carry."""
+    results = full(*given)
+
+    def pulled(*tensors: Tensor) -> list[Tensor]:
+        inputs, cotangents = tensors[: len(given)], tensors[len(given) :]
+        carry = [c.detach().requires_grad_() for c in inputs[:n]]
+        with torch.enable_grad():
+            pairs = [(r, g) for r, g in zip(full(*carry, *inputs[n:]), cotangents, strict=True) if r.requires_grad]
+            found = torch.autograd.grad([r for r, _ in pairs], carry, [g for _, g in pairs], allow_unused=True)
+        return [torch.zeros_like(c) if g is None else g for c, g in zip(carry, found, strict=True)]
+
+    return make_fx(pulled)(*given, *[torch.ones_like(r) for r in results])
+
+
+@torch.library.custom_op("pyro_vae::scan", mutates_args=())
+def _scan(key: str, start: Sequence[Tensor], inputs: Sequence[Tensor], constants: Sequence[Tensor]) -> list[Tensor]:
+    with torch.no_grad():
+        return _Step.table[key].run(start, inputs, constants)
+
+
+@_scan.register_fake
+def _(key: str, start: Sequence[Tensor], inputs: Sequence[Tensor], constants: Sequence[Tensor]) -> list[Tensor]:
+    step, T = _Step.table[key], len(inputs[0])
+    return [*[c.new_empty(T, *c.shape) for c in start], *[e.new_empty(T, *e.shape) for e in step.noise()]]
+
+
+@torch.library.custom_op("pyro_vae::scan_adjoint", mutates_args=())
+def _scan_adjoint(key: str, gradients: Sequence[Tensor], fixed: Sequence[Tensor]) -> list[Tensor]:
+    with torch.no_grad():
+        return _Step.table[key].run_adjoint(gradients, fixed)
+
+
+@_scan_adjoint.register_fake
+def _(key: str, gradients: Sequence[Tensor], fixed: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(g) for g in gradients[: _Step.table[key].n]]

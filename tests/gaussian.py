@@ -1,0 +1,55 @@
+"""Exact answers for linear-Gaussian state-space models, by the dense joint distribution of all steps."""
+
+import torch
+
+
+class Linear:
+    """z_1 ~ N(m, P), z_t ~ N(A z_{t-1} + b, Q), x_t ~ N(C z_t + d, R), for T steps."""
+
+    def __init__(self, T, A, b, Q, C, d, R, m, P):
+        self.T, self.A, self.b, self.Q, self.C, self.d, self.R, self.m, self.P = T, A, b, Q, C, d, R, m, P
+        Z = len(b)
+        means, blocks = [m], [[None] * T for _ in range(T)]
+        blocks[0][0] = P
+        for t in range(1, T):
+            means.append(A @ means[-1] + b)
+            for s in range(t):
+                blocks[t][s] = A @ blocks[t - 1][s]
+                blocks[s][t] = blocks[t][s].mT
+            blocks[t][t] = A @ blocks[t - 1][t - 1] @ A.mT + Q
+        self.mean = torch.cat(means)
+        self.covariance = torch.cat([torch.cat(row, 1) for row in blocks])
+        self.emit = torch.block_diag(*[C] * T)
+        self.noise = torch.block_diag(*[R] * T)
+        self.of_x = torch.distributions.MultivariateNormal(
+            self.emit @ self.mean + d.repeat(T), self.emit @ self.covariance @ self.emit.mT + self.noise
+        )
+        self.Z = Z
+
+    def log_evidence(self, x):
+        """(N,), for x (N, T, D)."""
+        return self.of_x.log_prob(x.flatten(1))
+
+    def smoothed(self, x):
+        """Means (N, T, Z) and the covariance (T Z, T Z) of z given all of x."""
+        gain = self.covariance @ self.emit.mT @ torch.linalg.inv(self.of_x.covariance_matrix)
+        mean = self.mean + (x.flatten(1) - self.of_x.mean) @ gain.mT
+        return mean.unflatten(1, (self.T, self.Z)), self.covariance - gain @ self.emit @ self.covariance
+
+    def conditionals(self, x):
+        """Of z_t given z_{t-1} and all of x: gains (T, Z, Z), offsets (N, T, Z), covariances (T, Z, Z)."""
+        mean, covariance = self.smoothed(x)
+        Z, gains, offsets, covariances = self.Z, [], [], []
+        for t in range(self.T):
+            now = slice(t * Z, (t + 1) * Z)
+            if t == 0:
+                gains.append(torch.zeros(Z, Z, dtype=x.dtype))
+                offsets.append(mean[:, 0])
+                covariances.append(covariance[now, now])
+                continue
+            before = slice((t - 1) * Z, t * Z)
+            gain = covariance[now, before] @ torch.linalg.inv(covariance[before, before])
+            gains.append(gain)
+            offsets.append(mean[:, t] - mean[:, t - 1] @ gain.mT)
+            covariances.append(covariance[now, now] - gain @ covariance[before, now])
+        return torch.stack(gains), torch.stack(offsets, 1), torch.stack(covariances)

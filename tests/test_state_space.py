@@ -1,0 +1,259 @@
+"""State-space models and their structured guides: exact answers, who sees what, masks, inputs."""
+
+from functools import partial
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from gaussian import Linear
+from pyro import poutine
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from torch import nn
+
+from pyro_vae import CompiledSVI, evaluate, fit
+from pyro_vae.estimators import IWAE, DReG
+from pyro_vae.guides import StateSpaceGuide, families
+from pyro_vae.guides.state_space import TanhCombiner
+from pyro_vae.models import StateSpaceModel, likelihoods
+from pyro_vae.models.state_space import (
+    Emission,
+    GatedTransition,
+    Initial,
+    LinearTransition,
+    MLPTransition,
+    NormalTransition,
+)
+from pyro_vae.sequences import steps_of
+
+pytestmark = pytest.mark.usefixtures("float64")
+CODES = ("MF-L", "MF-R", "MF-LR", "ST-L", "ST-R", "ST-LR")
+Z, D, C, T, B = 2, 3, 2, 5, 4
+normal = partial(Emission, Z, D, likelihoods.Normal("predicted"), network=None)
+
+
+def pair(inference="ST-LR", transition=None, num_inputs=0, **options):
+    torch.manual_seed(0)
+    transition = GatedTransition(Z, 7, num_inputs) if transition is None else transition
+    model = StateSpaceModel(Initial(Z, num_inputs), transition, normal(num_inputs=num_inputs), num_inputs)
+    return model, StateSpaceGuide(model, inference, hidden=4, **options)
+
+
+def batch():
+    torch.manual_seed(1)
+    return torch.randn(B, T, D), torch.randn(B, T, C)
+
+
+def test_the_joint_density_is_the_dense_gaussians():
+    """ln p(x, z) = ln p(x) + sum_t ln p(z_t | z_{t-1}, x), for any z."""
+    torch.manual_seed(0)
+    transition, readout = LinearTransition(Z), nn.Linear(Z, D)
+    with torch.no_grad():
+        transition.mean.function.weight.copy_(0.5 * torch.randn(Z, Z))
+        transition.mean.function.bias.normal_()
+        transition.log_scale.copy_(torch.tensor([-0.5, 0.2]))
+
+    class Readout(nn.Module):
+        def forward(self, z):
+            return dist.Normal(readout(z), 0.7).to_event(1)
+
+    model = StateSpaceModel(Initial(Z, scale=0.8), transition, Readout())
+    linear = transition.mean.function
+    Q = (2 * transition.log_scale).exp().diag()
+    parts = (linear.weight, linear.bias, Q, readout.weight, readout.bias, 0.49 * torch.eye(D))
+    with torch.no_grad():
+        exact = Linear(T, *parts, model.initial.mean, 0.64 * torch.eye(Z))
+        x, z = batch()[0], torch.randn(B, T, Z)
+        mean, covariance = exact.smoothed(x)
+        posterior = dist.MultivariateNormal(mean.flatten(1), (covariance + covariance.mT) / 2)
+        expected = exact.log_evidence(x) + posterior.log_prob(z.flatten(1))
+        found = poutine.trace(poutine.condition(model, {"z": z})).get_trace(x).log_prob_sum()
+    torch.testing.assert_close(found, expected.sum(), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
+@pytest.mark.parametrize("inference", CODES)
+def test_who_sees_what(inference, cell):
+    """L: x up to t; R: x from t on; ST: z_{t-1} too."""
+    _, guide = pair(inference, cell=cell)
+    x = batch()[0].requires_grad_()
+    h = torch.cat([guide.encoded(steps_of(x), None, direction) for direction in guide.cells], -1)
+    z = torch.randn(B, Z, requires_grad=True)
+    for t in range(T):
+        q = guide.step(z, h[:, t])
+        total = q.base_dist.loc.sin().sum() + q.base_dist.scale.sum()
+        of_x, of_z = torch.autograd.grad(total, [x, z], retain_graph=True, allow_unused=True)
+        seen = of_x.abs().sum((0, 2)) > 0
+        directions = inference.split("-")[1]
+        expected = [("L" in directions and s < t) or ("R" in directions and s > t) or s == t for s in range(T)]
+        assert seen.tolist() == expected
+        assert (of_z is not None) == inference.startswith("ST")
+
+
+def test_an_input_acts_on_the_step_that_it_produces():
+    model, guide = pair(num_inputs=C)
+    x, u = batch()
+    z = torch.randn(B, T, Z)
+    chain = poutine.trace(poutine.condition(model, {"z": z})).get_trace(x, u).nodes["z"]["fn"]
+    other = u.clone()
+    other[:, 2] += 1
+    again = poutine.trace(poutine.condition(model, {"z": z})).get_trace(x, other).nodes["z"]["fn"]
+    difference = (chain.log_prob_of_steps(z) - again.log_prob_of_steps(z)).abs().sum(0) > 0
+    assert difference.tolist() == [False, False, True, False, False]
+    first = u.clone()
+    first[:, 0] += 1
+    again = poutine.trace(poutine.condition(model, {"z": z})).get_trace(x, first).nodes["z"]["fn"]
+    difference = (chain.log_prob_of_steps(z) - again.log_prob_of_steps(z)).abs().sum(0) > 0
+    assert difference.tolist() == [True, False, False, False, False]
+    assert torch.isfinite(torch.tensor(Trace_ELBO().loss(model, guide, x, u)))
+
+
+def bound(model, guide, *args, seed=0, loss=None, **kwargs):
+    """Value and gradients, the same draws at each step for all T of the same size."""
+    torch.manual_seed(seed)
+    value = (loss or TraceMeanField_ELBO()).differentiable_loss(model, guide, *args, **kwargs)
+    parameters = [*model.parameters(), *guide.parameters()]
+    return value.detach(), torch.autograd.grad(value, parameters, allow_unused=True)
+
+
+@pytest.mark.parametrize("inference", CODES)
+@pytest.mark.parametrize("garbage", [7.0, torch.nan, torch.inf])
+def test_padding_changes_nothing(inference, garbage):
+    model, guide = pair(inference)
+    x, lengths = batch()[0], torch.tensor([5, 2, 3, 1])
+    there = torch.arange(T) < lengths[:, None]
+    clean = bound(model, guide, x, lengths=lengths)
+    dirty = bound(model, guide, x.where(there[..., None], torch.tensor(garbage)), lengths=lengths)
+    torch.testing.assert_close(dirty, clean, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(bound(model, guide, x, mask=there), clean, rtol=1e-12, atol=1e-12)
+    alone = [bound(model, guide, x[1:2, :n], lengths=torch.tensor([2])) for n in (2,)]
+    longer = bound(model, guide, x[1:2], lengths=torch.tensor([2]))
+    torch.testing.assert_close(longer[0], alone[0][0], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("missing", ["frames", "entries"])
+@pytest.mark.parametrize("garbage", [7.0, torch.nan])
+def test_what_is_missing_changes_nothing(missing, garbage):
+    """Frames in the middle, and single values."""
+    model, guide = pair(missing=missing)
+    x = batch()[0]
+    frames = torch.rand(B, T) < 0.6
+    frames[:, -1] = True
+    entries = torch.rand(B, T, D) < 0.5
+    entries[:, -1] = True
+    for mask in (frames, entries):
+        where = mask if mask.dim() == 3 else mask[..., None]
+        clean = bound(model, guide, x, mask=mask)
+        dirty = bound(model, guide, x.where(where, torch.tensor(garbage)), mask=mask)
+        torch.testing.assert_close(dirty, clean, rtol=1e-12, atol=1e-12)
+        assert float((clean[0] - bound(model, guide, x)[0]).abs()) > 0.1
+
+
+def test_a_missing_value_is_integrated_out():
+    """Of a linear model: the evidence of the values that are there."""
+    torch.manual_seed(0)
+    model = StateSpaceModel(
+        Initial(1, scale=1.0),
+        LinearTransition(1, scale=0.5),
+        Emission(1, 1, likelihoods.Normal(), nn.Sequential(nn.Linear(1, 1), nn.Unflatten(-1, (1, 1)))),
+    )
+    guide = StateSpaceGuide(model, "ST-LR", hidden=4)
+    x, mask = torch.randn(1, 3, 1), torch.tensor([[True, False, True]])
+    with torch.no_grad():
+        linear, transition = model.emission.network[0], model.transition.mean.function
+        noise = model.emission(torch.zeros(1, 1)).variance
+        parts = (transition.weight, transition.bias, torch.full((1, 1), 0.25), linear.weight, linear.bias)
+        exact = Linear(3, *parts, noise.view(1, 1), torch.zeros(1), torch.eye(1)).of_x
+        keep = torch.tensor([0, 2])
+        marginal = dist.MultivariateNormal(exact.mean[keep], exact.covariance_matrix[keep][:, keep])
+        expected = float(marginal.log_prob(x[0, keep, 0]))
+    found = evaluate(model, guide, (x, {"mask": mask}), num_samples=20_000, progress=False).log_evidence
+    assert float(found) == pytest.approx(expected, abs=5 * found.standard_error_draws + 0.01)
+
+
+@pytest.mark.parametrize("make", [MLPTransition, LinearTransition, partial(NormalTransition, torch.sin, scale=0.3)])
+def test_transitions(make):
+    model, guide = pair(transition=make(latent_dim=Z))
+    assert model(num_data=3, num_steps=4).shape == (3, 4, D)
+    for loss in (IWAE(3), DReG(3), TraceMeanField_ELBO(num_particles=2, vectorize_particles=True)):
+        assert np.isfinite(loss.loss(model, guide, batch()[0]))
+
+
+def test_a_flow_of_each_step_takes_one_pass():
+    model, guide = pair(family=families.IAF(transforms=1, hidden=(6,)))
+    calls = []
+    guide.family.networks[0].register_forward_hook(lambda *_: calls.append(1))
+    Trace_ELBO().loss(model, guide, batch()[0])
+    assert len(calls) == T
+    z = poutine.trace(guide).get_trace(batch()[0]).nodes["z"]
+    torch.testing.assert_close(z["fn"].log_prob(z["value"]), z["fn"].log_prob(z["value"].clone()), rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("inference", ["MF-LR", "ST-R", "ST-LR"])
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_compiled_steps_are_stock_steps(inference, cell, recorded_once):
+    losses = {}
+    for kind in (pyro.infer.SVI, CompiledSVI):
+        pyro.clear_param_store()
+        model, guide = pair(inference, cell=cell, combiner=TanhCombiner())
+        svi = kind(model, guide, pyro.optim.Adam({"lr": 0.01}), TraceMeanField_ELBO())
+        torch.manual_seed(0)
+        losses[kind] = [svi.step(batch()[0], lengths=torch.tensor([5, 2, 3, 1])) for _ in range(3)]
+    assert svi.compiled, svi.fallback_reason
+    assert losses[CompiledSVI] == pytest.approx(losses[pyro.infer.SVI], rel=1e-9)
+
+
+def test_fit_takes_sequences(tmp_path, recorded):
+    model, guide = pair()
+    data = (batch()[0], {"lengths": torch.tensor([5, 2, 3, 1])})
+    run = fit(model, guide, data, valid=data, epochs=2, batch_size=2, progress=False, out=tmp_path / "run")
+    assert len(run.history) == 2 and np.isfinite(run.history[-1]["valid"])
+
+
+def test_bad_input():
+    model, guide = pair(num_inputs=C)
+    x, u = batch()
+    for call, said in (
+        (lambda: model(x), "expected 2 inputs at each step, got none"),
+        (lambda: model(x, u[:, :3]), "expected inputs u for each step of x"),
+        (lambda: pair()[0](), "expected data x, or num_data"),
+        (lambda: guide(x[0], u), "expected sequences of shape"),
+        (lambda: guide(x, u, lengths=torch.ones(2)), "expected lengths of shape"),
+        (lambda: guide(x, u, mask=torch.ones(2, 3)), "expected a mask of shape"),
+        (lambda: pair("ST-RL"), "expected inference MF-L"),
+        (lambda: pair(cell="tcn"), "expected cell to be one of rnn, gru, lstm"),
+    ):
+        with pytest.raises(ValueError, match=said.replace("(", r"\(")):
+            call()
+
+
+def linear_data():
+    """The data of arXiv 1609.09869's linear model, by the seed of its code."""
+    state = np.random.RandomState(1)
+    splits = []
+    for count, steps in ((5000, 25), (500, 25)):
+        z = [state.randn(count, 1)]
+        for _ in range(1, steps):
+            z.append(z[-1] + 0.05 + 10**0.5 * state.randn(count, 1))
+        z = np.stack(z, 1)
+        splits.append((torch.tensor(0.5 * z + 20**0.5 * state.randn(count, steps, 1)), torch.tensor(z)))
+    return splits
+
+
+class Half(nn.Module):
+    def forward(self, z):
+        return dist.Normal(0.5 * z, 20**0.5).to_event(1)
+
+
+def krishnan():
+    transition = NormalTransition(lambda z: z + 0.05, 1, 10**0.5)
+    return StateSpaceModel(Initial(1, scale=1.0, learned_mean=False), transition, Half())
+
+
+def test_the_exact_evidence_of_the_linear_model():
+    """3.0741 nats per step on the validation split: the data, and the dense joint, are those of the paper."""
+    x = linear_data()[1][0]
+    one = torch.eye(1)
+    exact = Linear(25, one, torch.tensor([0.05]), 10 * one, 0.5 * one, torch.zeros(1), 20 * one, torch.zeros(1), one)
+    assert float(exact.log_evidence(x).mean()) / 25 == pytest.approx(-3.0741, abs=5e-5)
