@@ -482,6 +482,11 @@ def _programs(components: Table, dataset: Dataset, seed: int) -> tuple[Table, st
     model_class, arguments = import_object(model["class_path"]), model["init_args"]
     names = parameters(model_class)
     shape = tuple(dataset.event_shape)
+    if dataset.train.kwargs and "event_shape" in names:
+        raise ValueError(
+            f"expected a model of sequences for {dataset.name}, got {model['class_path']}: train a StateSpaceModel "
+            "with fit(...) in Python"
+        )
     if arguments.get("event_shape", shape) not in (shape, list(shape), json.dumps(shape)):
         raise ValueError(f"expected {list(shape)} as model.event_shape, got {arguments['event_shape']}: leave it out")
     if "event_shape" in names:

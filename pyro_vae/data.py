@@ -164,7 +164,7 @@ class Dataset:
     Args:
         name: the data set's name, or the file's without its ending.
         train, valid, test: disjoint splits.
-        event_shape: the shape of one datum, (C, H, W) or (D,).
+        event_shape: the shape of one datum, (C, H, W) or (D,); of one step of a sequence.
         description: one sentence on the data.
         location, scale: (D,), float64, in original units: the columns of a real-valued table were
             standardised to (x - location) / scale, with the training split's mean and (1/N) standard
@@ -245,6 +245,8 @@ def load_dataset(
     - `digits` (scikit-learn's, embedded): 1,297 / 250 / 250 images (1, 8, 8), counts 0 to 16.
     - `mnist`, `fashion_mnist`: 50,000 / 10,000 / 10,000 images (1, 28, 28), intensities x/255.
     - `freyfaces`: 1,565 / 200 / 200 frames (1, 28, 20), intensities x/255, in the order of the film.
+    - `jsb_chorales`: 229 / 76 / 77 sequences (T, 88) of keys pressed or not, with their `lengths` by keyword;
+      `piano_midi`, `muse_data` and `nottingham` alike.
     - a `.npy`, `.npz` (array `x`, or the only one; `labels`), `.pt` (a tensor, or a dict with x and labels)
       or `.csv` file (a header row, numeric columns), or a folder of images of one size whose sub-folders, if
       any, are the classes.
@@ -326,8 +328,13 @@ def load_dataset(
         parts = [parts[0], _bernoulli(parts[1], 1), _bernoulli(parts[2], 2)]
 
     def make_split(i: int, split_name: str) -> Split:
+        part, kwargs = parts[i].float(), {}
+        if source.lengths is not None:
+            kwargs = {"lengths": source.lengths[rows[i]]}
+            part = part[:, : int(kwargs["lengths"].max())].contiguous()
         return Split(
-            (parts[i].float(),),
+            (part,),
+            kwargs,
             log_jacobian=0.0 if scale is None else -scale.log().sum().item(),
             labels=None if source.labels is None else source.labels[rows[i]],
             name=split_name,
@@ -341,7 +348,7 @@ def load_dataset(
         train=make_split(0, "train"),
         valid=make_split(1, "valid"),
         test=make_split(2, "test"),
-        event_shape=x.shape[1:],
+        event_shape=x.shape[1 if source.lengths is None else 2 :],
         description=f"{len(x):,} {source.noun or _noun(x.shape)}, {values}",
         location=location,
         scale=scale,

@@ -28,11 +28,12 @@ __all__ = ["NAMED", "Source", "column_name", "find", "kind_of"]
 class Source:
     """The raw contents of a source, in the source's order."""
 
-    x: Tensor  # (N, ...), uint8, float32 or float64
+    x: Tensor  # (N, ...), uint8, float32 or float64; of sequences (N, T, D), padded with zeros
     labels: Tensor | None = None
     ids: np.ndarray | None = None
     columns: tuple[str, ...] | None = None
     classes: tuple[str, ...] | None = None
+    lengths: Tensor | None = None  # (N,), of sequences
     sizes: tuple[int, int, int] | None = None  # the data set's own split of x[order]
     order: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     peak: int = 1  # the value that stands for probability 1
@@ -189,7 +190,7 @@ def _freyfaces(root: Path, download: bool) -> Source:
 
     path = root / "freyfaces" / "frey_rawface.mat"
     if download and not path.is_file():
-        _download_frey(path)
+        _download(_FREY_URL, path, _FREY_SHA256)
     if not path.is_file():
         raise FileNotFoundError(
             f"expected frey_rawface.mat in {path.parent}, got no such file: pass download=True "
@@ -216,20 +217,76 @@ def _freyfaces(root: Path, download: bool) -> Source:
     )
 
 
-def _download_frey(path: Path) -> None:
+def _download(url: str, path: Path, sha256: str | None = None) -> None:
     with _temporary_sibling(path.parent) as temporary:
         fresh = Path(temporary) / path.name
         try:
-            with urllib.request.urlopen(_FREY_URL, timeout=60) as response, fresh.open("wb") as file:
+            with urllib.request.urlopen(url, timeout=60) as response, fresh.open("wb") as file:
                 shutil.copyfileobj(response, file)
         except Exception as error:
-            raise OSError(_download_failed(_FREY_URL, path.parent, error)) from error
+            raise OSError(_download_failed(url, path.parent, error)) from error
         checksum = hashlib.sha256(fresh.read_bytes()).hexdigest()
-        if checksum != _FREY_SHA256:
-            problem = f"sha256 {checksum[:12]}... instead of {_FREY_SHA256[:12]}..."
-            raise OSError(_download_failed(_FREY_URL, path.parent, problem))
+        if sha256 not in (None, checksum):
+            problem = f"sha256 {checksum[:12]}... instead of {sha256[:12]}..."
+            raise OSError(_download_failed(url, path.parent, problem))
         path.parent.mkdir(parents=True, exist_ok=True)
         os.replace(fresh, path)
+
+
+def _polyphonic(name: str, noun: str) -> Callable[[Path, bool], Source]:
+    """Splits of sequences of chords, tuples of MIDI numbers from 21 to 108 (Boulanger-Lewandowski et al. 2012)."""
+
+    def load(root: Path, download: bool) -> Source:
+        path = root / name / f"{name}.pickle"
+        if download and not path.is_file():
+            from pyro.contrib.examples import polyphonic_data_loader
+
+            _download(getattr(polyphonic_data_loader, name.upper()).url, path)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"expected {path.name} in {path.parent}, got no such file: pass download=True (--data.download), or "
+                f"root= (--data.root, or PYRO_VAE_DATA) the folder that holds {name}/"
+            )
+        try:
+            with path.open("rb") as file:
+                splits = _Chords(file, encoding="latin1").load()
+            songs = [song for split in ("train", "valid", "test") for song in splits[split]]
+            lengths = torch.tensor([len(song) for song in songs])
+            x = torch.zeros(len(songs), int(lengths.max()), 88, dtype=torch.uint8)
+            for i, song in enumerate(songs):
+                for t, chord in enumerate(song):
+                    x[i, t, [note - 21 for note in chord]] = 1
+        except Exception as error:
+            raise ValueError(
+                f"expected sequences of chords in {path}, got a truncated or foreign file ({_first_line(error)}): "
+                "delete it and pass download=True"
+            ) from error
+        sizes = len(splits["train"]), len(splits["valid"]), len(splits["test"])
+        order = torch.arange(len(songs))
+        return Source(x, lengths=lengths, sizes=sizes, order=order, noun=noun, values="88 keys pressed or not")
+
+    return load
+
+
+class _Chords(pickle.Unpickler):
+    """Reads numbers, strings and their lists alone: NumPy's whole numbers by a function of this module."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name == "scalar" and module.endswith("multiarray"):
+            return lambda dtype, raw: int.from_bytes(raw.encode("latin1"), "little", signed=True)
+        if (module, name) == ("numpy", "dtype"):
+            return _Integer
+        raise pickle.UnpicklingError(f"{module}.{name} is no number")
+
+
+class _Integer:
+    """In the place of ``numpy.dtype("i8")``."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
 
 
 def _temporary_sibling(folder: Path) -> tempfile.TemporaryDirectory[str]:
@@ -249,6 +306,10 @@ NAMED: dict[str, Callable[[Path, bool], Source]] = {
     "mnist": _mnist("MNIST", "handwritten digits"),
     "fashion_mnist": _mnist("FashionMNIST", "pieces of clothing"),
     "freyfaces": _freyfaces,
+    "jsb_chorales": _polyphonic("jsb_chorales", "chorales of four voices, in quarter notes"),
+    "piano_midi": _polyphonic("piano_midi", "pieces for piano"),
+    "muse_data": _polyphonic("muse_data", "pieces for orchestra and piano"),
+    "nottingham": _polyphonic("nottingham", "folk tunes with chords"),
 }
 
 

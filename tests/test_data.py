@@ -267,9 +267,51 @@ def test_frey_faces():
     assert x.diff(dim=0).abs().mean() < 0.6 * (x[100:] - x[:-100]).abs().mean()
 
 
+def test_jsb_chorales():
+    """Frames, lengths, keys and silent frames of each split, by the data's own page."""
+    chorales = load_dataset("jsb_chorales", root=real_data("jsb_chorales/jsb_chorales.pickle"))
+    assert [len(split) for split in splits(chorales)] == [229, 76, 77] and chorales.event_shape == (88,)
+    facts = []
+    for split in splits(chorales):
+        lengths, x = split.kwargs["lengths"], split.x
+        there = torch.arange(x.shape[1]) < lengths[:, None]
+        assert x.shape[1] == lengths.max() and not x[~there].any()
+        keys = x.sum((0, 1)).nonzero().flatten() + 21
+        silent = int((x[there].sum(-1) == 0).sum())
+        facts.append((int(lengths.sum()), int(lengths.min()), int(lengths.max()), int(keys[0]), int(keys[-1]), silent))
+    assert facts == [(13807, 25, 129, 43, 96, 18), (4602, 32, 144, 48, 96, 29), (4725, 32, 160, 45, 96, 17)]
+    (x,), kwargs = chorales.train.batch(torch.tensor([3, 1]))
+    assert x.shape == (2, 129, 88) and kwargs["lengths"].tolist() == chorales.train.kwargs["lengths"][[3, 1]].tolist()
+
+
+def test_a_pickle_of_other_things_is_refused(tmp_path):
+    """What it would run is not run."""
+    path = tmp_path / "jsb_chorales" / "jsb_chorales.pickle"
+    path.parent.mkdir()
+    for content in (pickle.dumps(Path.cwd), b"\x80", pickle.dumps({"train": [[(60,)]]}), pickle.dumps({"train": [7]})):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="expected sequences of chords in .*delete it and pass download=True"):
+            load_dataset("jsb_chorales", root=tmp_path)
+
+
+def test_a_download_of_chorales_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    def offline(*arguments, **options):
+        raise OSError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", offline)
+    with pytest.raises(OSError, match="no network.*nothing was kept"):
+        load_dataset("nottingham", root=tmp_path, download=True)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_environment_names_the_root(monkeypatch, tmp_path):
     monkeypatch.setenv("PYRO_VAE_DATA", str(tmp_path))
-    for name, folder in (("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST"), ("freyfaces", "freyfaces")):
+    for name, folder in (
+        ("mnist", "MNIST"),
+        ("fashion_mnist", "FashionMNIST"),
+        ("freyfaces", "freyfaces"),
+        ("jsb_chorales", "jsb_chorales"),
+    ):
         with pytest.raises(FileNotFoundError, match=f"{folder}.*pass download=True .*or root= ") as error:
             load_dataset(name)
         assert str(tmp_path) in str(error.value)

@@ -7,12 +7,14 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from conftest import needed
 from gaussian import Linear
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch import nn
 
 from pyro_vae import CompiledSVI, evaluate, fit
+from pyro_vae.cli import main
 from pyro_vae.estimators import IWAE, DReG
 from pyro_vae.guides import StateSpaceGuide, families
 from pyro_vae.guides.state_space import TanhCombiner
@@ -226,6 +228,15 @@ def test_bad_input():
     ):
         with pytest.raises(ValueError, match=said.replace("(", r"\(")):
             call()
+
+
+def test_the_command_line_says_that_it_has_no_model_of_sequences(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("PYRO_VAE_DATA", str(needed("jsb_chorales/jsb_chorales.pickle")))
+    monkeypatch.chdir(tmp_path)
+    torch.set_default_dtype(torch.float32)
+    assert main(["fit", "--data", "jsb_chorales"]) == 2
+    assert "expected a model of sequences for jsb_chorales" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
 
 
 def linear_data():
