@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from ..config import Configured
 from ..distributions import MarkovChain
@@ -168,14 +169,27 @@ class StateSpaceGuide(Configured, PyroModule):
 
         def step(state: Any, at: Any) -> tuple[Any, Tensor]:
             given, alive = at
-            new = cell(given, state[0] if len(state) == 1 else state)
-            new = new if isinstance(new, tuple) else (new,)
+            new = _next(cell, given, state)
             new = tuple(torch.where(alive, a, b) for a, b in zip(new, state, strict=True))
             return new, new[0]
 
         start = (inputs.new_zeros(inputs.shape[1], cell.hidden_size),) * self.num_states
-        _, h = scan(step, start, (inputs, there))
+        _, h = scan(step, start, (linear(inputs, cell.weight_ih, cell.bias_ih), there))
         return (h.flip(0) if direction == "R" else h).movedim(0, 1)
+
+
+def _next(cell: Any, given: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The cell's state after inputs whose linear map is `given`, which is one product for all steps."""
+    h = linear(state[0], cell.weight_hh, cell.bias_hh)
+    if isinstance(cell, nn.GRUCell):
+        (r, z, n), (of_r, of_z, of_n) = given.chunk(3, -1), h.chunk(3, -1)
+        z = (z + of_z).sigmoid()
+        return ((1 - z) * (n + (r + of_r).sigmoid() * of_n).tanh() + z * state[0],)
+    if isinstance(cell, nn.LSTMCell):
+        i, f, g, o = (given + h).chunk(4, -1)
+        c = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
+        return o.sigmoid() * c.tanh(), c
+    return ((given + h).tanh(),)
 
 
 def _shifted(q: Any, offset: Tensor) -> Any:

@@ -80,8 +80,7 @@ def _rolled(step: Callable, carry: Any, inputs: Any) -> tuple[Any, Any]:
     before = [torch.cat([c[None], p[:-1]]) for c, p in zip(start, path, strict=True)]
     axes = [0] * (n + len(leaves) + len(noise)) + [None] * len(constants)
     results = torch.vmap(taken.full, in_dims=tuple(axes))(*before, *leaves, *noise, *constants)
-    fixed = [*before, *leaves, *noise, *constants]
-    results = _Adjoint.apply(taken, n, len(path), *path, *results, *fixed)
+    results = _Adjoint.apply(taken, len(results), *path, *results, *constants)
     c, ys = results[:n], results[n:]
     return (
         pytree.tree_unflatten([each[-1] for each in c], structure),
@@ -97,33 +96,37 @@ class _Adjoint(torch.autograd.Function):
     """The results of all steps, whose gradients it turns into those of the recurrence."""
 
     @staticmethod
-    def forward(ctx: Any, step: _Step, n: int, num_path: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        path, rest = tensors[:num_path], tensors[num_path:]
-        results, fixed = rest[: step.num_results], rest[step.num_results :]
-        ctx.step, ctx.n, ctx.num_path = step, n, num_path
-        ctx.save_for_backward(*fixed)
-        return (*[p.clone() for p in path], *[r.clone() for r in results[n:]])
+    def forward(ctx: Any, step: _Step, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        path, results, constants = tensors[: step.n], tensors[step.n : step.n + count], tensors[step.n + count :]
+        ctx.step, ctx.num_tensors = step, len(tensors)
+        ctx.save_for_backward(*results[step.num_results :], *constants)
+        return tuple(each.clone() for each in (*path, *results[step.n : step.num_results]))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        step, n, fixed = ctx.step, ctx.n, [*ctx.saved_tensors]
-        adjoint = torch.ops.pyro_vae.scan_adjoint(step.key, [*gradients], fixed)
-        return (None, None, None, *[None] * ctx.num_path, *adjoint, *gradients[n:], *[None] * len(fixed))
+        n = ctx.step.n
+        adjoint = torch.ops.pyro_vae.scan_adjoint(ctx.step.key, [*gradients], [*ctx.saved_tensors])
+        found = [*[None] * n, *adjoint, *gradients[n:]]
+        return (None, None, *found, *[None] * (ctx.num_tensors - len(found)))
 
 
 class _Step:
-    """One step as a graph of (carry, inputs, noise, constants), its noise as a graph of nothing."""
+    """One step as graphs.
+
+    `noise` gives its noise. `carried` and `full` are functions of (carry, inputs, noise, constants): the next carry;
+    and carry, y and what the gradient needs, for all steps at once. `pull` is that gradient, of the carry: a function
+    of what it needs, constants, and the gradients of carry and y.
+    """
 
     table: dict[str, _Step] = {}
 
     def __init__(
         self, key: str, full: GraphModule, noise: GraphModule, n: int, m: int, examples: Sequence[Tensor]
     ) -> None:
-        self.key, self.full, self.noise, self.n, self.m = key, full, noise, n, m
-        (output,) = (node for node in full.graph.nodes if node.op == "output")
-        self.num_results = len(output.args[0])
+        self.key, self.noise, self.n = key, noise, n
+        self.carried = _carry_alone(full, n)
         given = [tensor.detach() for tensor in (*examples[: n + m], *noise(), *examples[n + m :])]
-        self.pull = _adjoint(full, n, given)
+        self.full, self.pull, self.num_results, self.num_saved = _with_gradient(full, n, given, len(examples) - n - m)
         self.compile: Any = compiler.get()
         self.forward: Callable | None = None
         self.adjoint: Callable | None = None
@@ -144,14 +147,14 @@ class _Step:
         for given in zip(*[u.unbind() for u in inputs], noises, strict=True):
             tensors = [*carry, *given[:-1], *given[-1], *constants]
             if self.forward is None:
-                self.forward = self.compile(_carry_alone(self.full, self.n), [each.detach() for each in tensors])
+                self.forward = self.compile(self.carried, [each.detach() for each in tensors])
             carry = self.forward(*tensors)
             path.append(carry)
         return [torch.stack(each) for each in (*zip(*path, strict=True), *zip(*noises, strict=True))]
 
     def run_adjoint(self, gradients: Sequence[Tensor], fixed: Sequence[Tensor]) -> list[Tensor]:
         """l_t for the gradients g_t of all carries and results."""
-        n, over_time = self.n, self.n + self.m + self.num_noise
+        n, over_time = self.n, self.num_saved
         constants, found, back = fixed[over_time:], [], None
         steps = zip(*[each.unbind() for each in (*fixed[:over_time], *gradients)], strict=True)
         for given in reversed([*steps]):
@@ -164,11 +167,6 @@ class _Step:
                     self.adjoint = self.compile(self.pull, [each.detach() for each in tensors])
                 back = self.adjoint(*tensors)
         return [torch.stack(each) for each in zip(*found[::-1], strict=True)]
-
-    @property
-    def num_noise(self) -> int:
-        (output,) = (node for node in self.noise.graph.nodes if node.op == "output")
-        return len(output.args[0])
 
 
 def _lift_constants(graph: GraphModule) -> list[Tensor]:
@@ -229,19 +227,56 @@ def _carry_alone(full: GraphModule, n: int) -> GraphModule:
     return GraphModule(full, graph)
 
 
-def _adjoint(full: GraphModule, n: int, given: Sequence[Tensor]) -> GraphModule:
-    """The step's inputs, then the gradients of its results, to the gradients of the carry."""
-    results = full(*given)
+def _with_gradient(
+    full: GraphModule, n: int, given: Sequence[Tensor], num_constants: int
+) -> tuple[GraphModule, GraphModule, int, int]:
+    """The graphs `full` and `pull` of a step, and how many results and saved tensors follow each other in the first."""
 
-    def pulled(*tensors: Tensor) -> list[Tensor]:
+    def joint(*tensors: Tensor) -> list[Tensor]:
         inputs, cotangents = tensors[: len(given)], tensors[len(given) :]
         carry = [c.detach().requires_grad_() for c in inputs[:n]]
         with torch.enable_grad():
-            pairs = [(r, g) for r, g in zip(full(*carry, *inputs[n:]), cotangents, strict=True) if r.requires_grad]
+            results = full(*carry, *inputs[n:])
+            pairs = [(r, g) for r, g in zip(results, cotangents, strict=True) if r.requires_grad]
             found = torch.autograd.grad([r for r, _ in pairs], carry, [g for _, g in pairs], allow_unused=True)
-        return [torch.zeros_like(c) if g is None else g for c, g in zip(carry, found, strict=True)]
+        return [*results, *[torch.zeros_like(c) if g is None else g for c, g in zip(carry, found, strict=True)]]
 
-    return make_fx(pulled)(*given, *[torch.ones_like(r) for r in results])
+    graph = make_fx(joint)(*given, *[torch.ones_like(r) for r in full(*given)])
+    places = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    inputs, tangents = places[: len(given)], places[len(given) :]
+    for node in places[:n]:
+        for user in [user for user in node.users if user.target is torch.ops.aten.detach.default]:
+            user.replace_all_uses_with(node)  # which `joint` put there
+            graph.graph.erase_node(user)
+    constants = inputs[len(inputs) - num_constants :]
+    fixed, pulled = {*constants}, {*tangents}
+    for node in graph.graph.nodes:
+        if node.op in ("get_attr", "call_function"):
+            sources = node.all_input_nodes
+            if pulled.intersection(sources):
+                pulled.add(node)
+            elif fixed.issuperset(sources):
+                fixed.add(node)
+    (output,) = (node for node in graph.graph.nodes if node.op == "output")
+    results, gradients = output.args[0][: len(tangents)], output.args[0][len(tangents) :]
+    needed = [source for node in graph.graph.nodes if node in pulled for source in node.all_input_nodes]
+    needed += [node for node in gradients if node not in pulled]
+    saved = [*dict.fromkeys(node for node in needed if node not in pulled and node not in fixed)]
+    first = _part(graph, inputs, [*results, *saved])
+    return first, _part(graph, [*saved, *constants, *tangents], gradients), len(results), len(saved)
+
+
+def _part(graph: GraphModule, inputs: Sequence[Node], outputs: Sequence[Node]) -> GraphModule:
+    """What leads from these nodes to those."""
+    part = torch.fx.Graph()
+    copies = {node: part.placeholder(node.name) for node in inputs}
+    for node in graph.graph.nodes:
+        made = node.op in ("get_attr", "call_function") and copies.keys() >= {*node.all_input_nodes}
+        if made and node not in copies:
+            copies[node] = part.node_copy(node, lambda source: copies[source])
+    part.output([copies[node] for node in outputs])
+    part.eliminate_dead_code()
+    return GraphModule(graph, part)
 
 
 @torch.library.custom_op("pyro_vae::scan", mutates_args=())

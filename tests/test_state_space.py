@@ -93,6 +93,25 @@ def test_who_sees_what(inference, cell):
         assert (of_z is not None) == inference.startswith("ST")
 
 
+@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
+def test_the_networks_are_torchs(cell):
+    """Both directions, over padded sequences: as torch's own over packed ones."""
+    _, guide = pair("MF-LR", cell=cell)
+    x, lengths = batch()[0], torch.tensor([5, 2, 3, 1])
+    inputs = torch.cat([x, torch.ones(B, T, 1)], -1)
+    network = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}[cell](D + 1, 4, batch_first=True, bidirectional=True)
+    with torch.no_grad():
+        for suffix, own in (("", guide.cells["L"]), ("_reverse", guide.cells["R"])):
+            for name, value in own.named_parameters():
+                getattr(network, f"{name[:-3]}_{name[-2:]}_l0{suffix}").copy_(value)
+    packed = nn.utils.rnn.pack_padded_sequence(inputs, lengths, batch_first=True, enforce_sorted=False)
+    expected, _ = nn.utils.rnn.pad_packed_sequence(network(packed)[0], batch_first=True)
+    steps = steps_of(x, lengths)
+    found = torch.cat([guide.encoded(steps, None, direction) for direction in "LR"], -1)
+    there = steps.there[..., None]
+    torch.testing.assert_close(found * there, expected * there, rtol=1e-10, atol=1e-12)
+
+
 def test_an_input_acts_on_the_step_that_it_produces():
     model, guide = pair(num_inputs=C)
     x, u = batch()
