@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from ..config import Configured
 from ..distributions import MarkovChain, WithMissing
-from ..nn import MLP, bind
-from ..sequences import steps_of
+from ..nn import MLP, bind, positive
+from ..sequences import Steps, steps_of
 from .likelihoods import Bernoulli, Likelihood
 
 __all__ = [
     "Emission",
+    "Filtered",
     "GatedTransition",
     "Initial",
     "LinearTransition",
@@ -188,6 +191,33 @@ class Emission(Configured, nn.Module):
         return self.likelihood(self.network(_joined(z, u)))
 
 
+class Filtered(NamedTuple):
+    """What a particle filter tells of B sequences of T steps by K particles.
+
+    Attributes:
+        z: (K, B, T, Z), particles of each step given x up to and with it; log_weights: (K, B, T), normalised.
+        predicted: (B, T, D), E[x_t | x_<t].
+        per_step: (B, T), ln p(x_t | x_<t) in nats, 0 at steps without observations.
+        ess: (B, T), effective numbers of particles, before resampling.
+    """
+
+    z: Tensor
+    log_weights: Tensor
+    predicted: Tensor
+    per_step: Tensor
+    ess: Tensor
+
+    @property
+    def log_evidence(self) -> Tensor:
+        """(B,), ln p(x) in nats: its exponential is unbiased."""
+        return self.per_step.sum(-1)
+
+    @property
+    def mean(self) -> Tensor:
+        """(B, T, Z), E[z_t | x_<=t]."""
+        return (self.log_weights.exp()[..., None] * self.z).sum(0)
+
+
 class StateSpaceModel(Configured, PyroModule):
     """A latent chain that emits a sequence, for each of B data::
 
@@ -252,6 +282,121 @@ class StateSpaceModel(Configured, PyroModule):
                 p = p.mask(observed)
             return pyro.sample("x", p.to_event(1), obs=x)
 
+    @torch.no_grad()
+    def filter(
+        self,
+        x: Tensor,
+        u: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        mask: Tensor | None = None,
+        num_particles: int = 1000,
+    ) -> Filtered:
+        """A particle filter that proposes from the transition (Gordon et al. 1993)::
+
+            z_t^k ~ p(z_t | z_{t-1}^k),  w_t^k = w_{t-1}^k p(x_t | z_t^k)
+
+        Particles are drawn anew, by systematic resampling, where their effective number is below half of them. Without
+        inputs from the future nothing of the future is used; its cost is `num_particles` times that of a draw.
+
+        Example:
+            >>> model = StateSpaceModel(Initial(2), LinearTransition(2), Emission(2, 5))
+            >>> model.filter(torch.ones(3, 7, 5), num_particles=20).log_evidence.shape
+            torch.Size([3])
+        """
+        self._check(x, u, None, None)
+        K, (B, T, _) = positive("num_particles", num_particles), x.shape
+        steps = steps_of(x, lengths, mask)
+        equal = -math.log(K)
+        log_w = x.new_full((K, B), equal)
+        found: list[tuple[Tensor, ...]] = []
+        z = x.new_empty(K, B, self.latent_dim)
+        for t in range(T):
+            inputs = () if u is None else (u[:, t],)
+            p = self.initial(*inputs).expand([K, B]) if t == 0 else self.transition(z, *inputs)
+            z = p.sample()
+            emission = self.emission(z, *inputs)
+            predicted = (log_w.exp()[..., None] * emission.mean).sum(0)
+            log_p = self._observed(emission, steps, t)
+            per_step = (log_w + log_p).logsumexp(0)
+            log_w = log_w + log_p - per_step
+            ess = (-(2 * log_w).logsumexp(0)).exp()
+            found.append((z, log_w, predicted, per_step, ess))
+            ancestors = torch.where(ess < K / 2, _systematic(log_w), torch.arange(K, device=x.device)[:, None])
+            z = z.gather(0, ancestors[..., None].expand_as(z))
+            log_w = torch.where(ess < K / 2, equal, log_w)
+        z, log_w, predicted, per_step, ess = (torch.stack(each, -1) for each in zip(*found, strict=True))
+        return Filtered(z.mT, log_w, predicted.mT, per_step, ess)
+
+    @torch.no_grad()
+    def smooth(self, guide: Callable, x: Tensor, *args: Tensor, num_samples: int = 100, **kwargs: Tensor) -> Tensor:
+        """Draws of q(z | x), (S, B, T, Z), with the guide's other arguments: u, lengths, mask."""
+        with pyro.plate("_draws", positive("num_samples", num_samples), dim=-2):
+            trace = poutine.trace(guide).get_trace(x, *args, **kwargs)
+        z = trace.nodes["z"]["value"]
+        return z.expand(num_samples, *z.shape[-3:])
+
+    @torch.no_grad()
+    def forecast(
+        self,
+        guide: Callable,
+        x: Tensor,
+        u: Tensor | None = None,
+        u_future: Tensor | None = None,
+        *,
+        num_steps: int | None = None,
+        num_samples: int = 100,
+        lengths: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Draws of what follows x, (S, B, H, D): z at the last step by the guide, then the model's own steps.
+
+        Args:
+            u_future: (B, H, C), inputs from the first step after x on; num_steps: H, where there are none.
+
+        Example:
+            >>> from pyro_vae.guides import StateSpaceGuide
+            >>> model = StateSpaceModel(Initial(2), LinearTransition(2), Emission(2, 5))
+            >>> model.forecast(StateSpaceGuide(model), torch.ones(3, 7, 5), num_steps=4, num_samples=10).shape
+            torch.Size([10, 3, 4, 5])
+        """
+        self._check(x, u, None, None)
+        if (u_future is None) == bool(self.num_inputs) or (u_future is None) == (num_steps is None):
+            raise ValueError(
+                f"expected {'u_future' if self.num_inputs else 'num_steps'} and it alone, for a model of "
+                f"{self.num_inputs} inputs: as many steps are drawn"
+            )
+        H = positive("num_steps", num_steps if u_future is None else u_future.shape[1])  # type: ignore[arg-type]
+        options = {name: value for name, value in (("lengths", lengths), ("mask", mask)) if value is not None}
+        z = self.smooth(guide, x, *(() if u is None else (u,)), num_samples=num_samples, **options)
+        there = steps_of(x, lengths, mask).there
+        last = torch.full((len(x),), x.shape[1] - 1, device=x.device) if there is None else there.sum(1) - 1
+        z = z[:, torch.arange(len(x), device=x.device), last]
+        found = []
+        for t in range(H):
+            inputs = () if u_future is None else (u_future[:, t],)
+            z = self.transition(z, *inputs).sample()
+            found.append(self.emission(z, *inputs).sample())
+        return torch.stack(found, 2)
+
+    @torch.no_grad()
+    def impute(
+        self, guide: Callable, x: Tensor, u: Tensor | None = None, *, mask: Tensor, num_samples: int = 100
+    ) -> Tensor:
+        """Draws (S, B, T, D) of x where it is not observed, by the guide and the emission; x elsewhere."""
+        z = self.smooth(guide, x, *(() if u is None else (u,)), num_samples=num_samples, mask=mask)
+        drawn = self.emission(z, *(() if u is None else (u,))).sample()
+        return torch.where(mask.bool() if mask.dim() == 3 else mask.bool()[..., None], x, drawn)
+
+    def _observed(self, emission: Any, steps: Steps, t: int) -> Tensor:
+        """``ln p(x_t | z_t)`` of what is observed, (K, B)."""
+        x, observed = steps.x[:, t], steps.observed
+        if observed is None:
+            return emission.log_prob(x)
+        if observed.dim() == 3:
+            return WithMissing(emission).log_prob(torch.where(observed[:, t], x, torch.nan))
+        return torch.where(observed[:, t], emission.log_prob(x), 0.0)
+
     def _check(self, x: Tensor | None, u: Tensor | None, num_data: int | None, num_steps: int | None) -> None:
         if (u is not None) != bool(self.num_inputs):
             came = "none" if u is None else f"some of shape {tuple(u.shape)}"
@@ -291,3 +436,11 @@ def _joined(z: Tensor, u: Tensor | None) -> Tensor:
         return z
     shape = torch.broadcast_shapes(z.shape[:-1], u.shape[:-1])
     return torch.cat([z.expand(*shape, -1), u.expand(*shape, -1)], -1)
+
+
+def _systematic(log_w: Tensor) -> Tensor:
+    """Ancestors (K, B) for normalised log-weights (K, B): K points, equally spaced from a random start."""
+    K, B = log_w.shape
+    points = (torch.rand(B, dtype=log_w.dtype, device=log_w.device)[:, None] + torch.arange(K).to(log_w)) / K
+    ends = log_w.exp().cumsum(0).mT.contiguous()
+    return torch.searchsorted(ends, points.contiguous()).clamp(max=K - 1).mT

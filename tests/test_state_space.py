@@ -171,26 +171,99 @@ def test_what_is_missing_changes_nothing(missing, garbage):
         assert float((clean[0] - bound(model, guide, x)[0]).abs()) > 0.1
 
 
-def test_a_missing_value_is_integrated_out():
-    """Of a linear model: the evidence of the values that are there."""
+def walk(T):
+    """A linear model of one number, and its dense joint distribution."""
     torch.manual_seed(0)
     model = StateSpaceModel(
         Initial(1, scale=1.0),
         LinearTransition(1, scale=0.5),
-        Emission(1, 1, likelihoods.Normal(), nn.Sequential(nn.Linear(1, 1), nn.Unflatten(-1, (1, 1)))),
+        Emission(1, 1, likelihoods.Normal(initial_scale=0.4), nn.Sequential(nn.Linear(1, 1), nn.Unflatten(-1, (1, 1)))),
     )
-    guide = StateSpaceGuide(model, "ST-LR", hidden=4)
-    x, mask = torch.randn(1, 3, 1), torch.tensor([[True, False, True]])
     with torch.no_grad():
         linear, transition = model.emission.network[0], model.transition.mean.function
         noise = model.emission(torch.zeros(1, 1)).variance
         parts = (transition.weight, transition.bias, torch.full((1, 1), 0.25), linear.weight, linear.bias)
-        exact = Linear(3, *parts, noise.view(1, 1), torch.zeros(1), torch.eye(1)).of_x
+        return model, Linear(T, *parts, noise.view(1, 1), torch.zeros(1), torch.eye(1))
+
+
+def test_a_missing_value_is_integrated_out():
+    """Of a linear model: the evidence of the values that are there, by guide and by particles."""
+    model, exact = walk(3)
+    exact = exact.of_x
+    guide = StateSpaceGuide(model, "ST-LR", hidden=4)
+    x, mask = torch.randn(1, 3, 1), torch.tensor([[True, False, True]])
+    with torch.no_grad():
         keep = torch.tensor([0, 2])
         marginal = dist.MultivariateNormal(exact.mean[keep], exact.covariance_matrix[keep][:, keep])
         expected = float(marginal.log_prob(x[0, keep, 0]))
     found = evaluate(model, guide, (x, {"mask": mask}), num_samples=20_000, progress=False).log_evidence
     assert float(found) == pytest.approx(expected, abs=5 * found.standard_error_draws + 0.01)
+    for given in (mask, mask[..., None]):
+        filtered = model.filter(x, mask=given, num_particles=100_000)
+        assert float(filtered.log_evidence) == pytest.approx(expected, abs=0.01)
+        assert float(filtered.per_step[0, 1]) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_the_particle_filter_is_kalmans():
+    """Means of z given the past, predictions of x, and an evidence whose exponential is unbiased."""
+    model, exact = walk(6)
+    x = exact.of_x.sample([3]).unflatten(1, (6, 1))
+    x[0, 4] += 2.0  # an outlier: weights fall, and particles are drawn anew
+    torch.manual_seed(1)
+    filtered = model.filter(x, num_particles=200_000)
+    for t in range(6):
+        before, now = slice(0, t), slice(0, t + 1)
+        covariance = exact.covariance @ exact.emit.mT
+        gain = covariance[t, now] @ torch.linalg.inv(exact.of_x.covariance_matrix[now, now])
+        mean = exact.mean[t] + (x[:, now, 0] - exact.of_x.mean[now]) @ gain
+        torch.testing.assert_close(filtered.mean[:, t, 0], mean, atol=0.02, rtol=0)
+        gain = exact.of_x.covariance_matrix[t, before] @ torch.linalg.inv(exact.of_x.covariance_matrix[before, before])
+        predicted = exact.of_x.mean[t] + (x[:, before, 0] - exact.of_x.mean[before]) @ gain
+        torch.testing.assert_close(filtered.predicted[:, t, 0], predicted, atol=0.02, rtol=0)
+    assert float(filtered.ess.min()) < 100_000
+    many = x.repeat(4000, 1, 1)
+    ratios = (model.filter(many, num_particles=10).log_evidence - exact.log_evidence(many)).exp().view(4000, 3)
+    error = ratios.std(0) / 4000**0.5
+    assert bool((error < 0.1).all()) and bool(((ratios.mean(0) - 1).abs() < 4 * error).all())
+
+
+@pytest.mark.parametrize("num_inputs", [0, C])
+def test_a_forecast_begins_after_the_last_step(num_inputs):
+    """From z at the end of each sequence, with the first future input: the means of the model's own steps."""
+    transition = LinearTransition(Z, num_inputs, scale=1e-6)
+    with torch.no_grad():
+        transition.mean.function.weight.normal_()
+        transition.mean.function.bias.normal_()
+    model, _ = pair(transition=transition, num_inputs=num_inputs)
+    x, u = batch()
+    z, lengths = torch.randn(B, T, Z), torch.tensor([5, 2, 3, 1])
+    future = torch.randn(B, 2, C)
+
+    def guide(x, u=None, lengths=None):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(z).to_event(2))
+
+    given = ((u, future), {}) if num_inputs else ((), {"num_steps": 2})
+    drawn = model.forecast(guide, x, *given[0], lengths=lengths, num_samples=4000, **given[1])
+    assert drawn.shape == (4000, B, 2, D)
+    state = z[torch.arange(B), lengths - 1]
+    for t in range(2):
+        inputs = (future[:, t],) if num_inputs else ()
+        state = transition(state, *inputs).mean
+        p = model.emission(state, *inputs)
+        error = (p.variance / 4000).sqrt()
+        assert bool(((drawn[:, :, t].mean(0) - p.mean).abs() < 5 * error).all())
+    with pytest.raises(ValueError, match="it alone"):
+        model.forecast(guide, x, *given[0], **({"num_steps": 2} if num_inputs else {}))
+
+
+def test_what_is_missing_is_drawn_and_the_rest_kept():
+    model, guide = pair()
+    x, mask = batch()[0], torch.rand(B, T, D) < 0.5
+    drawn = model.impute(guide, x.where(mask, torch.nan), mask=mask, num_samples=50)
+    assert drawn.shape == (50, B, T, D) and bool((drawn == x)[:, mask].all()) and bool(torch.isfinite(drawn).all())
+    assert bool((drawn.std(0)[~mask] > 0).all())
+    assert model.smooth(guide, x, num_samples=6, lengths=torch.tensor([5, 2, 3, 1])).shape == (6, B, T, Z)
 
 
 @pytest.mark.parametrize("make", [MLPTransition, LinearTransition, partial(NormalTransition, torch.sin, scale=0.3)])
