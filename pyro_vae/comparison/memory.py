@@ -26,7 +26,7 @@ def peak_memory(step: Callable[[], Any], device: torch.device) -> float:
         step()
         return torch.cuda.max_memory_allocated(device) - before
     gc.collect()  # else what others left is freed meanwhile
-    with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
         step()
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
     live = peak = 0
