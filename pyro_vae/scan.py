@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -27,7 +28,8 @@ def scan(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs: Any) -
         l_t = g_t + (dF_{t+1} / dc_t)^T l_{t+1},        d theta = sum_t (dF_t / dtheta)^T l_t
 
     The first runs backwards through time; the second is one call for all steps. A step that cannot be taken apart like
-    that, as its draws depend on the carry in another way than by a location and a scale, is unrolled.
+    that is unrolled: its draws depend on the carry in another way than by a location and a scale, or it writes into
+    tensors that it did not make.
 
     Args:
         step: a pure function; what it draws is drawn anew at each step.
@@ -56,19 +58,20 @@ def scan(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs: Any) -
 
 
 class _NotSeparableError(Exception):
-    """The step's draws are not a function of noise that is drawn apart."""
+    """The step writes into what it is given, or its draws are not a function of noise that is drawn apart."""
 
 
 def _rolled(step: Callable, carry: Any, inputs: Any) -> tuple[Any, Any]:
     start, structure = pytree.tree_flatten(carry)
     leaves, of_inputs = pytree.tree_flatten(inputs)
+    start, leaves = [c.contiguous() for c in start], [u.contiguous() for u in leaves]  # one layout for all steps
     n = len(start)
 
     def flat(*tensors: Tensor) -> list[Tensor]:
         given = pytree.tree_unflatten(tensors[:n], structure), pytree.tree_unflatten(tensors[n:], of_inputs)
         c, y = step(*given)
         flat.of_y = pytree.tree_structure(y)  # type: ignore[attr-defined]
-        return [*pytree.tree_leaves(c), *pytree.tree_leaves(y)]
+        return [*map(Tensor.contiguous, pytree.tree_leaves(c)), *pytree.tree_leaves(y)]
 
     with disable_proxy_modes_tracing(), torch.no_grad():
         examples = [*[c.detach().clone() for c in start], *[u[0].detach().clone() for u in leaves]]
@@ -105,7 +108,9 @@ class _Adjoint(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         n = ctx.step.n
-        adjoint = torch.ops.pyro_vae.scan_adjoint(ctx.step.key, [*gradients], [*ctx.saved_tensors])
+        adjoint = torch.ops.pyro_vae.scan_adjoint(
+            ctx.step.key, [*map(Tensor.contiguous, gradients)], [*ctx.saved_tensors]
+        )
         found = [*[None] * n, *adjoint, *gradients[n:]]
         return (None, None, *found, *[None] * (ctx.num_tensors - len(found)))
 
@@ -134,7 +139,7 @@ class _Step:
     @classmethod
     def of(cls, one: GraphModule, n: int, m: int, examples: Sequence[Tensor]) -> _Step:
         full, noise = _without_noise(one, n + m)
-        shapes = [f"{tensor.shape} {tensor.dtype} {tensor.device}" for tensor in examples]
+        shapes = [f"{tensor.shape} {tensor.stride()} {tensor.dtype} {tensor.device}" for tensor in examples]
         key = hashlib.sha256("\n".join([full.code, noise.code, *shapes]).encode()).hexdigest()
         if key not in cls.table:
             cls.table[key] = cls(key, full, noise, n, m, examples)
@@ -215,8 +220,25 @@ def _without_noise(graph: GraphModule, before: int) -> tuple[GraphModule, GraphM
         node.replace_all_uses_with(place)
         graph.graph.erase_node(node)
     graph.graph.eliminate_dead_code()
+    if _writes_into_inputs(graph):
+        raise _NotSeparableError
     graph.recompile()
     return graph, GraphModule({}, noise)
+
+
+def _writes_into_inputs(graph: GraphModule) -> bool:
+    """Whether an operation writes into an input or a view of one."""
+    given = {node for node in graph.graph.nodes if node.op == "placeholder"}
+    for node in graph.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if not given.intersection(node.all_input_nodes):
+            continue
+        for argument, value in zip(schema.arguments if schema else (), node.args, strict=False):
+            if argument.is_write and given.intersection(value if isinstance(value, list | tuple) else [value]):
+                return True
+        if node.target is operator.getitem or (schema and any(result.alias_info for result in schema.returns)):
+            given.add(node)
+    return False
 
 
 def _carry_alone(full: GraphModule, n: int) -> GraphModule:

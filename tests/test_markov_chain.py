@@ -249,6 +249,26 @@ def test_a_recorded_step_is_the_loops(recorded):
         assert names.count("pyro_vae.scan.default") == (T > 1)
 
 
+def test_layouts_of_the_first_step_and_the_others_may_differ():
+    """A carry that begins expanded and goes on transposed, and a gradient that is one number for all."""
+    weight = nn.Parameter(torch.randn(3, 3))
+
+    def value(u):
+        def step(c, u):
+            c = (weight @ c.mT).tanh().mT + u
+            return c, c
+
+        c, ys = scan(step, torch.ones(1, 3).expand(4, 3), u.mT.mT)
+        total = ys.sum() + c.sum()
+        return total, *torch.autograd.grad(total, [weight])
+
+    u = torch.randn(5, 4, 3)
+    function = Compiled(value)
+    for _ in range(2):
+        torch.testing.assert_close(function(u), value(u), rtol=1e-10, atol=1e-12)
+    assert function.compiled, function.fallback_reason
+
+
 def test_draws_that_cannot_be_taken_apart_are_unrolled(recorded):
     def value(u):
         def step(z, u):
@@ -263,6 +283,25 @@ def test_draws_that_cannot_be_taken_apart_are_unrolled(recorded):
     expected = value(u)
     torch.manual_seed(1)
     assert function(u) == expected and function.compiled
+
+
+def test_a_step_that_writes_into_a_buffer_is_unrolled(recorded):
+    count = torch.zeros(())
+
+    def value(u):
+        def step(c, u):
+            count.add_(1.0)
+            return c + u * count, c
+
+        return scan(step, torch.zeros(3), u)[0].sum()
+
+    function = Compiled(value)
+    u = torch.randn(4, 3)
+    found = [function(u) for _ in range(3)]
+    assert function.compiled, function.fallback_reason
+    assert float(count) == 12.0
+    count.zero_()
+    torch.testing.assert_close(found, [value(u) for _ in range(3)])
 
 
 @pytest.mark.parametrize("make", [Trace_ELBO, TraceMeanField_ELBO, lambda: IWAE(3), lambda: DReG(3)])
