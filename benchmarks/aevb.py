@@ -6,6 +6,8 @@ N(0, 0.01^2), a standard normal prior on the weights. The step size, of 0.01, 0.
 validation bound after 300,000 samples. A row's test set is scored once, with the weights at the best validation bound.
 One run per row: no interval over seeds.
 
+``--wake_sleep`` trains the same networks by wake-sleep, the step size chosen alike; it adds its lines to the figure.
+
 Beside the paper, for frames unlike those of the training: `frey_regularised` keeps the scale above a floor, has a
 narrower prior on the weights, and stops early, with values chosen by leaving out blocks of 220 successive frames, none
 of them test frames (`--choose`; at N_z = 5 and a step of 0.02, and taken for all rows). It is scored with the weights
@@ -13,6 +15,7 @@ at its end. That it was tried at all comes from the test scores of the plain row
 
     python benchmarks/aevb.py                  # all rows, up to 1e7 samples each; rows that are done are kept
     python benchmarks/aevb.py --rows mnist-3 frey-2
+    python benchmarks/aevb.py --wake_sleep --samples 2.5e6
     python benchmarks/aevb.py --choose         # floor, prior and samples of frey_regularised: aevb_choose.json
 """
 
@@ -27,11 +30,12 @@ from pathlib import Path
 import matplotlib
 import pyro
 import torch
-from common import record
+from common import machine, record
 from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor
 
 from pyro_vae import CompiledSVI, evaluate, fit, load_dataset
+from pyro_vae.estimators import WakeSleep
 from pyro_vae.guides import AmortizedGuide
 from pyro_vae.models import VAE
 from pyro_vae.models.likelihoods import Bernoulli, Normal
@@ -62,7 +66,7 @@ def pair(name: str, event_shape: torch.Size, latent_dim: int, floor: float = FLO
     return model, guide
 
 
-def train(name, dataset, latent_dim, step_size, samples, **arguments):
+def train(name, dataset, latent_dim, step_size, samples, loss, **arguments):
     model, guide = pair(name, dataset.event_shape, latent_dim)
     precision = PRECISION if name == REGULARISED else 1
     best = {"valid": -float("inf"), "epoch": 0, "weights": {}}
@@ -78,7 +82,7 @@ def train(name, dataset, latent_dim, step_size, samples, **arguments):
         guide,
         dataset.train,
         valid=dataset.valid,
-        loss=TraceMeanField_ELBO(),
+        loss=loss,
         optimizer=partial(torch.optim.Adagrad, lr=step_size, weight_decay=precision * 100 / len(dataset.train)),
         epochs=max(1, round(samples / len(dataset.train))),
         callbacks=[keep],
@@ -89,19 +93,21 @@ def train(name, dataset, latent_dim, step_size, samples, **arguments):
     return run, best
 
 
-def row(name: str, latent_dim: int, samples: int, root: str | None, out: Path) -> dict:
+def row(name: str, latent_dim: int, samples: int, root: str | None, out: Path, wake_sleep: bool = False) -> dict:
     source, binarize = ("mnist", "dynamic") if name == "mnist" else ("freyfaces", "none")
     dataset = load_dataset(source, binarize=binarize, root=root)
+    loss = WakeSleep() if wake_sleep else TraceMeanField_ELBO()
     begin = time.monotonic()
     selection = {}
     for step_size in STEP_SIZES:
         try:
-            run, _ = train(name, dataset, latent_dim, step_size, SELECTION_SAMPLES, out=out / "selection")
+            run, _ = train(name, dataset, latent_dim, step_size, SELECTION_SAMPLES, loss, out=out / "selection")
             selection[step_size] = run.history[-1]["valid"]
         except NonFiniteLossError:
             continue  # diverged
     step_size = max(selection, key=selection.__getitem__)
-    run, best = train(name, dataset, latent_dim, step_size, SAMPLES if name == REGULARISED else samples, out=out)
+    samples = SAMPLES if name == REGULARISED else samples
+    run, best = train(name, dataset, latent_dim, step_size, samples, loss, out=out)
     for part, weights in zip((run.model, run.guide), best["weights"], strict=True):
         part.load_state_dict(weights)
     test = evaluate(run.model, run.guide, dataset.test, num_samples=500, progress=False)
@@ -169,19 +175,23 @@ def main() -> None:
     every = [f"{name}-{latent_dim}" for name, dims in LATENTS.items() for latent_dim in dims]
     parser.add_argument("--rows", nargs="+", default=every, choices=every)
     parser.add_argument("--choose", action="store_true")
+    parser.add_argument("--wake_sleep", action="store_true")
     parser.add_argument("--samples", type=float, default=1e7)
     parser.add_argument("--root", default=None, help="folder of the data (default: PYRO_VAE_DATA)")
     parser.add_argument("--results", type=Path, default=HERE / "aevb.json")
     arguments = parser.parse_args()
     if arguments.choose:
         return choose(arguments.root, HERE / "aevb_choose.json")
-    rows = json.loads(arguments.results.read_text())["rows"] if arguments.results.exists() else {}
+    results = json.loads(arguments.results.read_text()) if arguments.results.exists() else {"rows": {}}
+    rows = results.setdefault("wake_sleep" if arguments.wake_sleep else "rows", {})
     for key in arguments.rows:
-        if key in rows:
-            continue
         name, latent_dim = key.split("-")
-        rows[key] = row(name, int(latent_dim), int(arguments.samples), arguments.root, Path("runs") / f"aevb-{key}")
-        record(arguments.results, {"what": "nats per datum; one run per row, seed 0", "rows": rows})
+        if key in rows or (arguments.wake_sleep and name == REGULARISED):
+            continue
+        out = Path("runs") / f"aevb-{key}{'-wake-sleep' * arguments.wake_sleep}"
+        rows[key] = row(name, int(latent_dim), int(arguments.samples), arguments.root, out, arguments.wake_sleep)
+        results["wake_sleep_machine" if arguments.wake_sleep else "machine"] = machine()
+        record(arguments.results, {"what": "nats per datum; one run per row, seed 0", **results})
         print(key, {k: v for k, v in rows[key].items() if k != "curve"}, flush=True)
     draw(arguments.results, arguments.results.with_suffix(".png"))
 
@@ -190,7 +200,8 @@ def draw(source: Path, target: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = json.loads(source.read_text())["rows"]
+    results = json.loads(source.read_text())
+    rows, others = results["rows"], results.get("wake_sleep", {})
     drawn = {name: dims for name, dims in LATENTS.items() if any(f"{name}-{k}" in rows for k in dims)}
     columns = max(map(len, drawn.values()))
     figure, grid = plt.subplots(
@@ -202,13 +213,16 @@ def draw(source: Path, target: Path) -> None:
             if result is None:
                 axes.axis("off")
                 continue
-            samples = [point["samples"] for point in result["curve"]]
-            axes.plot(samples, [point["train"] for point in result["curve"]], "C1--", label="train")
-            axes.plot(samples, [point["valid"] for point in result["curve"]], "C1", label="validation")
+            for curves, color, method in ((rows, "C1", "AEVB"), (others, "C2", "wake-sleep")):
+                curve = curves.get(f"{name}-{latent_dim}", {"curve": []})["curve"]
+                samples = [point["samples"] for point in curve]
+                for split, line in (("train", "--"), ("valid", "-")):
+                    values = [point[split] for point in curve]
+                    axes.plot(samples, values, color + line, label=f"{method}, {split}" if curve else None)
             if "probabilistic_pca_test" in result:
                 axes.axhline(result["probabilistic_pca_test"], color="grey", linestyle=":", label="pPCA, test")
             stopped = result["best_epoch"] * (50_000 if name == "mnist" else 1_565)
-            axes.plot(stopped, result["test"]["bound"], "ko", label="test, scored once")
+            axes.plot(stopped, result["test"]["bound"], "ko", label="AEVB, test, scored once")
             axes.set(
                 xscale="log", title=f"{name}, $N_z$ = {latent_dim}".replace("_r", ", r"), xlabel="training samples"
             )
@@ -218,7 +232,7 @@ def draw(source: Path, target: Path) -> None:
         first = next(axes for axes in axes_of_row if axes.has_data())
         first.tick_params(labelleft=True)
         first.set_ylabel("bound, nats per datum")
-        first.legend(frameon=False, fontsize=8)
+        first.legend(frameon=False, fontsize=8, loc="lower right" if name == "frey" else "best")
     figure.savefig(target, dpi=110)
 
 
