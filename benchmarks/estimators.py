@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import tempfile
 from pathlib import Path
 
 from common import machine
@@ -54,7 +56,9 @@ def main() -> None:
     comparison.to_json(HERE / "estimators.json")
     content = json.loads((HERE / "estimators.json").read_text())
     (HERE / "estimators.json").write_text(json.dumps({"machine": machine(), **content}, indent=1) + "\n")
-    comparison.figures(HERE)
+    with tempfile.TemporaryDirectory() as folder:
+        comparison.figures(folder)
+        shutil.copy(Path(folder) / "signal_to_noise.png", HERE / "estimators.png")
 
 
 if __name__ == "__main__":
