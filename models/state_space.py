@@ -381,10 +381,21 @@ class StateSpaceModel(Configured, PyroModule):
 
     @torch.no_grad()
     def impute(
-        self, guide: Callable, x: Tensor, u: Tensor | None = None, *, mask: Tensor, num_samples: int = 100
+        self,
+        guide: Callable,
+        x: Tensor,
+        u: Tensor | None = None,
+        *,
+        mask: Tensor,
+        lengths: Tensor | None = None,
+        num_samples: int = 100,
     ) -> Tensor:
-        """Draws (S, B, T, D) of x where it is not observed, by the guide and the emission; x elsewhere."""
-        z = self.smooth(guide, x, *(() if u is None else (u,)), num_samples=num_samples, mask=mask)
+        """Draws (S, B, T, D) of x where it is not observed, by the guide and the emission; x elsewhere.
+
+        Without `lengths` all steps are there, the last ones too where they are not observed.
+        """
+        lengths = torch.full((len(x),), x.shape[1], device=x.device) if lengths is None else lengths
+        z = self.smooth(guide, x, *(() if u is None else (u,)), num_samples=num_samples, mask=mask, lengths=lengths)
         drawn = self.emission(z, *(() if u is None else (u,))).sample()
         return torch.where(mask.bool() if mask.dim() == 3 else mask.bool()[..., None], x, drawn)
 

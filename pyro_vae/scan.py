@@ -79,7 +79,8 @@ def _rolled(step: Callable, carry: Any, inputs: Any) -> tuple[Any, Any]:
         constants = _lift_constants(one)
         taken = _Step.of(one, n, len(leaves), [*examples, *constants])
     with torch.no_grad():
-        path, noise = _split(torch.ops.pyro_vae.scan(taken.key, start, leaves, constants), n)
+        drawn = torch.ops.pyro_vae.scan(taken.key, start, leaves, constants)
+    path, noise = drawn[:n], drawn[n:]
     before = [torch.cat([c[None], p[:-1]]) for c, p in zip(start, path, strict=True)]
     axes = [0] * (n + len(leaves) + len(noise)) + [None] * len(constants)
     results = torch.vmap(taken.full, in_dims=tuple(axes))(*before, *leaves, *noise, *constants)
@@ -89,10 +90,6 @@ def _rolled(step: Callable, carry: Any, inputs: Any) -> tuple[Any, Any]:
         pytree.tree_unflatten([each[-1] for each in c], structure),
         pytree.tree_unflatten(ys, flat.of_y),  # type: ignore[attr-defined]
     )
-
-
-def _split(tensors: Sequence[Tensor], n: int) -> tuple[list[Tensor], list[Tensor]]:
-    return [*tensors[:n]], [*tensors[n:]]
 
 
 class _Adjoint(torch.autograd.Function):
@@ -140,7 +137,7 @@ class _Step:
     def of(cls, one: GraphModule, n: int, m: int, examples: Sequence[Tensor]) -> _Step:
         full, noise = _without_noise(one, n + m)
         shapes = [f"{tensor.shape} {tensor.stride()} {tensor.dtype} {tensor.device}" for tensor in examples]
-        key = hashlib.sha256("\n".join([full.code, noise.code, *shapes]).encode()).hexdigest()
+        key = hashlib.sha256("\n".join([f"{n} {m}", full.code, noise.code, *shapes]).encode()).hexdigest()
         if key not in cls.table:
             cls.table[key] = cls(key, full, noise, n, m, examples)
         return cls.table[key]

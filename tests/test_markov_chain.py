@@ -12,7 +12,7 @@ from torch.distributions import kl_divergence
 from pyro_vae import CompiledSVI
 from pyro_vae.compiled import Compiled
 from pyro_vae.distributions import MarkovChain
-from pyro_vae.estimators import ELBO, IWAE, STL, DReG
+from pyro_vae.estimators import ELBO, IWAE, STL, VIMCO, DReG
 from pyro_vae.scan import scan
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -88,12 +88,49 @@ def gradients(pair, loss, x, u, seed=0):
     return value.detach(), torch.autograd.grad(value, [*pair.parameters()])
 
 
-@pytest.mark.parametrize("loss", [Trace_ELBO(), TraceMeanField_ELBO()], ids=["sampled", "analytic"])
+@pytest.mark.parametrize(
+    "loss",
+    [Trace_ELBO(), TraceMeanField_ELBO(), ELBO(3), IWAE(3), STL(3), DReG(3)],
+    ids=["sampled", "analytic", "ELBO", "IWAE", "STL", "DReG"],
+)
 def test_a_chain_is_the_loop_over_its_steps(loss):
     """The same draws, the same bound, the same gradients."""
     (bound, found), (expected, wanted) = (gradients(Pair(by_steps), loss, *batch()) for by_steps in (False, True))
     torch.testing.assert_close(bound, expected, rtol=1e-12, atol=0)
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("loss", [Trace_ELBO(), VIMCO(3), IWAE(3)])
+def test_a_discrete_chain_has_the_score_of_its_draw(loss):
+    """As the loop over its steps; the guide's gradient is not 0."""
+    found = {}
+    for by_steps in (False, True):
+        logits, start = torch.tensor([-1.0, 0.5], requires_grad=True), torch.tensor([0.3, -0.2], requires_grad=True)
+
+        def chain(first, step, by_steps):
+            if not by_steps:
+                return pyro.sample("z", MarkovChain(first, step, 3))
+            z = [pyro.sample("z0", first)]
+            for t in (1, 2):
+                z.append(pyro.sample(f"z{t}", step(z[-1])))
+            return torch.stack(z, -2)
+
+        def model(x, by_steps=by_steps):
+            with pyro.plate("data", len(x)):
+                first = dist.Bernoulli(0.5 * torch.ones(2)).to_event(1)
+                z = chain(first, lambda z: dist.Bernoulli(0.2 + 0.6 * z).to_event(1), by_steps)
+                pyro.sample("x", dist.Normal(z.sum((-1, -2)), 1.0), obs=x)
+
+        def guide(x, by_steps=by_steps, logits=logits, start=start):
+            with pyro.plate("data", len(x)):
+                first = dist.Bernoulli(logits=start).to_event(1)
+                chain(first, lambda z: dist.Bernoulli(logits=logits + z).to_event(1), by_steps)
+
+        torch.manual_seed(0)
+        value = loss.differentiable_loss(model, guide, torch.tensor([1.0, 4.0]))
+        found[by_steps] = value.detach(), *torch.autograd.grad(value, [logits, start])
+    torch.testing.assert_close(found[False], found[True], rtol=1e-10, atol=1e-12)
+    assert all(float(gradient.norm()) > 0.01 for gradient in found[False][1:])
 
 
 @pytest.mark.parametrize("vectorized", [False, True])
@@ -118,7 +155,11 @@ def test_a_draw_is_scored_as_any_value_is():
     z = chain.rsample()
     assert z.shape == (7, 4, 5, 2) and chain.event_shape == (5, 2)
     torch.testing.assert_close(chain.log_prob(z), chain.log_prob(z.clone()), rtol=1e-12, atol=0)
-    assert chain.log_prob(chain.sample(torch.Size([3]))).shape == (3, 7, 4)
+    again = chain.expand([7, 4])
+    torch.testing.assert_close(again.log_prob(z), chain.log_prob(z))
+    assert again._draw is chain._draw and chain.expand([2, 7, 4])._draw is None
+    drawn = chain.sample(torch.Size([3]))
+    assert drawn.shape == (3, 7, 4, 5, 2) and chain.log_prob(drawn).requires_grad
 
 
 def test_the_divergence_is_unbiased():

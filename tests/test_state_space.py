@@ -263,6 +263,14 @@ def test_what_is_missing_is_drawn_and_the_rest_kept():
     drawn = model.impute(guide, x.where(mask, torch.nan), mask=mask, num_samples=50)
     assert drawn.shape == (50, B, T, D) and bool((drawn == x)[:, mask].all()) and bool(torch.isfinite(drawn).all())
     assert bool((drawn.std(0)[~mask] > 0).all())
+    seen = []
+
+    def spied(*args, **kwargs):
+        seen.append(kwargs["lengths"].tolist())
+        return guide(*args, **kwargs)
+
+    model.impute(spied, x, mask=torch.arange(T) < torch.tensor([[3]] * B), num_samples=2)
+    assert seen == [[T] * B]  # the chain goes on after the last observation
     assert model.smooth(guide, x, num_samples=6, lengths=torch.tensor([5, 2, 3, 1])).shape == (6, B, T, Z)
 
 

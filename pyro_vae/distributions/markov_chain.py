@@ -83,14 +83,17 @@ class MarkovChain(dist.TorchDistribution):
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> MarkovChain:
         wider = MarkovChain(self.initial, self.transition, self.num_steps, self.inputs, self.mask_, self.carry)
-        if wider.batch_shape == torch.Size(batch_shape):
+        if self.batch_shape == torch.Size(batch_shape):
             wider._draw = self._draw
         wider._batch_shape = torch.Size(batch_shape)
         return wider
 
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         with torch.no_grad():
-            return self.rsample(sample_shape)
+            path = self.rsample(sample_shape)
+        if torch.is_grad_enabled():
+            self._draw = None  # whose scores have no gradient
+        return path
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         shape = torch.Size(sample_shape) + self.batch_shape
@@ -171,6 +174,8 @@ def _kl_of_chains(q: MarkovChain, p: MarkovChain) -> Tensor:
     """Along the draw of q; unbiased. Steps count where both chains have them."""
     if q.carry is not None or p.carry is not None:
         raise NotImplementedError("the steps of a recurrent chain are not known apart from its carry")
+    if not q.has_rsample:
+        raise NotImplementedError("without a path to differentiate, the divergence lacks the score of its draw")
     z = q._draw[0] if q._draw is not None else q.rsample()
     time = z.dim() - len(q.event_shape)
     first = kl_divergence(q.initial, p.initial)
