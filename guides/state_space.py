@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -15,13 +17,18 @@ from ..config import Configured
 from ..distributions import MarkovChain
 from ..nn import Declared, bind, positive
 from ..scan import scan
-from ..sequences import steps_of
+from ..sequences import Carried, Steps, steps_of
 from .families import DiagonalNormal, Family
 
 __all__ = ["Combiner", "LinearCombiner", "StateSpaceGuide", "TanhCombiner"]
 
 Inference = Literal["MF-L", "MF-R", "MF-LR", "ST-L", "ST-R", "ST-LR"]
-CELLS: dict[str, Any] = {"rnn": nn.RNNCell, "gru": nn.GRUCell, "lstm": nn.LSTMCell}
+CELLS: dict[str, Any] = {
+    "rnn": nn.RNNCell,
+    "relu_rnn": partial(nn.RNNCell, nonlinearity="relu"),
+    "gru": nn.GRUCell,
+    "lstm": nn.LSTMCell,
+}
 
 
 class Combiner(Declared):
@@ -81,7 +88,7 @@ class StateSpaceGuide(Configured, PyroModule):
         inference: MF-L, MF-R, MF-LR: q(z_t | h_t), without z_{t-1}. ST-L, ST-R, ST-LR: with it. L reads the past (a
             filter), R the future (a smoother, as z_{t-1} tells of the past), LR both.
         hidden: the size of h.
-        cell: "rnn", "gru" or "lstm".
+        cell: "rnn" (of tanh), "relu_rnn", "gru" or "lstm".
         combiner: what joins z_{t-1} and h_t.
         family: of each step, as ``families.IAF(transforms=1)``.
         missing: "frames": the networks see which steps are observed; "entries": of each value.
@@ -90,7 +97,8 @@ class StateSpaceGuide(Configured, PyroModule):
         ValueError: another code or cell.
 
     Example:
-        >>> from pyro_vae.models.state_space import Emission, Initial, LinearTransition, StateSpaceModel
+        >>> from pyro_vae.models import StateSpaceModel
+        >>> from pyro_vae.models.transitions import Emission, Initial, LinearTransition
         >>> model = StateSpaceModel(Initial(2), LinearTransition(2), Emission(2, 5))
         >>> StateSpaceGuide(model, inference="ST-R")(torch.ones(3, 7, 5)).shape
         torch.Size([3, 7, 2])
@@ -101,7 +109,7 @@ class StateSpaceGuide(Configured, PyroModule):
         model: Any,
         inference: Inference = "ST-LR",
         hidden: int = 64,
-        cell: Literal["rnn", "gru", "lstm"] = "gru",
+        cell: Literal["rnn", "relu_rnn", "gru", "lstm"] = "gru",
         combiner: Combiner | None = None,
         family: Family | None = None,
         missing: Literal["frames", "entries"] = "frames",
@@ -125,6 +133,11 @@ class StateSpaceGuide(Configured, PyroModule):
             self.before = nn.Parameter(torch.zeros(Z))
         self.family = bind(DiagonalNormal() if family is None else family, features, (Z,))
 
+    @property
+    def causal(self) -> bool:
+        """Whether q(z_t | ...) sees nothing after x_t: it is a filter."""
+        return "R" not in self.cells
+
     def forward(
         self,
         x: Tensor,
@@ -132,12 +145,35 @@ class StateSpaceGuide(Configured, PyroModule):
         *,
         lengths: Tensor | None = None,
         mask: Tensor | None = None,
+        carried: Carried | None = None,
     ) -> Tensor:
         steps = steps_of(x, lengths, mask)
-        h = torch.cat([self.encoded(steps, u, direction) for direction in self.cells], -1)
+        h = torch.cat([self.encoded(steps, u, direction, carried) for direction in self.cells], -1)
+        before = self.before.expand(len(x), -1) if self.structured else None
+        if self.structured and carried is not None:
+            before = carried.z
         with pyro.plate("data", len(x)):
-            first = self.step(self.before.expand(len(x), -1) if self.structured else None, h[:, 0])
-            return pyro.sample("z", MarkovChain(first, self.step, h.shape[1], h, steps.there))
+            return pyro.sample("z", MarkovChain(self.step(before, h[:, 0]), self.step, h.shape[1], h, steps.there))
+
+    @torch.no_grad()
+    def after(
+        self,
+        x: Tensor,
+        u: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        mask: Tensor | None = None,
+        carried: Carried | None = None,
+    ) -> Carried:
+        """What goes on to the window after x: ``model(next, carried=...)``, and the guide alike. z is drawn.
+
+        Networks that read backwards begin at the end of each window.
+        """
+        steps, rows = steps_of(x, lengths, mask), torch.arange(len(x), device=x.device)
+        with poutine.block():
+            z = self(x, u, lengths=lengths, mask=mask, carried=carried)
+        h = self._encode(steps, u, "L", carried)[0] if "L" in self.cells else ()
+        return Carried(z[rows, steps.last], steps.seen[rows, steps.last], h)
 
     def step(self, z: Tensor | None, h: Tensor) -> dist.Distribution:
         """``q(z_t | z_{t-1}, h_t)``."""
@@ -151,8 +187,14 @@ class StateSpaceGuide(Configured, PyroModule):
         q = self.family(features)
         return q if offset is None else _shifted(q, offset)
 
-    def encoded(self, steps: Any, u: Tensor | None, direction: str) -> Tensor:
+    def encoded(self, steps: Steps, u: Tensor | None, direction: str, carried: Carried | None = None) -> Tensor:
         """(B, T, hidden): of steps up to each ("L") or from each on ("R")."""
+        return self._encode(steps, u, direction, carried)[1]
+
+    def _encode(
+        self, steps: Steps, u: Tensor | None, direction: str, carried: Carried | None
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """The network's state at the end, and `encoded`."""
         observed = steps.x == steps.x
         if steps.observed is not None:
             observed = observed & (steps.observed if steps.observed.dim() == 3 else steps.observed[..., None])
@@ -174,8 +216,10 @@ class StateSpaceGuide(Configured, PyroModule):
             return new, new[0]
 
         start = (inputs.new_zeros(inputs.shape[1], cell.hidden_size),) * self.num_states
-        _, h = scan(step, start, (linear(inputs, cell.weight_ih, cell.bias_ih), there))
-        return (h.flip(0) if direction == "R" else h).movedim(0, 1)
+        if direction == "L" and carried is not None:
+            start = carried.h
+        state, h = scan(step, start, (linear(inputs, cell.weight_ih, cell.bias_ih), there))
+        return state, (h.flip(0) if direction == "R" else h).movedim(0, 1)
 
 
 def _next(cell: Any, given: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -189,7 +233,7 @@ def _next(cell: Any, given: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, 
         i, f, g, o = (given + h).chunk(4, -1)
         c = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
         return o.sigmoid() * c.tanh(), c
-    return ((given + h).tanh(),)
+    return ((given + h).relu() if cell.nonlinearity == "relu" else (given + h).tanh(),)
 
 
 def _shifted(q: Any, offset: Tensor) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import pyro
@@ -11,184 +11,18 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.nn import PyroModule
-from torch import Tensor, nn
-from torch.nn.functional import softplus
+from torch import Tensor
 
 from ..config import Configured
 from ..distributions import MarkovChain, WithMissing
-from ..nn import MLP, bind, positive
-from ..sequences import Steps, steps_of
-from .likelihoods import Bernoulli, Likelihood
+from ..nn import MLP, positive
+from ..sequences import Carried, Steps, steps_of
+from .likelihoods import Likelihood
+from .transitions import Emission, FirstStep, GatedTransition, Initial
 
-__all__ = [
-    "Emission",
-    "Filtered",
-    "GatedTransition",
-    "Initial",
-    "LinearTransition",
-    "MLPTransition",
-    "NormalTransition",
-    "StateSpaceModel",
-]
+__all__ = ["DeepMarkovModel", "Filtered", "StateSpaceModel"]
 
-Scale = float | Literal["learned"]
-
-
-def _scale(scale: Scale, dim: int) -> Tensor | nn.Parameter:
-    """Its logarithm, (dim,): a parameter where it is learned, from 1 on."""
-    if scale == "learned":
-        return nn.Parameter(torch.zeros(dim))
-    if not scale > 0:
-        raise ValueError(f"expected a positive scale or 'learned', got {scale!r}")
-    return torch.full((dim,), float(scale)).log()
-
-
-class _Normal(Configured, nn.Module):
-    """Base: a normal distribution whose scales are one number for each dimension, fixed or learned."""
-
-    log_scale: Tensor
-
-    def _set_scale(self, scale: Scale, dim: int) -> None:
-        value = _scale(scale, dim)
-        if isinstance(value, nn.Parameter):
-            self.log_scale = value
-        else:
-            self.register_buffer("log_scale", value)
-
-    def _around(self, mean: Tensor) -> dist.Distribution:
-        return dist.Normal(mean, self.log_scale.exp()).to_event(1)
-
-
-class Initial(_Normal):
-    """``p(z_1) = N(m, diag s^2)``, with inputs ``N(m + B u_1, diag s^2)``.
-
-    Args:
-        scale: s, or "learned", from 1 on.
-        learned_mean: whether m is a parameter; else it is 0.
-
-    Example:
-        >>> Initial(3)().event_shape
-        torch.Size([3])
-    """
-
-    def __init__(
-        self, latent_dim: int, num_inputs: int = 0, scale: Scale = "learned", learned_mean: bool = True
-    ) -> None:
-        super().__init__()
-        self.mean: Tensor
-        if learned_mean:
-            self.mean = nn.Parameter(torch.zeros(latent_dim))
-        else:
-            self.register_buffer("mean", torch.zeros(latent_dim))
-        self.inputs = nn.Linear(num_inputs, latent_dim, bias=False) if num_inputs else None
-        self._set_scale(scale, latent_dim)
-
-    def forward(self, u: Tensor | None = None) -> dist.Distribution:
-        return self._around(self.mean if self.inputs is None else self.mean + self.inputs(u))
-
-
-class NormalTransition(_Normal):
-    """``p(z_t | z_{t-1}, u_t) = N(f(z_{t-1}, u_t), diag s^2)`` for any function f.
-
-    Args:
-        mean: f, of z (..., Z) or of z and u (..., C).
-        scale: s, or "learned", from 1 on.
-
-    Example:
-        >>> NormalTransition(lambda z: z + 2 * z.sin(), latent_dim=1, scale=5**0.5)(torch.zeros(4, 1)).batch_shape
-        torch.Size([4])
-    """
-
-    mean: Any
-
-    def __init__(self, mean: Callable[..., Tensor], latent_dim: int, scale: Scale = "learned") -> None:
-        super().__init__()
-        self.mean = mean
-        self._set_scale(scale, latent_dim)
-
-    def forward(self, z: Tensor, u: Tensor | None = None) -> dist.Distribution:
-        return self._around(self.mean(z) if u is None else self.mean(z, u))
-
-
-class LinearTransition(NormalTransition):
-    """``p(z_t | z_{t-1}, u_t) = N(A z_{t-1} + B u_t + b, diag s^2)``, A the identity before training.
-
-    Example:
-        >>> LinearTransition(2)(torch.tensor([1.0, 2.0])).mean.tolist()
-        [1.0, 2.0]
-    """
-
-    def __init__(self, latent_dim: int, num_inputs: int = 0, scale: Scale = "learned") -> None:
-        super().__init__(_Joined(_identity(latent_dim, num_inputs)), latent_dim, scale)
-
-
-class MLPTransition(NormalTransition):
-    """``p(z_t | z_{t-1}, u_t) = N(z_{t-1} + f(z_{t-1}, u_t), diag s^2)``, f a network.
-
-    Example:
-        >>> MLPTransition(2, num_inputs=1)(torch.zeros(5, 2), torch.zeros(5, 1)).batch_shape
-        torch.Size([5])
-    """
-
-    def __init__(
-        self, latent_dim: int, num_inputs: int = 0, network: MLP | None = None, scale: Scale = "learned"
-    ) -> None:
-        network = MLP(hidden=(64,), activation="tanh") if network is None else network
-        super().__init__(_Residual(bind(network, (latent_dim + num_inputs,), (latent_dim,))), latent_dim, scale)
-
-
-class GatedTransition(Configured, nn.Module):
-    """The gated transition of deep Markov models (arXiv 1609.09869), v = (z_{t-1}, u_t)::
-
-        g = sigmoid(W_2 relu(W_1 v)),  h = W_4 relu(W_3 v),  mean = (1 - g) (W_5 v) + g h,  s = softplus(W_6 relu(h))
-
-    with biases; W_5 v is z before training.
-
-    Example:
-        >>> GatedTransition(latent_dim=3, hidden=10)(torch.zeros(5, 3)).batch_shape
-        torch.Size([5])
-    """
-
-    def __init__(self, latent_dim: int, hidden: int = 200, num_inputs: int = 0) -> None:
-        super().__init__()
-        width = latent_dim + num_inputs
-        self.gate = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, latent_dim))
-        self.proposal = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, latent_dim))
-        self.linear, self.scale = _identity(latent_dim, num_inputs), nn.Linear(latent_dim, latent_dim)
-
-    def forward(self, z: Tensor, u: Tensor | None = None) -> dist.Distribution:
-        v = _joined(z, u)
-        g, h = self.gate(v).sigmoid(), self.proposal(v)
-        mean = (1 - g) * self.linear(v) + g * h
-        return dist.Normal(mean, softplus(self.scale(h.relu()))).to_event(1)
-
-
-class Emission(Configured, nn.Module):
-    """``p(x_t | z_t, u_t)``: a likelihood of what a network makes of z and u.
-
-    Example:
-        >>> Emission(latent_dim=3, event_dim=88)(torch.zeros(5, 7, 3)).batch_shape
-        torch.Size([5, 7])
-    """
-
-    def __init__(
-        self,
-        latent_dim: int,
-        event_dim: int,
-        likelihood: Likelihood | None = None,
-        network: nn.Module | None = None,
-        num_inputs: int = 0,
-    ) -> None:
-        super().__init__()
-        self.likelihood = bind(Bernoulli() if likelihood is None else likelihood, (event_dim,))
-        self.network = bind(
-            MLP(hidden=(100, 100)) if network is None else network,
-            (latent_dim + num_inputs,),
-            (self.likelihood.num_parameters, event_dim),
-        )
-
-    def forward(self, z: Tensor, u: Tensor | None = None) -> dist.Distribution:
-        return self.likelihood(self.network(_joined(z, u)))
+MAX_ELEMENTS = 4_000_000  # of draws that are held at once
 
 
 class Filtered(NamedTuple):
@@ -226,14 +60,20 @@ class StateSpaceModel(Configured, PyroModule):
     Sites ``"z"``, (B, T, Z), and ``"x"``, (B, T, D), in the plate ``"data"``. The arguments are modules, called with
     any leading batch shape, without u where there are no inputs, that return distributions.
 
+    Args:
+        num_inputs: C, how many numbers u_t holds.
+        feedback: D, to make it autoregressive: for u_t the parts get ``(x_{t-1}, u_t)``, D + C numbers, 0 in the place
+            of x_0 and of what is not observed. 0: they do not.
+
     Args of a call:
         x: (B, T, D), or None: then sequences are drawn, `num_data` of `num_steps`.
         u: (B, T, C), inputs; u_t acts on the step that produces z_t.
         lengths: (B,), how many steps of each sequence are there; mask: (B, T) or (B, T, D), what of them is observed
             (arXiv 1609.09869 leaves out the same way). What x holds elsewhere changes nothing.
+        carried: where x goes on a series, what came before it: then ``z_1 ~ transition(carried.z, u_1)``.
 
     Example:
-        >>> model = StateSpaceModel(Initial(2), LinearTransition(2), Emission(2, 5))
+        >>> model = StateSpaceModel(Initial(2), GatedTransition(2), Emission(2, 5))
         >>> model(num_data=3, num_steps=7).shape
         torch.Size([3, 7, 5])
     """
@@ -244,14 +84,18 @@ class StateSpaceModel(Configured, PyroModule):
         transition: Callable[..., dist.Distribution],
         emission: Callable[..., dist.Distribution],
         num_inputs: int = 0,
+        feedback: int = 0,
     ) -> None:
         super().__init__()
-        self.initial, self.transition, self.emission, self.num_inputs = initial, transition, emission, num_inputs
-        u = (torch.zeros(1, num_inputs),) if num_inputs else ()
+        self.initial, self.transition, self.emission = initial, transition, emission
+        self.num_inputs, self.feedback = num_inputs, feedback
+        v = (torch.zeros(1, num_inputs + feedback),) if num_inputs + feedback else ()
         with torch.no_grad():
-            first = initial(*u)
+            first = initial(*v)
             self.latent_dim = first.event_shape[-1]
-            self.event_dim = emission(torch.zeros(1, self.latent_dim), *u).event_shape[-1]
+            self.event_dim = emission(torch.zeros(1, self.latent_dim), *v).event_shape[-1]
+        if feedback not in (0, self.event_dim):
+            raise ValueError(f"expected feedback to be 0 or {self.event_dim}, the numbers of an x_t, got {feedback}")
 
     def forward(
         self,
@@ -260,27 +104,75 @@ class StateSpaceModel(Configured, PyroModule):
         *,
         lengths: Tensor | None = None,
         mask: Tensor | None = None,
+        carried: Carried | None = None,
         num_data: int | None = None,
         num_steps: int | None = None,
     ) -> Tensor:
         self._check(x, u, num_data, num_steps)
-        B, T = (num_data, num_steps) if x is None else x.shape[:2]
-        if u is not None:
-            B, T = u.shape[:2]
-        steps = None if x is None else steps_of(x, lengths, mask)
-        there = None if steps is None else steps.there
-        first, every = ((), ()) if u is None else ((u[:, 0],), (u,))
+        if x is None:
+            B, T = (num_data, num_steps) if u is None else u.shape[:2]
+            return self._generated(int(B), int(T), u)  # type: ignore[arg-type]
+        (B, T, _), steps = x.shape, steps_of(x, lengths, mask)
+        v = self._inputs(steps, u, carried)
+        every = () if v is None else (v,)
+        first = () if v is None else (v[:, 0],)
         with pyro.plate("data", B):
-            z = pyro.sample("z", MarkovChain(self.initial(*first), self.transition, int(T), u, there))  # type: ignore[arg-type]
-            p = self.emission(z, *every)
-            if steps is None:
-                return pyro.sample("x", p.to_event(1))
-            x, observed = steps.x, steps.observed
+            initial = self.initial(*first) if carried is None else self.transition(carried.z, *first)
+            z = pyro.sample("z", MarkovChain(initial, self.transition, T, v, steps.there))
+            p, observed = self.emission(z, *every), steps.observed
+            x = steps.x
             if observed is not None and observed.dim() == 3:
                 x, p = torch.where(observed, x, torch.nan), WithMissing(p)
             elif observed is not None:
                 p = p.mask(observed)
             return pyro.sample("x", p.to_event(1), obs=x)
+
+    def _inputs(self, steps: Steps, u: Tensor | None, carried: Carried | None = None) -> Tensor | None:
+        """What the parts get at each step beside z, (B, T, D + C)."""
+        if not self.feedback:
+            return u
+        x = steps.seen
+        first = torch.zeros_like(x[:, :1]) if carried is None else carried.x[:, None]
+        before = torch.cat([first, x[:, :-1]], 1)
+        return before if u is None else torch.cat([before, u], -1)
+
+    def _next(self, x: Tensor, u: Tensor | None) -> tuple[Tensor, ...]:
+        """What the parts get beside z at the step after x (..., D)."""
+        parts = [x] if self.feedback else []
+        if u is not None:
+            parts.append(u.expand(*x.shape[:-1], -1) if parts else u)
+        return (torch.cat(parts, -1),) if parts else ()
+
+    def _generated(self, B: int, T: int, u: Tensor | None) -> Tensor:
+        """Draws: where x_{t-1} acts on z_t, those of x are made beside those of z."""
+        like = next(iter([*self.parameters(), *self.buffers()]), torch.zeros(())).detach()
+        none = like.new_zeros(B, self.event_dim)
+        u = like.new_zeros(B, T, 0) if u is None else u
+        drawn: list[Tensor] = []
+
+        def transition(z: Tensor, both: Tensor, x: Tensor) -> tuple[Any, Tensor]:
+            """From x_{t-2}, u_{t-1} and u_t."""
+            before, now = (each if self.num_inputs else None for each in both.chunk(2, -1))
+            x = self.emission(z, *self._next(x, before)).sample() if self.feedback else x
+            drawn.append(x)
+            return self.transition(z, *self._next(x, now)), x
+
+        with pyro.plate("data", B):
+            initial = self.initial(*self._next(none, u[:, 0] if self.num_inputs else None))
+            if not self.feedback:
+                z = pyro.sample("z", MarkovChain(initial, self.transition, T, u if self.num_inputs else None))
+                return pyro.sample("x", self.emission(z, *([u] if self.num_inputs else [])).to_event(1))
+            both = torch.cat([torch.cat([u[:, :1], u[:, :-1]], 1), u], -1)
+            z = pyro.sample("z", MarkovChain(initial, transition, T, both, carry=none))
+            if len(drawn) != T - 1:
+                raise ValueError('expected site "z" to be drawn with "x", got a value: pass x too, as it acts on z')
+            before = torch.stack([none.expand(z.shape[:-2] + none.shape[-1:]), *drawn], -2)
+            p = self.emission(z, *self._next(before, u if self.num_inputs else None))
+            x = torch.cat([before[..., 1:, :], p.sample()[..., -1:, :]], -2)
+            with poutine.block():
+                own = poutine.trace(lambda: pyro.sample("x", dist.Delta(x, event_dim=2))).get_trace()
+            with poutine.replay(trace=own):
+                return pyro.sample("x", p.to_event(1))
 
     @torch.no_grad()
     def filter(
@@ -300,19 +192,20 @@ class StateSpaceModel(Configured, PyroModule):
         inputs from the future nothing of the future is used; its cost is `num_particles` times that of a draw.
 
         Example:
-            >>> model = StateSpaceModel(Initial(2), LinearTransition(2), Emission(2, 5))
+            >>> model = StateSpaceModel(Initial(2), GatedTransition(2), Emission(2, 5))
             >>> model.filter(torch.ones(3, 7, 5), num_particles=20).log_evidence.shape
             torch.Size([3])
         """
         self._check(x, u, None, None)
         K, (B, T, _) = positive("num_particles", num_particles), x.shape
         steps = steps_of(x, lengths, mask)
+        v = self._inputs(steps, u)
         equal = -math.log(K)
         log_w = x.new_full((K, B), equal)
         found: list[tuple[Tensor, ...]] = []
         z = x.new_empty(K, B, self.latent_dim)
         for t in range(T):
-            inputs = () if u is None else (u[:, t],)
+            inputs = () if v is None else (v[:, t],)
             p = self.initial(*inputs).expand([K, B]) if t == 0 else self.transition(z, *inputs)
             z = p.sample()
             emission = self.emission(z, *inputs)
@@ -329,12 +222,50 @@ class StateSpaceModel(Configured, PyroModule):
         return Filtered(z.mT, log_w, predicted.mT, per_step, ess)
 
     @torch.no_grad()
-    def smooth(self, guide: Callable, x: Tensor, *args: Tensor, num_samples: int = 100, **kwargs: Tensor) -> Tensor:
+    def smooth(self, guide: Callable, x: Tensor, *args: Tensor, num_samples: int = 100, **kwargs: Any) -> Tensor:
         """Draws of q(z | x), (S, B, T, Z), with the guide's other arguments: u, lengths, mask."""
         with pyro.plate("_draws", positive("num_samples", num_samples), dim=-2):
             trace = poutine.trace(guide).get_trace(x, *args, **kwargs)
         z = trace.nodes["z"]["value"]
         return z.expand(num_samples, *z.shape[-3:])
+
+    @torch.no_grad()
+    def log_evidence(
+        self,
+        x: Tensor,
+        u: Tensor | None = None,
+        *,
+        guide: Callable | None = None,
+        num_samples: int = 1000,
+        lengths: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """``ln p(x)``, (B,) nats, a lower bound in expectation: by K draws of a guide, by a particle filter without::
+
+            ln 1/K sum_k p(x, z_k) / q(z_k | x)
+
+        Its exponential is unbiased. Draws of whole sequences serve as long as the guide is good; where sequences are
+        long the filter's particles, which are drawn anew on the way, are the better ones.
+
+        Example:
+            >>> model = StateSpaceModel(Initial(2), GatedTransition(2), Emission(2, 5))
+            >>> model.log_evidence(torch.ones(3, 7, 5), num_samples=20).shape
+            torch.Size([3])
+        """
+        if guide is None:
+            return self.filter(x, u, lengths=lengths, mask=mask, num_particles=num_samples).log_evidence
+        args, kwargs = _given(x, u), _options(lengths, mask)
+        most = max(1, MAX_ELEMENTS // max(1, x[..., 0].numel() * max(self.event_dim, self.latent_dim)))
+        log_weights = []
+        for K in torch.arange(positive("num_samples", num_samples)).split(most):
+            with pyro.plate("_draws", len(K), dim=-2):
+                q = poutine.trace(guide).get_trace(*args, **kwargs)
+                p = poutine.trace(poutine.replay(self, trace=q)).get_trace(*args, **kwargs)
+            for trace in (p, q):
+                trace.compute_log_prob()
+            of_z = p.nodes["z"]["log_prob"] - q.nodes["z"]["log_prob"]
+            log_weights.append((of_z + p.nodes["x"]["log_prob"]).expand(len(K), len(x)))
+        return torch.cat(log_weights).logsumexp(0) - math.log(num_samples)
 
     @torch.no_grad()
     def forecast(
@@ -356,7 +287,7 @@ class StateSpaceModel(Configured, PyroModule):
 
         Example:
             >>> from pyro_vae.guides import StateSpaceGuide
-            >>> model = StateSpaceModel(Initial(2), LinearTransition(2), Emission(2, 5))
+            >>> model = StateSpaceModel(Initial(2), GatedTransition(2), Emission(2, 5))
             >>> model.forecast(StateSpaceGuide(model), torch.ones(3, 7, 5), num_steps=4, num_samples=10).shape
             torch.Size([10, 3, 4, 5])
         """
@@ -367,17 +298,58 @@ class StateSpaceModel(Configured, PyroModule):
                 f"{self.num_inputs} inputs: as many steps are drawn"
             )
         H = positive("num_steps", num_steps if u_future is None else u_future.shape[1])  # type: ignore[arg-type]
-        options = {name: value for name, value in (("lengths", lengths), ("mask", mask)) if value is not None}
-        z = self.smooth(guide, x, *(() if u is None else (u,)), num_samples=num_samples, **options)
-        there = steps_of(x, lengths, mask).there
-        last = torch.full((len(x),), x.shape[1] - 1, device=x.device) if there is None else there.sum(1) - 1
-        z = z[:, torch.arange(len(x), device=x.device), last]
+        z = self.smooth(guide, *_given(x, u), num_samples=num_samples, **_options(lengths, mask))
+        steps, rows = steps_of(x, lengths, mask), torch.arange(len(x), device=x.device)
+        z, latest = z[:, rows, steps.last], steps.seen[rows, steps.last].expand(num_samples, -1, -1)
         found = []
         for t in range(H):
-            inputs = () if u_future is None else (u_future[:, t],)
+            inputs = self._next(latest, None if u_future is None else u_future[:, t])
             z = self.transition(z, *inputs).sample()
-            found.append(self.emission(z, *inputs).sample())
+            latest = self.emission(z, *inputs).sample()
+            found.append(latest)
         return torch.stack(found, 2)
+
+    @torch.no_grad()
+    def predict_one_step(
+        self,
+        guide: Callable,
+        x: Tensor,
+        u: Tensor | None = None,
+        *,
+        num_samples: int = 100,
+        lengths: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Draws of each x_t given the steps before it, (S, B, T, D); of x_1 by the model alone.
+
+        z_{t-1} is drawn by the guide. One that says of itself that it is `causal` is run once; another is run on the
+        steps before each t, at a cost of T^2.
+
+        Example:
+            >>> from pyro_vae.guides import StateSpaceGuide
+            >>> model = StateSpaceModel(Initial(2), GatedTransition(2), Emission(2, 5))
+            >>> guide = StateSpaceGuide(model, "ST-L")
+            >>> model.predict_one_step(guide, torch.ones(3, 7, 5), num_samples=10).shape
+            torch.Size([10, 3, 7, 5])
+        """
+        self._check(x, u, None, None)
+        S, (B, T, _) = positive("num_samples", num_samples), x.shape
+        v = self._inputs(steps_of(x, lengths, mask), u)
+        given = [() if v is None else (v[:, t],) for t in range(T)]
+        if getattr(guide, "causal", False):
+            z = self.smooth(guide, *_given(x, u), num_samples=S, **_options(lengths, mask)).unbind(2)
+        else:
+            found = []
+            for t in range(1, T):
+                ends = torch.full((B,), t, device=x.device) if lengths is None else lengths.clamp(max=t)
+                options = _options(ends, None if mask is None else mask[:, :t])
+                parts = _given(x[:, :t], None if u is None else u[:, :t])
+                found.append(self.smooth(guide, *parts, num_samples=S, **options)[:, :, -1])
+            z = tuple(found)
+        states = [self.initial(*given[0]).expand([S, B])]
+        states += [self.transition(before, *inputs) for before, inputs in zip(z, given[1:], strict=False)]
+        drawn = [self.emission(p.sample(), *inputs).sample() for p, inputs in zip(states, given, strict=True)]
+        return torch.stack(drawn, 2)
 
     @torch.no_grad()
     def impute(
@@ -395,9 +367,34 @@ class StateSpaceModel(Configured, PyroModule):
         Without `lengths` all steps are there, the last ones too where they are not observed.
         """
         lengths = torch.full((len(x),), x.shape[1], device=x.device) if lengths is None else lengths
-        z = self.smooth(guide, x, *(() if u is None else (u,)), num_samples=num_samples, mask=mask, lengths=lengths)
-        drawn = self.emission(z, *(() if u is None else (u,))).sample()
+        z = self.smooth(guide, *_given(x, u), num_samples=num_samples, mask=mask, lengths=lengths)
+        v = self._inputs(steps_of(x, lengths, mask), u)
+        drawn = self.emission(z, *(() if v is None else (v,))).sample()
         return torch.where(mask.bool() if mask.dim() == 3 else mask.bool()[..., None], x, drawn)
+
+    def prediction_error(
+        self,
+        z: Tensor,
+        x: Tensor,
+        u: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        mask: Tensor | None = None,
+        carried: Carried | None = None,
+    ) -> Tensor:
+        """``sum_{t > 1} |x_t - E[x_t | z_t = E[z_t | z_{t-1}]]|^2`` of what is observed, (..., B).
+
+        z is (..., B, T, Z), the other arguments are the model's own.
+        """
+        steps = steps_of(x, lengths, mask)
+        v = self._inputs(steps, u, carried)
+        inputs = () if v is None else (v[:, 1:],)
+        predicted = self.emission(self.transition(z[..., :-1, :], *inputs).mean, *inputs).mean
+        squares = (steps.x[:, 1:] - predicted).square()
+        if steps.observed is not None:
+            observed = steps.observed if steps.observed.dim() == 3 else steps.observed[..., None]
+            squares = torch.where(observed[:, 1:], squares, 0.0)
+        return squares.sum((-2, -1))
 
     def _observed(self, emission: Any, steps: Steps, t: int) -> Tensor:
         """``ln p(x_t | z_t)`` of what is observed, (K, B)."""
@@ -418,35 +415,56 @@ class StateSpaceModel(Configured, PyroModule):
             raise ValueError(f"expected inputs u for each step of x, got {tuple(u.shape)} for {tuple(x.shape)}")
 
 
-class _Joined(nn.Module):
-    def __init__(self, function: nn.Module) -> None:
-        super().__init__()
-        self.function = function
+class DeepMarkovModel(StateSpaceModel):
+    """The deep Markov model of arXiv 1609.09869: a gated transition, a network from z_t to the likelihood of x_t.
 
-    def forward(self, z: Tensor, u: Tensor | None = None) -> Tensor:
-        return self.function(_joined(z, u))
+    Args:
+        event_shape: (D,), of one step.
+        start: "normal": z_1 ~ N(0, I), as in the paper; "transition": ``z_1 ~ p(z_1 | z_0)`` with z_0 a parameter, as
+            in Pyro's tutorial of this model.
+        autoregressive: x_{t-1} acts on z_t and x_t, too.
+
+    Example:
+        >>> DeepMarkovModel((88,), latent_dim=10, transition_hidden=20)(num_data=3, num_steps=7).shape
+        torch.Size([3, 7, 88])
+    """
+
+    def __init__(
+        self,
+        event_shape: Sequence[int],
+        latent_dim: int = 100,
+        transition_hidden: int = 200,
+        emission_hidden: Sequence[int] = (100, 100),
+        start: Literal["normal", "transition"] = "normal",
+        likelihood: Likelihood | None = None,
+        num_inputs: int = 0,
+        autoregressive: bool = False,
+    ) -> None:
+        if len(event_shape) != 1 or start not in ("normal", "transition"):
+            raise ValueError(
+                f"expected event_shape (D,) of one step and start 'normal' or 'transition', got {tuple(event_shape)} "
+                f"and {start!r}"
+            )
+        (D,) = event_shape
+        C = num_inputs + (D if autoregressive else 0)
+        transition = GatedTransition(positive("latent_dim", latent_dim), transition_hidden, C)
+        initial = Initial(latent_dim, scale=1.0, learned_mean=False)
+        emission = Emission(latent_dim, D, likelihood, MLP(hidden=emission_hidden), C)
+        super().__init__(
+            FirstStep(transition, latent_dim) if start == "transition" else initial,
+            transition,
+            emission,
+            num_inputs,
+            D if autoregressive else 0,
+        )
 
 
-class _Residual(_Joined):
-    def forward(self, z: Tensor, u: Tensor | None = None) -> Tensor:
-        return z + super().forward(z, u)
+def _given(x: Tensor, u: Tensor | None) -> tuple[Tensor, ...]:
+    return (x,) if u is None else (x, u)
 
 
-def _identity(latent_dim: int, num_inputs: int) -> nn.Linear:
-    """Linear in (z, u), and z before training."""
-    linear = nn.Linear(latent_dim + num_inputs, latent_dim)
-    with torch.no_grad():
-        linear.weight.copy_(torch.eye(latent_dim, latent_dim + num_inputs))
-        linear.bias.zero_()
-    return linear
-
-
-def _joined(z: Tensor, u: Tensor | None) -> Tensor:
-    """(z, u) of a common batch shape."""
-    if u is None:
-        return z
-    shape = torch.broadcast_shapes(z.shape[:-1], u.shape[:-1])
-    return torch.cat([z.expand(*shape, -1), u.expand(*shape, -1)], -1)
+def _options(lengths: Tensor | None, mask: Tensor | None) -> dict[str, Tensor]:
+    return {name: value for name, value in (("lengths", lengths), ("mask", mask)) if value is not None}
 
 
 def _systematic(log_w: Tensor) -> Tensor:

@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .sources import NAMED, Source, column_name, find, kind_of
+from .sources import NAMED, Columns, Source, column_name, find, kind_of
 
 __all__ = ["Data", "Dataset", "Split", "as_data", "load_dataset"]
 
 Binarize = Literal["none", "static", "dynamic"]
+NUM_BUCKETS = 8  # of lengths of sequences
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -32,7 +33,8 @@ class Data:
     Args:
         args: tensors (N, ...) that go to model and guide by position; at least one.
         kwargs: tensors (N, ...) that go by keyword.
-        log_jacobian: nats per datum to add to a log-density of these data to get it in the original units.
+        log_jacobian: nats to add to the log-density of a datum to get it in the original units: one number, or (N,),
+            float64, where it depends on the datum, as on a sequence's length.
         labels: (N,) or None; never shown to a model.
 
     Raises:
@@ -48,7 +50,7 @@ class Data:
 
     args: tuple[Tensor, ...]
     kwargs: dict[str, Tensor] = field(default_factory=dict)
-    log_jacobian: float = 0.0
+    log_jacobian: float | Tensor = 0.0
     labels: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -61,8 +63,9 @@ class Data:
             if value.ndim == 0:
                 raise ValueError(f"expected {name} with data on dimension 0, got a scalar tensor: pass shape (N, ...)")
             lengths[name] = len(value)
-        if self.labels is not None:
-            lengths["labels"] = len(self.labels)
+        for name, given in (("labels", self.labels), ("log_jacobian", self.log_jacobian)):
+            if isinstance(given, Tensor):
+                lengths[name] = len(given)
         if len(set(lengths.values())) > 1:
             came = ", ".join(f"{name}: {length}" for name, length in lengths.items())
             raise ValueError(f"expected equal lengths on dimension 0, got {came}: give every tensor one row per datum")
@@ -76,6 +79,10 @@ class Data:
         shapes = [f"{tuple(tensor.shape)}" for tensor in self.args]
         shapes += [f"{name}={tuple(tensor.shape)}" for name, tensor in self.kwargs.items()]
         return f"{type(self).__name__}({', '.join(shapes)})"
+
+    @property
+    def mean_log_jacobian(self) -> float:
+        return float(torch.as_tensor(self.log_jacobian).mean())
 
     @property
     def device(self) -> torch.device:
@@ -95,12 +102,57 @@ class Data:
         self, index: Tensor, generator: torch.Generator | None = None
     ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
         """The rows `index` (B,) as `(args, kwargs)`, on the data's device.
-
         `generator`, on that device, is for splits that draw their data afresh; other data leave it untouched.
         """
         rows = index.to(self.device)
         args = tuple(tensor.index_select(0, rows) for tensor in self.args)
         return args, {name: tensor.index_select(0, rows) for name, tensor in self.kwargs.items()}
+
+    def trimmed_batch(
+        self, index: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        """`batch`; of sequences, where `lengths` (N,) are among the tensors by keyword, without the steps after the
+        longest. They end at one of at most eight numbers of steps, so that compiled shapes stay few.
+        """
+        args, kwargs = self.batch(index, generator)
+        if self._ends is None:
+            return args, kwargs
+        T = self.args[0].shape[1]
+        end = int(self._ends[self._bucket[index.cpu()].max()])
+
+        def cut(tensor: Tensor) -> Tensor:
+            return tensor[:, :end].contiguous() if tensor.ndim > 1 and tensor.shape[1] == T else tensor
+
+        return tuple(map(cut, args)), {name: cut(tensor) for name, tensor in kwargs.items()}
+
+    def batches(self, batch_size: int, generator: torch.Generator | None = None) -> list[Tensor]:
+        """All rows once, shuffled, `batch_size` at a time; sequences of like lengths go together.
+
+        Example:
+            >>> data = Data((torch.zeros(6, 9, 1),), {"lengths": torch.tensor([3, 9, 3, 9, 3, 9])})
+            >>> sorted(data.trimmed_batch(rows)[0][0].shape for rows in data.batches(3))
+            [torch.Size([3, 3, 1]), torch.Size([3, 9, 1])]
+        """
+        order = torch.randperm(len(self), generator=generator)
+        if self._ends is None:
+            return list(order.split(batch_size))
+        parts = order[self._bucket[order].argsort(stable=True)].split(batch_size)
+        return [parts[i] for i in torch.randperm(len(parts), generator=generator)]
+
+    @cached_property
+    def _ends(self) -> Tensor | None:
+        """At most eight lengths that batches of sequences are cut to, so that compiled steps stay few."""
+        lengths, x = self.kwargs.get("lengths"), self.args[0]
+        if lengths is None or x.ndim != 3 or lengths.shape != (len(x),) or lengths.is_floating_point():
+            return None
+        ordered = lengths.cpu().clamp(1, x.shape[1]).sort().values
+        return ordered[torch.arange(1, NUM_BUCKETS + 1) * len(ordered) // NUM_BUCKETS - 1].unique()
+
+    @cached_property
+    def _bucket(self) -> Tensor:
+        """(N,), the place of each sequence's bucket in `_ends`."""
+        assert self._ends is not None
+        return torch.bucketize(self.kwargs["lengths"].cpu().clamp(1, self.args[0].shape[1]), self._ends)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -114,12 +166,14 @@ class Split(Data):
         ids: (N,) what names each datum in its source: the id column, the image's path, or the row counted
             from 0.
         source: the arguments of `load_dataset` that are not defaults, with absolute paths: it can be called again.
+        latents: (N, T, Z), the true z of simulated sequences, or None; never shown to a model.
     """
 
     name: str = "train"
     binarize: Literal["dynamic"] | None = None
     ids: np.ndarray | None = None
     source: dict[str, Any] | None = None
+    latents: Tensor | None = None
 
     @property
     def x(self) -> Tensor:
@@ -130,6 +184,16 @@ class Split(Data):
     def observed(self) -> Tensor:
         """(N, *event_shape), what a model can score: x, or one fixed draw of it, the same on every device."""
         return self.x if self.binarize is None else _bernoulli(self.x.cpu(), seed=0).to(self.device)
+
+    @property
+    def values(self) -> Tensor:
+        """What of `observed` a model scores: of sequences the steps that are there and not missing, (M, D), NaN where
+        a single value is."""
+        lengths, mask, x = self.kwargs.get("lengths"), self.kwargs.get("mask"), self.observed
+        if lengths is None:
+            return x
+        x = x if mask is None else torch.where(mask, x, torch.nan)
+        return x[torch.arange(x.shape[1], device=x.device) < lengths[:, None]]
 
     @cached_property
     def _draws(self) -> torch.Generator:
@@ -238,6 +302,9 @@ def load_dataset(
     split: Sequence[float] | None = None,
     label: str | None = None,
     id: str | None = None,
+    time: str | None = None,
+    inputs: Sequence[str] = (),
+    window: int | None = None,
     seed: int = 0,
 ) -> Dataset:
     """A data set by name, or from a file or folder of the user's own.
@@ -247,9 +314,15 @@ def load_dataset(
     - `freyfaces`: 1,565 / 200 / 200 frames (1, 28, 20), intensities x/255, in the order of the film.
     - `jsb_chorales`: 229 / 76 / 77 sequences (T, 88) of keys pressed or not, with their `lengths` by keyword;
       `piano_midi`, `muse_data` and `nottingham` alike.
+    - `sp500`: 2,517 daily log returns in percent, in order, as 40 sequences (63, 1) of a quarter each.
+    - simulated sequences, with the true z in `latents` of the splits: `linear_sequences` and `nonlinear_sequences`,
+      those of arXiv 1609.09869 (25, 1), `pendulum` (100, 2) with inputs, `stochastic_volatility` (250, 1).
     - a `.npy`, `.npz` (array `x`, or the only one; `labels`), `.pt` (a tensor, or a dict with x and labels)
       or `.csv` file (a header row, numeric columns), or a folder of images of one size whose sub-folders, if
       any, are the classes.
+    - sequences of the user's own: a `.npz` with x (N, T, D), `lengths` (N,) and, if any, inputs `u` (N, T, C) and the
+      `mask` (N, T, D) of what is observed; a `.csv` with a column of times: see `time`. Splits of sequences go to model
+      and guide as ``(x, {"lengths": ..., "u": ..., "mask": ...})``.
 
     A name goes before a file of that name: write `./digits` for the file. Arrays are tables (N, D) or images
     (N, H, W), (N, C, H, W) or, for uint8, (N, H, W, 3).
@@ -270,6 +343,10 @@ def load_dataset(
             for the user's own data 80/10/10.
         label, id: columns of a `.csv` that are kept apart from the features, in `labels` and `ids` of the
             splits.
+        time: the column of a `.csv` that orders rows, numbers or ISO dates: then rows with one `id` are a sequence.
+            Cells that are missing are masked. Without `id` all rows are one series, which is cut into pieces of
+            `window` steps; the first of them are the training split, the last ones the test split.
+        inputs: columns of a `.csv` of sequences that act on the latents, as they are: u_t acts on the step to z_t.
         seed: of the split's permutation and of static binarisation, and of nothing else.
 
     Raises:
@@ -295,11 +372,12 @@ def load_dataset(
     if split is not None:
         _check_fractions(split)
 
-    name, source = find(name_or_path, root, download, label, id)
+    name, source = find(name_or_path, root, download, Columns(label, id, time, tuple(inputs), window))
     known = isinstance(name_or_path, str) and name_or_path in NAMED
     arguments: dict[str, Any] = {"name_or_path": name_or_path if known else _absolute(name_or_path)}
     arguments |= {"binarize": binarize} if binarize != "none" else {}
-    arguments |= {key: value for key, value in (("label", label), ("id", id)) if value is not None}
+    named = {"label": label, "id": id, "time": time, "inputs": list(inputs) or None, "window": window}
+    arguments |= {key: value for key, value in named.items() if value is not None}
     arguments |= {"root": _absolute(root)} if root else {}
     arguments |= {"split": list(split)} if split else {}
     arguments |= {"seed": seed} if seed else {}
@@ -313,13 +391,17 @@ def load_dataset(
         permutation, sizes = source.order, source.sizes
     else:
         permutation = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+        permutation = torch.arange(len(x)) if source.in_time else permutation
         sizes = _sizes(len(x), (0.8, 0.1, 0.1) if split is None else split, name)
     rows = permutation.split(list(sizes))
     parts = [x[r] for r in rows]
+    counted = None if source.lengths is None else _counted(source)  # (N, T, D)
 
     location = scale = None
-    if binarize == "none" and _is_real_table(x):
-        location, scale = _standardisation(x, rows[0], source.columns, name)
+    table = x if counted is None else _by_step(x, counted)
+    if binarize == "none" and not source.as_they_are and _is_real_table(table):
+        training = parts[0] if counted is None else _by_step(parts[0], counted[rows[0]])
+        location, scale = _standardisation(training, table, source.columns, name)
         parts = [(part - location) / scale for part in parts]
         values = "real values standardised per column"
     elif binarize == "static":
@@ -328,19 +410,22 @@ def load_dataset(
         parts = [parts[0], _bernoulli(parts[1], 1), _bernoulli(parts[2], 2)]
 
     def make_split(i: int, split_name: str) -> Split:
-        part, kwargs = parts[i].float(), {}
-        if source.lengths is not None:
-            kwargs = {"lengths": source.lengths[rows[i]]}
-            part = part[:, : int(kwargs["lengths"].max())].contiguous()
+        log_jacobian: float | Tensor = 0.0 if scale is None else -scale.log().sum().item()
+        part = parts[i].float()
+        of_steps: dict[str, Any] = {}
+        if source.lengths is not None and counted is not None:
+            part, of_steps = _steps_of(source, part, counted, rows[i])
+            if scale is not None:
+                log_jacobian = -(counted[rows[i]].sum(1) * scale.log()).sum(-1)
         return Split(
             (part,),
-            kwargs,
-            log_jacobian=0.0 if scale is None else -scale.log().sum().item(),
             labels=None if source.labels is None else source.labels[rows[i]],
+            log_jacobian=log_jacobian,
             name=split_name,
             binarize="dynamic" if binarize == "dynamic" and split_name == "train" else None,
             ids=rows[i].numpy() if source.ids is None else source.ids[rows[i].numpy()],
             source=arguments,
+            **of_steps,
         )
 
     return Dataset(
@@ -349,7 +434,7 @@ def load_dataset(
         valid=make_split(1, "valid"),
         test=make_split(2, "test"),
         event_shape=x.shape[1 if source.lengths is None else 2 :],
-        description=f"{len(x):,} {source.noun or _noun(x.shape)}, {values}",
+        description=f"{len(x):,} {source.noun or _noun(x.shape, counted is not None)}, {values}",
         location=location,
         scale=scale,
         columns=source.columns,
@@ -357,11 +442,42 @@ def load_dataset(
     )
 
 
+def _counted(source: Source) -> Tensor:
+    """Which values of sequences are there and not missing, (N, T, D)."""
+    assert source.lengths is not None
+    there = torch.arange(source.x.shape[1]) < source.lengths[:, None]
+    return there[..., None].expand(source.x.shape) if source.mask is None else there[..., None] & source.mask
+
+
+def _by_step(x: Tensor, counted: Tensor) -> Tensor:
+    """A row for each step that has a value, (M, D), NaN where one is missing."""
+    return x.double().where(counted, torch.nan)[counted.any(-1)]
+
+
+def _steps_of(source: Source, x: Tensor, counted: Tensor, rows: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """The sequences `rows` up to the end of the longest, and a split's arguments that go with their steps."""
+    assert source.lengths is not None
+    lengths = source.lengths[rows]
+    T = int(lengths.max())
+
+    def steps(of_all: Tensor) -> Tensor:
+        return of_all[rows][:, :T].contiguous()
+
+    kwargs = {"lengths": lengths}
+    if source.inputs is not None:
+        kwargs["u"] = steps(source.inputs).float()
+    if source.mask is not None:
+        kwargs["mask"] = steps(source.mask)
+    latents = None if source.latents is None else steps(source.latents).float()
+    x = x[:, :T].where(steps(counted), 0.0).contiguous()
+    return x, {"kwargs": kwargs, "latents": latents}
+
+
 def _scaled(source: Source) -> tuple[Tensor, str]:
     """The values that are modelled, float32 for eight-bit intensities x/255, and what to call them."""
     x = source.x
     low, high = (bound.item() for bound in x.aminmax())
-    images_of_bytes = x.ndim > 2 and low >= 0 and 127 < high <= 255
+    images_of_bytes = x.ndim > 2 and source.lengths is None and low >= 0 and 127 < high <= 255
     if source.eight_bit or images_of_bytes or (x.dtype == torch.uint8 and high > 1):
         return x.float() / 255, "intensities x/255"
     if x.dtype == torch.uint8:
@@ -385,16 +501,16 @@ def _intensities(x: Tensor, name: str) -> Tensor:
 
 def _is_real_table(x: Tensor) -> bool:
     """A table that is neither of counts up to 255 nor within [0, 1]: a Normal is its likelihood."""
+    dims, x = x.ndim, x[~x.isnan()]
     counts = bool((x == x.round()).all()) and x.min().item() >= 0 and x.max().item() <= 255
-    return x.ndim == 2 and not counts and not bool(((x >= 0) & (x <= 1)).all())
+    return dims == 2 and not counts and not bool(((x >= 0) & (x <= 1)).all())
 
 
-def _standardisation(
-    x: Tensor, train_rows: Tensor, columns: tuple[str, ...] | None, name: str
-) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (1/N) of the training rows, (D,) each."""
-    location, scale = x[train_rows].mean(0), x[train_rows].std(0, correction=0)
-    rounding = 1e-12 * x.abs().amax(0)
+def _standardisation(train: Tensor, table: Tensor, columns: tuple[str, ...] | None, name: str) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (1/N) of the training rows of a table, (D,) each."""
+    location = train.nanmean(0)
+    scale = (train - location).square().nanmean(0).sqrt()
+    rounding = 1e-12 * table.abs().nan_to_num(0.0).amax(0)
     constant = (scale <= rounding).nonzero().flatten().tolist()
     if constant:
         raise ValueError(
@@ -441,7 +557,9 @@ def _absolute(path: str | os.PathLike[str]) -> str:
     return str(Path(path).expanduser().absolute())
 
 
-def _noun(shape: torch.Size) -> str:
+def _noun(shape: torch.Size, sequences: bool) -> str:
+    if sequences:
+        return f"sequences of up to {shape[1]} steps, {shape[2]} number{'s' if shape[2] > 1 else ''} each"
     if len(shape) == 2:
         return f"rows of {shape[1]} column{'s' if shape[1] > 1 else ''}"
     _, channels, height, width = shape

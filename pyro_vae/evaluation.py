@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from .compiled import Compiled
 from .data import as_data
+from .distributions import MarkovChain
 from .log_weights import LogWeights, Structure, Structures, log_weights, samples
 
 __all__ = ["Estimate", "Evaluation", "evaluate", "generalized_pareto_shape"]
@@ -56,6 +57,7 @@ class Evaluation:
         khat: shape of the weights' Pareto tail; above 0.7 the weights cannot be trusted (arXiv 1507.02646).
         per_datum: each score's values, shape (N,): rank data by them.
         annealed: log p(x) by annealed importance sampling from the prior, where it was asked for: see `annealing`.
+        num_steps: (N,), how many steps each datum has where it is a sequence, else None.
     """
 
     elbo: Estimate
@@ -69,6 +71,20 @@ class Evaluation:
     num_data: int
     per_datum: dict[str, Tensor]
     annealed: Estimate | None = None
+    num_steps: Tensor | None = None
+
+    @property
+    def per_step(self) -> dict[str, Estimate] | None:
+        """Of sequences: scores in nats per step, ``sum_i score_i / sum_i T_i``, which long ones have more part in."""
+        if self.num_steps is None:
+            return None
+        T, N, found = self.num_steps.double(), self.num_data, {}
+        for name in ("elbo", "log_evidence", "kl"):
+            score, mean = self.per_datum[name], float(T.mean())
+            ratio = float(score.sum() / T.sum())
+            error = float((score - ratio * T).std()) / (math.sqrt(N) * mean) if N > 1 else math.nan
+            found[name] = Estimate(ratio, error, getattr(self, name).standard_error_draws / mean)
+        return found
 
     def table(self) -> dict[str, Estimate]:
         names = ["elbo", "log_evidence", *(["annealed"] if self.annealed else []), "kl", "ess", "khat"]
@@ -77,6 +93,11 @@ class Evaluation:
     def __str__(self) -> str:
         rows = [f"{name:>13}  {estimate}" for name, estimate in self.table().items()]
         rows.append(f"{'active_units':>13}  {self.active_units}")
+        if self.per_step is not None:
+            rows += [
+                f"{f'{name}/step':>13}  {each.value:.4f} ± {each.standard_error:.4f}"
+                for name, each in self.per_step.items()
+            ]
         if self.khat.value > 0.7:
             rows.append("khat is above 0.7: few draws carry the weight, and log p(x) may lie well above log_evidence")
         return "\n".join([f"{self.num_data} data, {self.num_samples} draws each; nats per datum", *rows])
@@ -197,14 +218,15 @@ def evaluate(
         for begin in range(0, len(data), rows):
             count = min(rows, len(data) - begin)
             index = torch.arange(begin, begin + rows, device=device).clamp(max=len(data) - 1)  # graphs have one shape
-            args, kwargs = data.batch(index, generator)
+            args, kwargs = data.trimmed_batch(index, generator)
             sums = _Sums(len(index), tail)
             _check_plates(structures.of(model, guide, args, kwargs, "data"))
             with torch.random.fork_rng():
-                _check_observed(log_weights(model, guide, args, kwargs, 1, structures, plate="data"))
+                weights = log_weights(model, guide, args, kwargs, 1, structures, plate="data")
+            _check_observed(weights)
             for K in draws:
                 sums.add(*compute(args, kwargs, K))
-            for name, value in _scores(sums, num_samples).items():
+            for name, value in (_scores(sums, num_samples) | _num_steps(weights)).items():
                 whole = scores.setdefault(name, value.new_empty(len(data), *value.shape[1:]))
                 whole[begin : begin + count] = value[:count]
             bar.update(count)
@@ -216,6 +238,15 @@ def evaluate(
     found = annealed(model, data, num_temperatures=annealing, seed=seed, progress=progress, compile=compile)
     per_datum = evaluation.per_datum | {"annealed": found.per_datum}
     return replace(evaluation, per_datum=per_datum, annealed=found.log_evidence)
+
+
+def _num_steps(weights: LogWeights) -> dict[str, Tensor]:
+    """How many steps the chain of each datum has."""
+    for _, p, _, _ in weights.sites.values():
+        if isinstance(p, MarkovChain):
+            steps = torch.full((weights.log_weight.shape[1],), p.num_steps)
+            return {"num_steps": steps if p.mask_ is None else p.mask_.sum(-1).cpu()}
+    return {}
 
 
 def _parts(
@@ -266,7 +297,7 @@ def _moments(weights: LogWeights) -> dict[str, Tensor]:
     return moments
 
 
-def _summary(scores: dict[str, Tensor], K: int, log_jacobian: float) -> Evaluation:
+def _summary(scores: dict[str, Tensor], K: int, log_jacobian: float | Tensor) -> Evaluation:
     N = len(scores["elbo"])
     for name in ("elbo", "log_evidence"):
         scores[name] = scores[name] + log_jacobian
@@ -285,6 +316,7 @@ def _summary(scores: dict[str, Tensor], K: int, log_jacobian: float) -> Evaluati
         num_samples=K,
         num_data=N,
         per_datum={name: scores[name] for name in ("elbo", "log_evidence", "kl", "ess", "khat")},
+        num_steps=scores.get("num_steps"),
     )
 
 

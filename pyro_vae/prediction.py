@@ -58,10 +58,11 @@ class Encoding:
     draws: Tensor | None
 
 
-def sample(model: Callable, num_samples: int, *, seed: int = 0, mean: bool = False) -> Tensor:
+def sample(model: Callable, num_samples: int, *, seed: int = 0, mean: bool = False, **kwargs: Any) -> Tensor:
     """Draws ``x ~ p(x)``, shape ``(num_samples, *event_shape)``; with `mean`, ``E[x | z]`` at ``z ~ p(z)``.
 
-    The units are the model's: ``dataset.restore`` leads back to those of a standardised table.
+    The units are the model's: ``dataset.restore`` leads back to those of a standardised table. The model gets further
+    keywords, as a model of sequences needs `num_steps`.
 
     Raises:
         ValueError: fewer than one draw, no site ``"x"``, or `mean` where p(x | z) has none in closed form.
@@ -74,11 +75,11 @@ def sample(model: Callable, num_samples: int, *, seed: int = 0, mean: bool = Fal
     if num_samples < 1:
         raise ValueError(f"expected num_samples >= 1, got {num_samples}: give a positive number")
     with isolated(model):
-        rows = _rows(_observation(_drawn(model, 1))["value"].numel())
+        rows = _rows(_observation(_drawn(model, 1, kwargs))["value"].numel())
         torch.manual_seed(seed)
         parts = []
         for begin in range(0, num_samples, rows):
-            site = _observation(_drawn(model, min(rows, num_samples - begin)))
+            site = _observation(_drawn(model, min(rows, num_samples - begin), kwargs))
             parts.append((_mean(site) if mean else _by_datum(site, site["value"])).cpu())
     return torch.cat(parts)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Steps", "steps_of"]
+__all__ = ["Carried", "Steps", "latent_rmse", "steps_of", "windows"]
 
 
 class Steps(NamedTuple):
@@ -22,6 +23,33 @@ class Steps(NamedTuple):
     x: Tensor
     there: Tensor | None
     observed: Tensor | None
+
+    @property
+    def seen(self) -> Tensor:
+        """(B, T, D): x, and 0 where it is not observed."""
+        if self.observed is None:
+            return self.x
+        return torch.where(self.observed if self.observed.dim() == 3 else self.observed[..., None], self.x, 0.0)
+
+    @property
+    def last(self) -> Tensor:
+        """(B,), which step is a sequence's last."""
+        if self.there is None:
+            return torch.full((len(self.x),), self.x.shape[1] - 1, device=self.x.device)
+        return self.there.sum(1) - 1
+
+
+class Carried(NamedTuple):
+    """What a window of a long series gets from the one before it, for each of B series.
+
+    Attributes:
+        z: (B, Z), at the last step; x: (B, D), that step, 0 where it is not observed.
+        h: the state (B, H) of the guide's network that reads forwards, a tuple.
+    """
+
+    z: Tensor
+    x: Tensor
+    h: tuple[Tensor, ...] = ()
 
 
 def steps_of(x: Tensor, lengths: Tensor | None = None, mask: Tensor | None = None) -> Steps:
@@ -57,4 +85,43 @@ def steps_of(x: Tensor, lengths: Tensor | None = None, mask: Tensor | None = Non
     observed = seen & (there if seen.dim() == 2 else there[..., None])
     first = (frames & there).to(torch.uint8).argmax(1)
     something = x[torch.arange(B, device=x.device), first][:, None]
+    something = torch.where(something.isfinite(), something, 0.0)  # of a sequence without any observation
     return Steps(x.where(observed if observed.dim() == 3 else observed[..., None], something), there, observed)
+
+
+def windows(
+    size: int, x: Tensor, u: Tensor | None = None, *, lengths: Tensor | None = None, mask: Tensor | None = None
+) -> Iterator[tuple[tuple[Tensor, ...], dict[str, Any]]]:
+    """Series x (B, T, D) in windows of `size` steps, the last one shorter: arguments of model and guide.
+
+    Raises:
+        ValueError: no steps in a window.
+
+    Example:
+        >>> [args[0].shape[1] for args, _ in windows(4, torch.zeros(2, 10, 1))]
+        [4, 4, 2]
+    """
+    if size < 1:
+        raise ValueError(f"expected windows of at least one step, got size {size}")
+    for begin in range(0, x.shape[1], size):
+        part = slice(begin, begin + size)
+        kwargs = {} if lengths is None else {"lengths": (lengths - begin).clamp(0, size)}
+        if mask is not None:
+            kwargs["mask"] = mask[:, part]
+        yield tuple(each[:, part] for each in (x, u) if each is not None), kwargs
+
+
+def latent_rmse(draws: Tensor, truth: Tensor, lengths: Tensor | None = None) -> float:
+    """The root of the mean squared distance of E[z_t] from the truth, over steps that are there and dimensions.
+
+    Args:
+        draws: (S, B, T, Z); truth: (B, T, Z); lengths: (B,).
+
+    Example:
+        >>> latent_rmse(torch.zeros(10, 2, 3, 1), torch.full((2, 3, 1), 2.0))
+        2.0
+    """
+    there = torch.ones(truth.shape[:2], dtype=torch.bool, device=truth.device)
+    if lengths is not None:
+        there = torch.arange(truth.shape[1], device=truth.device) < lengths[:, None]
+    return float((draws.mean(0) - truth)[there].square().mean().sqrt())

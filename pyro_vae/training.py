@@ -189,7 +189,7 @@ def fit(
         try:
             with scale or contextlib.nullcontext():
                 for rows in sizes:
-                    args, kwargs = data.batch(torch.arange(rows, device=place), _generator(place, seed))
+                    args, kwargs = data.trimmed_batch(torch.arange(rows, device=place), _generator(place, seed))
                     svi.initialize(*args, **kwargs)
         finally:  # data outside the support fail in either; this says it better
             for part in (data, held_out):
@@ -209,15 +209,15 @@ def fit(
         share = _share(svi, data)
         bar = tqdm(total=epochs * steps_per_epoch, initial=svi.steps, unit="step", disable=None if progress else True)
         while state.epoch < epochs and not state.finished:
-            order = torch.randperm(len(data), generator=_generator("cpu", seed, state.epoch)).to(place)
-            for index in order.split(batch_size)[state.position :]:
+            batches = data.batches(batch_size, _generator("cpu", seed, state.epoch))
+            for index in batches[state.position :]:
                 now = svi.steps / steps_per_epoch
                 if scale and kl_weight:
                     scale.weight = kl_weight(now)
                 if learning_rate:
                     for group, given in zip(svi.update.groups, svi.update.settings, strict=True):
                         group["lr"] = given["lr"] * learning_rate(now)
-                args, kwargs = data.batch(index, state.generator)
+                args, kwargs = data.trimmed_batch(index, state.generator)
                 with scale or contextlib.nullcontext():
                     state.total = state.total + svi.step_async(*args, **kwargs).reshape(-1)[0] * share(len(index))
                 state.position += 1
@@ -230,7 +230,7 @@ def fit(
                     raise KeyboardInterrupt(f"saved at step {svi.steps}: go on with resume={str(path)!r}")
             svi.settle()
             record: dict[str, Any] = {"epoch": state.epoch + 1, "steps": svi.steps}
-            record["bound"] = data.log_jacobian - float(state.total) / len(data)
+            record["bound"] = data.mean_log_jacobian - float(state.total) / len(data)
             if held_out is not None:
                 record["valid"] = _validation_bound(svi, held_out, share, 8 * batch_size, seed)
             record["kl_weight"] = kl_weight((svi.steps - 1) / steps_per_epoch) if kl_weight else 1.0
@@ -431,10 +431,10 @@ def _validation_bound(svi: SVI, data: Data, share: Callable[[int], float], batch
         torch.manual_seed(seed)
         generator = _generator(data.args[0].device, seed)
         for index in torch.arange(len(data), device=data.args[0].device).split(batch_size):
-            args, kwargs = data.batch(index, generator)
+            args, kwargs = data.trimmed_batch(index, generator)
             loss = svi.loss(svi.model, svi.guide, *args, **kwargs)
             total += float(loss[0] if isinstance(loss, tuple) else loss) * share(len(index))
-    return data.log_jacobian - total / len(data)
+    return data.mean_log_jacobian - total / len(data)
 
 
 def select_device(device: str) -> torch.device:

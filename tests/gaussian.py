@@ -1,6 +1,12 @@
 """Exact answers for linear-Gaussian state-space models, by the dense joint distribution of all steps."""
 
+import numpy as np
+import pyro.distributions as dist
 import torch
+from torch import nn
+
+from pyro_vae.models import StateSpaceModel, likelihoods
+from pyro_vae.models.transitions import Emission, Initial, LinearTransition, NormalTransition
 
 
 class Linear:
@@ -53,3 +59,41 @@ class Linear:
             offsets.append(mean[:, t] - mean[:, t - 1] @ gain.mT)
             covariances.append(covariance[now, now] - gain @ covariance[before, now])
         return torch.stack(gains), torch.stack(offsets, 1), torch.stack(covariances)
+
+
+def walk(T):
+    """A linear model of one number, and its dense joint distribution."""
+    torch.manual_seed(0)
+    model = StateSpaceModel(
+        Initial(1, scale=1.0),
+        LinearTransition(1, scale=0.5),
+        Emission(1, 1, likelihoods.Normal(initial_scale=0.4), nn.Sequential(nn.Linear(1, 1), nn.Unflatten(-1, (1, 1)))),
+    )
+    with torch.no_grad():
+        linear, transition = model.emission.network[0], model.transition.mean.function
+        noise = model.emission(torch.zeros(1, 1)).variance
+        parts = (transition.weight, transition.bias, torch.full((1, 1), 0.25), linear.weight, linear.bias)
+        return model, Linear(T, *parts, noise.view(1, 1), torch.zeros(1), torch.eye(1))
+
+
+def linear_data():
+    """The data of arXiv 1609.09869's linear model, by the seed of its code."""
+    state = np.random.RandomState(1)
+    splits = []
+    for count, steps in ((5000, 25), (500, 25)):
+        z = [state.randn(count, 1)]
+        for _ in range(1, steps):
+            z.append(z[-1] + 0.05 + 10**0.5 * state.randn(count, 1))
+        z = np.stack(z, 1)
+        splits.append((torch.tensor(0.5 * z + 20**0.5 * state.randn(count, steps, 1)), torch.tensor(z)))
+    return splits
+
+
+class Half(nn.Module):
+    def forward(self, z):
+        return dist.Normal(0.5 * z, 20**0.5).to_event(1)
+
+
+def krishnan():
+    transition = NormalTransition(lambda z: z + 0.05, 1, 10**0.5)
+    return StateSpaceModel(Initial(1, scale=1.0, learned_mean=False), transition, Half())

@@ -334,14 +334,14 @@ def test_a_truncated_idx_file_is_named(tmp_path, monkeypatch):
 
 def write_small_mnist(root: Path, monkeypatch) -> Path:
     """An MNIST of 30 + 10 images in the place of the real one."""
-    shapes = {file: (30 if "train" in file else 10, *shape[1:]) for file, shape in sources._IDX_SHAPES.items()}
-    monkeypatch.setattr(sources, "_IDX_SHAPES", shapes)
-    real_source = sources.Source
+    shapes = {file: (30 if "train" in file else 10, *shape[1:]) for file, shape in sources.images._IDX_SHAPES.items()}
+    monkeypatch.setattr(sources.images, "_IDX_SHAPES", shapes)
+    real_source = sources.images.Source
 
     def small_source(*args, **kwargs):
         return real_source(*args, **kwargs | {"sizes": (20, 10, 10), "order": torch.arange(40)})
 
-    monkeypatch.setattr(sources, "Source", small_source)
+    monkeypatch.setattr(sources.images, "Source", small_source)
     raw = root / "MNIST" / "raw"
     raw.mkdir(parents=True, exist_ok=True)
     for file, shape in shapes.items():
@@ -357,7 +357,7 @@ def test_an_interrupted_mnist_download_leaves_nothing(failure, tmp_path, monkeyp
     def download(self):
         folder = Path(self.raw_folder)
         folder.mkdir(parents=True)
-        for file in sources._IDX_SHAPES:
+        for file in sources.images._IDX_SHAPES:
             (folder / file).write_bytes(b"half")
         if failure is not None:
             raise failure
@@ -373,7 +373,7 @@ def test_a_download_replaces_a_truncated_file(tmp_path, monkeypatch):
     from torchvision import datasets
 
     raw = write_small_mnist(tmp_path, monkeypatch)
-    whole = {file: (raw / file).read_bytes() for file in sources._IDX_SHAPES}
+    whole = {file: (raw / file).read_bytes() for file in sources.images._IDX_SHAPES}
 
     def download(self):
         Path(self.raw_folder).mkdir(parents=True)
@@ -390,7 +390,7 @@ def test_a_frey_download_is_checked(tmp_path, monkeypatch):
     content = (real_data("freyfaces/frey_rawface.mat") / "freyfaces" / "frey_rawface.mat").read_bytes()
 
     def serve(body):
-        monkeypatch.setattr(sources.urllib.request, "urlopen", lambda *args, **kwargs: io.BytesIO(body))
+        monkeypatch.setattr(sources.base.urllib.request, "urlopen", lambda *args, **kwargs: io.BytesIO(body))
 
     serve(content[:5000])
     with pytest.raises(OSError, match="sha256 .* nothing was kept: try again"):
@@ -528,7 +528,7 @@ def test_image_folders(tmp_path):
 
 
 names = st.text(st.characters(codec="utf-8", exclude_characters="\x00\ufeff"), min_size=1, max_size=8).filter(
-    lambda name: name.strip() and sources._number(name) != sources._number(name)
+    lambda name: name.strip() and sources.files._number(name) != sources.files._number(name)
 )
 whole_tables = hnp.arrays(np.int64, st.tuples(st.integers(10, 20), st.integers(1, 4)), elements=st.integers(0, 255))
 

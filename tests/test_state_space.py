@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from conftest import needed
-from gaussian import Linear
+from gaussian import Linear, walk
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch import nn
@@ -19,7 +19,7 @@ from pyro_vae.estimators import IWAE, DReG
 from pyro_vae.guides import StateSpaceGuide, families
 from pyro_vae.guides.state_space import TanhCombiner
 from pyro_vae.models import StateSpaceModel, likelihoods
-from pyro_vae.models.state_space import (
+from pyro_vae.models.transitions import (
     Emission,
     GatedTransition,
     Initial,
@@ -93,13 +93,14 @@ def test_who_sees_what(inference, cell):
         assert (of_z is not None) == inference.startswith("ST")
 
 
-@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
+@pytest.mark.parametrize("cell", ["rnn", "relu_rnn", "gru", "lstm"])
 def test_the_networks_are_torchs(cell):
     """Both directions, over padded sequences: as torch's own over packed ones."""
     _, guide = pair("MF-LR", cell=cell)
     x, lengths = batch()[0], torch.tensor([5, 2, 3, 1])
     inputs = torch.cat([x, torch.ones(B, T, 1)], -1)
-    network = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}[cell](D + 1, 4, batch_first=True, bidirectional=True)
+    kinds = {"rnn": nn.RNN, "relu_rnn": partial(nn.RNN, nonlinearity="relu"), "gru": nn.GRU, "lstm": nn.LSTM}
+    network = kinds[cell](D + 1, 4, batch_first=True, bidirectional=True)
     with torch.no_grad():
         for suffix, own in (("", guide.cells["L"]), ("_reverse", guide.cells["R"])):
             for name, value in own.named_parameters():
@@ -169,21 +170,6 @@ def test_what_is_missing_changes_nothing(missing, garbage):
         dirty = bound(model, guide, x.where(where, torch.tensor(garbage)), mask=mask)
         torch.testing.assert_close(dirty, clean, rtol=1e-12, atol=1e-12)
         assert float((clean[0] - bound(model, guide, x)[0]).abs()) > 0.1
-
-
-def walk(T):
-    """A linear model of one number, and its dense joint distribution."""
-    torch.manual_seed(0)
-    model = StateSpaceModel(
-        Initial(1, scale=1.0),
-        LinearTransition(1, scale=0.5),
-        Emission(1, 1, likelihoods.Normal(initial_scale=0.4), nn.Sequential(nn.Linear(1, 1), nn.Unflatten(-1, (1, 1)))),
-    )
-    with torch.no_grad():
-        linear, transition = model.emission.network[0], model.transition.mean.function
-        noise = model.emission(torch.zeros(1, 1)).variance
-        parts = (transition.weight, transition.bias, torch.full((1, 1), 0.25), linear.weight, linear.bias)
-        return model, Linear(T, *parts, noise.view(1, 1), torch.zeros(1), torch.eye(1))
 
 
 def test_a_missing_value_is_integrated_out():
@@ -324,7 +310,7 @@ def test_bad_input():
         (lambda: guide(x, u, lengths=torch.ones(2)), "expected lengths of shape"),
         (lambda: guide(x, u, mask=torch.ones(2, 3)), "expected a mask of shape"),
         (lambda: pair("ST-RL"), "expected inference MF-L"),
-        (lambda: pair(cell="tcn"), "expected cell to be one of rnn, gru, lstm"),
+        (lambda: pair(cell="tcn"), "expected cell to be one of rnn, relu_rnn, gru, lstm"),
     ):
         with pytest.raises(ValueError, match=said.replace("(", r"\(")):
             call()
@@ -337,34 +323,3 @@ def test_the_command_line_says_that_it_has_no_model_of_sequences(capsys, monkeyp
     assert main(["fit", "--data", "jsb_chorales"]) == 2
     assert "expected a model of sequences for jsb_chorales" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
-
-
-def linear_data():
-    """The data of arXiv 1609.09869's linear model, by the seed of its code."""
-    state = np.random.RandomState(1)
-    splits = []
-    for count, steps in ((5000, 25), (500, 25)):
-        z = [state.randn(count, 1)]
-        for _ in range(1, steps):
-            z.append(z[-1] + 0.05 + 10**0.5 * state.randn(count, 1))
-        z = np.stack(z, 1)
-        splits.append((torch.tensor(0.5 * z + 20**0.5 * state.randn(count, steps, 1)), torch.tensor(z)))
-    return splits
-
-
-class Half(nn.Module):
-    def forward(self, z):
-        return dist.Normal(0.5 * z, 20**0.5).to_event(1)
-
-
-def krishnan():
-    transition = NormalTransition(lambda z: z + 0.05, 1, 10**0.5)
-    return StateSpaceModel(Initial(1, scale=1.0, learned_mean=False), transition, Half())
-
-
-def test_the_exact_evidence_of_the_linear_model():
-    """3.0741 nats per step on the validation split: the data, and the dense joint, are those of the paper."""
-    x = linear_data()[1][0]
-    one = torch.eye(1)
-    exact = Linear(25, one, torch.tensor([0.05]), 10 * one, 0.5 * one, torch.zeros(1), 20 * one, torch.zeros(1), one)
-    assert float(exact.log_evidence(x).mean()) / 25 == pytest.approx(-3.0741, abs=5e-5)

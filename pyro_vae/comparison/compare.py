@@ -190,4 +190,5 @@ def _some(N: int, count: int, seed: int) -> Tensor:
 
 def _fixed(data: Data, rows: Tensor, generator: torch.Generator) -> Data:
     """These data, drawn once where they are drawn afresh at each call."""
-    return Data(*data.batch(rows.to(data.device), generator), log_jacobian=data.log_jacobian)
+    of_rows = data.log_jacobian[rows] if isinstance(data.log_jacobian, Tensor) else data.log_jacobian
+    return Data(*data.batch(rows.to(data.device), generator), log_jacobian=of_rows)

@@ -10,6 +10,7 @@ from .base import Coefficients, Estimator
 from .bounds import CIWAE, ELBO, IWAE, MIWAE, PIWAE, STL, VIMCO, BetaELBO, DReG, FreeBits, Renyi, ScoreFunction
 from .constrained import ConstrainedELBO, Constraint, MutualInformation, Rate, Reconstruction
 from .semi_supervised import SemiSupervisedELBO
+from .sequences import PredictionPenalty
 from .wake_sleep import ReweightedWakeSleep, WakeSleep
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Rate",
     "Reconstruction",
     "Renyi",
+    "PredictionPenalty",
     "ReweightedWakeSleep",
     "ScoreFunction",
     "SemiSupervisedELBO",

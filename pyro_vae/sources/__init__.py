@@ -1,0 +1,76 @@
+"""The sources of data, as they are: named data sets, and files and folders of the user's own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from .base import Columns, Source, column_name, kind_of
+from .files import checked, read_csv, read_images, read_npy, read_npz, read_pt
+from .images import digits, freyfaces, mnist
+from .sequences import polyphonic, simulated, sp500
+
+__all__ = ["NAMED", "Columns", "Source", "column_name", "find", "kind_of"]
+
+NAMED: dict[str, Callable[[Path, bool], Source]] = {
+    "digits": digits,
+    "mnist": mnist("MNIST", "handwritten digits"),
+    "fashion_mnist": mnist("FashionMNIST", "pieces of clothing"),
+    "freyfaces": freyfaces,
+    "jsb_chorales": polyphonic("jsb_chorales", "chorales of four voices, in quarter notes"),
+    "piano_midi": polyphonic("piano_midi", "pieces for piano"),
+    "muse_data": polyphonic("muse_data", "pieces for orchestra and piano"),
+    "nottingham": polyphonic("nottingham", "folk tunes with chords"),
+    "sp500": sp500,
+    "linear_sequences": simulated("linear_sequences"),
+    "nonlinear_sequences": simulated("nonlinear_sequences"),
+    "pendulum": simulated("pendulum"),
+    "stochastic_volatility": simulated("stochastic_volatility"),
+}
+
+
+def _names() -> str:
+    return ", ".join(NAMED)
+
+
+def find(
+    name_or_path: str | os.PathLike[str],
+    root: str | os.PathLike[str] | None,
+    download: bool,
+    columns: Columns,
+) -> tuple[str, Source]:
+    if not isinstance(name_or_path, str | os.PathLike):
+        raise ValueError(f"expected a data set's name or a path, got {kind_of(name_or_path)}: pass one of {_names()}")
+    text = os.fspath(name_or_path)
+    for option, column in columns._asdict().items():
+        if column and (text in NAMED or Path(text).suffix.lower() != ".csv"):
+            raise ValueError(f"expected a .csv file for {option}={column!r}, got {text!r}: leave {option}= out")
+    if text in NAMED:
+        root = Path(root or os.environ.get("PYRO_VAE_DATA") or "~/.cache/pyro_vae").expanduser()
+        return text, NAMED[text](root, download)
+
+    path = Path(text).expanduser()
+    if not path.exists():
+        message = f"expected one of {_names()} or a path that exists, got {text!r}: correct the name or the path"
+        raise (FileNotFoundError if path.suffix or len(path.parts) > 1 else ValueError)(message)
+    readers: dict[str, Callable[[Path], Source]] = {
+        ".npy": read_npy,
+        ".npz": read_npz,
+        ".pt": read_pt,
+        ".csv": partial(read_csv, columns=columns),
+    }
+    suffix = path.suffix.lower()
+    if path.is_dir():
+        source = read_images(path)
+    elif suffix not in readers:
+        raise ValueError(
+            f"expected a folder of images or a file ending in {', '.join(readers)}, got {text!r}: convert "
+            "it with numpy.save, say"
+        )
+    elif path.stat().st_size == 0:
+        raise ValueError(f"expected data in {path}, got an empty file: write it again")
+    else:
+        source = readers[suffix](path)
+    return path.name if path.is_dir() else path.stem, checked(source, path)

@@ -1,0 +1,101 @@
+"""What a source of data tells, and how files come from the network."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Columns",
+    "Source",
+    "column_name",
+    "download_failed",
+    "download_file",
+    "first_line",
+    "kind_of",
+    "temporary_sibling",
+]
+
+
+class Columns(NamedTuple):
+    """Which columns of a .csv are no features, and how many steps a piece of one series has."""
+
+    label: str | None = None
+    id: str | None = None
+    time: str | None = None
+    inputs: tuple[str, ...] = ()
+    window: int | None = None
+
+
+@dataclass(eq=False)
+class Source:
+    """The raw contents of a source, in the source's order."""
+
+    x: Tensor  # (N, ...), uint8, float32 or float64; of sequences (N, T, D), padded with zeros
+    labels: Tensor | None = None
+    ids: np.ndarray | None = None
+    columns: tuple[str, ...] | None = None
+    classes: tuple[str, ...] | None = None
+    lengths: Tensor | None = None  # (N,), of sequences, and what goes with their steps, padded alike:
+    inputs: Tensor | None = None  # (N, T, C)
+    mask: Tensor | None = None  # (N, T, D), False where a value is missing
+    latents: Tensor | None = None  # (N, T, Z), the truth of simulated ones
+    in_time: bool = False  # the first rows are the training split, the last ones the test split
+    as_they_are: bool = False  # real values that are not standardised
+    sizes: tuple[int, int, int] | None = None  # the data set's own split of x[order]
+    order: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    peak: int = 1  # the value that stands for probability 1
+    eight_bit: bool = False
+    noun: str = ""
+    values: str = ""
+
+
+def download_file(url: str, path: Path, sha256: str | None = None) -> None:
+    with temporary_sibling(path.parent) as temporary:
+        fresh = Path(temporary) / path.name
+        try:
+            with urllib.request.urlopen(url, timeout=60) as response, fresh.open("wb") as file:
+                shutil.copyfileobj(response, file)
+        except Exception as error:
+            raise OSError(download_failed(url, path.parent, error)) from error
+        checksum = hashlib.sha256(fresh.read_bytes()).hexdigest()
+        if sha256 not in (None, checksum):
+            problem = f"sha256 {checksum[:12]}... instead of {sha256[:12]}..."
+            raise OSError(download_failed(url, path.parent, problem))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(fresh, path)
+
+
+def temporary_sibling(folder: Path) -> tempfile.TemporaryDirectory[str]:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return tempfile.TemporaryDirectory(prefix=f".{folder.name}-download-", dir=folder.parent)
+
+
+def download_failed(what: str, folder: Path, problem: object) -> str:
+    return (
+        f"expected to download {what}, got a failure ({first_line(problem)}), nothing was kept: "
+        f"try again, or put the files into {folder} yourself"
+    )
+
+
+def column_name(j: int, columns: tuple[str, ...] | None) -> str:
+    return f"{j} (from 0)" if columns is None else repr(columns[j])
+
+
+def kind_of(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+
+
+def first_line(problem: object) -> str:
+    lines = str(problem).strip().splitlines()
+    return lines[0][:160] if lines else type(problem).__name__

@@ -1,0 +1,388 @@
+"""Files and folders of the user's own."""
+
+from __future__ import annotations
+
+import csv
+import math
+import pickle
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .base import Columns, Source, column_name, first_line, kind_of
+
+__all__ = ["checked", "read_csv", "read_images", "read_npy", "read_npz", "read_pt"]
+
+
+def read_npy(path: Path) -> Source:
+    with path.open("rb") as file:
+        if file.read(6) != b"\x93NUMPY":
+            raise ValueError(f"expected an array in {path}, got a foreign file: write it with numpy.save")
+        file.seek(0)
+        try:
+            array = np.lib.format.read_array(file, allow_pickle=False)
+        except Exception as error:
+            raise _unreadable(path, error) from error
+    return Source(_from_numpy(array, path))
+
+
+def read_npz(path: Path) -> Source:
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"expected arrays in {path}, got a foreign or truncated file: write it with numpy.savez")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except Exception as error:
+        raise _unreadable(path, error) from error
+    others = [name for name in arrays if name not in ("labels", "lengths", "u", "mask")]
+    name = "x" if "x" in arrays else others[0] if len(others) == 1 else None
+    if name is None:
+        raise ValueError(f"expected an array x, or one array only, in {path}, got {others}: name the data x")
+    labels, classes = _labels(arrays["labels"], path) if "labels" in arrays else (None, None)
+    x = _from_numpy(arrays[name], path)
+    if not {"lengths", "u", "mask"} & arrays.keys():
+        return Source(x, labels, classes=classes)
+    return _sequences(x, labels, classes, arrays, path)
+
+
+def _sequences(
+    x: Tensor, labels: Tensor | None, classes: tuple[str, ...] | None, arrays: dict[str, np.ndarray], path: Path
+) -> Source:
+    """x (N, T, D), or (N, T) of numbers, and what goes with its steps."""
+    x = x[..., None] if x.ndim == 2 else x
+    if x.ndim != 3:
+        raise ValueError(f"expected sequences x of shape (N, T, D) in {path}, got {tuple(x.shape)}: reshape x")
+    N, T, D = x.shape
+    lengths = torch.from_numpy(np.asarray(arrays.get("lengths", np.full(N, T))))
+    whole = not lengths.is_floating_point() and not lengths.is_complex() and lengths.dtype != torch.bool
+    if lengths.shape != (N,) or not whole or int(lengths.min()) < 1 or int(lengths.max()) > T:
+        raise ValueError(
+            f"expected lengths in {path} to be {N} whole numbers from 1 to {T}, got {lengths.dtype} of shape "
+            f"{tuple(lengths.shape)}: give how many steps of each sequence are there"
+        )
+    found: dict[str, Tensor] = {}
+    for name, shapes in (("u", ((N, T),)), ("mask", ((N, T), (N, T, D)))):
+        if name in arrays:
+            value = _from_numpy(arrays[name], path)
+            if value.shape not in shapes and not (name == "u" and value.ndim == 3 and value.shape[:2] == (N, T)):
+                wanted = "(N, T, C)" if name == "u" else f"{(N, T)} or {(N, T, D)}"
+                raise ValueError(f"expected {name} of shape {wanted} in {path}, got {tuple(value.shape)}: reshape it")
+            found[name] = value[..., None] if value.ndim == 2 else value
+    mask = found["mask"].bool().expand(N, T, D) if "mask" in found else None
+    return Source(x, labels, classes=classes, lengths=lengths.long(), inputs=found.get("u"), mask=mask)
+
+
+def read_pt(path: Path) -> Source:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        pickled = zipfile.is_zipfile(path) and isinstance(error, pickle.UnpicklingError)
+        raise ValueError(
+            f"expected a tensor, or a dict with x and labels, in {path}, got "
+            f"{'pickled objects' if pickled else 'a truncated or foreign file'}: write it with torch.save"
+        ) from error
+    if isinstance(content, dict) and "x" not in content:
+        raise ValueError(f"expected a tensor x in the dict of {path}, got the keys {list(content)}: name the data x")
+    x, labels = (content["x"], content.get("labels")) if isinstance(content, dict) else (content, None)
+    for name, value in (("x", x), ("labels", labels)):
+        if not isinstance(value, Tensor) and not (name == "labels" and value is None):
+            raise ValueError(f"expected {name} in {path} to be a tensor, got {kind_of(value)}: save it as a tensor")
+    if x.is_complex() or x.is_quantized or x.layout != torch.strided:
+        raise ValueError(
+            f"expected a dense real tensor in {path}, got {x.dtype} ({x.layout}): convert it before saving"
+        )
+    x = x.detach().to(torch.uint8 if x.dtype in (torch.bool, torch.uint8) else torch.float64)
+    codes = None if labels is None else _labels(labels.detach().double().numpy(), path)[0]
+    return Source(x, codes)
+
+
+def read_csv(path: Path, columns: Columns) -> Source:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            header, *rows = [row for row in csv.reader(file, strict=True) if row] or [[]]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"expected comma-separated text in UTF-8 in {path}, got something else ({first_line(error)}): "
+            "export it anew as CSV"
+        ) from error
+    _check_header(path, header)
+    for i, row in enumerate(rows):
+        if len(row) != len(header):
+            raise ValueError(
+                f"expected {len(header)} cells in row {i} (from 0) of {path}, got {len(row)}: mend that row"
+            )
+    label, id, time, inputs, window = columns
+    named = [("label", label), ("id", id), ("time", time), *(("inputs", name) for name in inputs)]
+    for option, name in named:
+        if name is not None and name not in header:
+            raise ValueError(
+                f"expected {option}= to be one of the columns {header} of {path}, got {name!r}: correct it"
+            )
+    for option, given, wanted in (("inputs", inputs, "time"), ("window", window, "time"), ("label", label, "no time")):
+        if given and (time is None) == (option != "label"):
+            raise ValueError(f"expected {wanted}= beside {option}= of {path}: sequences are told by their times")
+    if time is not None and (id is None) == (window is None):
+        raise ValueError(
+            f"expected id= (a sequence for each) or window= (one series, in pieces of so many steps) beside time= of "
+            f"{path}, got {'neither' if id is None else 'both'}: give one"
+        )
+    if window is not None and window < 1:
+        raise ValueError(f"expected window >= 1, got {window}: give how many steps a piece has")
+
+    cells = dict(zip(header, zip(*rows, strict=True), strict=True)) if rows else {name: () for name in header}
+    apart = {name for _, name in named}
+    features = [name for name in header if name not in apart]
+    if not features:
+        raise ValueError(f"expected a column beside label and id in {path}, got none: add a numeric column")
+    x = _numbers(path, header, cells, features)
+    ids = None if id is None else np.array(cells[id], dtype=str)
+    if time is not None:
+        u = _numbers(path, header, cells, list(inputs)) if inputs else None
+        return _in_time(path, x, u, ids, time, cells[time], window, tuple(features))
+    labels, classes = (None, None) if label is None else _csv_labels(path, label, cells[label])
+    return Source(torch.from_numpy(x), labels, ids, tuple(features), classes)
+
+
+def _numbers(path: Path, header: list[str], cells: Mapping[str, Sequence[str]], names: Sequence[str]) -> np.ndarray:
+    """The values of columns, (rows, columns), NaN where one is missing."""
+    x = np.empty((len(cells[names[0]]), len(names)))
+    for j, name in enumerate(names):
+        if not name.strip():
+            raise ValueError(
+                f"expected a name for every column of {path}, got none for column {header.index(name)} (from "
+                f"0): name it in the header, or pass id={name!r} if it only numbers the rows"
+            )
+        for i, cell in enumerate(cells[name]):
+            x[i, j] = _number(cell)
+            if _is_word(cell):
+                words = [column for column in names[j:] if any(map(_is_word, cells[column]))]
+                also = f" (also in {', '.join(map(repr, words[1:]))})" if words[1:] else ""
+                raise ValueError(
+                    f"expected numbers in column {name!r} of {path}, got {cell!r} in row {i} (from 0){also}: name the "
+                    "column of labels with label= (--data.label) and that of ids with id= (--data.id), or drop it"
+                )
+    return x
+
+
+def _in_time(
+    path: Path,
+    x: np.ndarray,
+    u: np.ndarray | None,
+    ids: np.ndarray | None,
+    time: str,
+    cells: Sequence[str],
+    window: int | None,
+    columns: tuple[str, ...],
+) -> Source:
+    """Rows put in order of their times: a sequence for each id, or one series in pieces."""
+    times = np.array([_number(cell) for cell in cells])
+    if np.isnan(times).any():
+        try:
+            times = np.array([datetime.fromisoformat(cell.strip()).timestamp() for cell in cells])
+        except ValueError as error:
+            raise ValueError(
+                f"expected numbers or ISO dates in column {time!r} of {path}, got others ({first_line(error)}): write "
+                "them as 2006-09-26 or 2006-09-26 12:00"
+            ) from None
+    if u is not None and not np.isfinite(u).all():
+        raise ValueError(f"expected inputs in every row of {path}, got {int((~np.isfinite(u)).sum())} missing: fill in")
+    names = np.zeros(len(x), dtype=str) if ids is None else ids
+    parts = [np.flatnonzero(names == name) for name in dict.fromkeys(names.tolist())]
+    parts = [part[np.argsort(times[part], kind="stable")] for part in parts]
+    for part in parts:
+        if (np.diff(times[part]) == 0).any():
+            row = part[1:][np.diff(times[part]) == 0][0]
+            raise ValueError(f"expected distinct times in {path}, got {cells[row]!r} twice (row {row} from 0): mend it")
+    if window is not None:
+        (order,) = parts
+        parts = [order[begin : begin + window] for begin in range(0, len(order), window)]
+    lengths = torch.tensor([len(part) for part in parts])
+
+    def padded(values: np.ndarray) -> Tensor:
+        pieces = [torch.from_numpy(np.ascontiguousarray(values[part])) for part in parts]
+        return torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True)
+
+    mask = padded(np.isfinite(x))
+    return Source(
+        padded(np.nan_to_num(x)),
+        ids=None if ids is None else np.array([ids[part[0]] for part in parts]),
+        columns=columns,
+        lengths=lengths,
+        inputs=None if u is None else padded(u),
+        mask=None if np.isfinite(x).all() else mask,
+        in_time=window is not None,
+    )
+
+
+def _check_header(path: Path, header: list[str]) -> None:
+    if not header:
+        raise ValueError(f"expected a header row in {path}, got an empty file: write the columns' names first")
+    repeated = sorted({name for name in header if header.count(name) > 1})
+    if repeated:
+        raise ValueError(f"expected distinct column names in the header of {path}, got {repeated} twice: rename them")
+    numbers = [_number(name) for name in header]
+    if not any(math.isnan(number) for number in numbers) and any(number % 1 for number in numbers):
+        raise ValueError(f"expected a header row in {path}, got the numbers {header[:3]}...: write the names first")
+
+
+def _is_missing(cell: str) -> bool:
+    return cell.strip().lower() in ("", "na", "n/a", "nan", "null", "none")
+
+
+def _is_word(cell: str) -> bool:
+    return math.isnan(_number(cell)) and not _is_missing(cell)
+
+
+def _number(cell: str) -> float:
+    """The cell's value; NaN where it is missing or no number."""
+    try:
+        return math.nan if "_" in cell else float(cell)
+    except ValueError:
+        return math.nan
+
+
+def _csv_labels(path: Path, name: str, cells: Sequence[str]) -> tuple[Tensor, tuple[str, ...] | None]:
+    missing = [i for i, cell in enumerate(cells) if _is_missing(cell)]
+    if missing:
+        raise ValueError(
+            f"expected a label in every row of column {name!r} of {path}, got {len(missing)} missing, the "
+            f"first in row {missing[0]} (from 0): fill in or drop these rows"
+        )
+    numbers = np.array([_number(cell) for cell in cells])
+    return _labels(np.array(cells, dtype=str) if np.isnan(numbers).any() else numbers, path)
+
+
+_IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
+
+
+def _pixels(path: Path) -> np.ndarray:
+    """(H, W, 3), uint8; transparency is dropped."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            mode = image.mode
+            pixels = None if mode[0] in "IF" else np.asarray(image.convert("RGBA").convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(
+            f"expected an image in {path}, got a truncated or foreign file ({first_line(error)}): replace it"
+        ) from error
+    if pixels is None:
+        raise ValueError(f"expected 8 bits per channel in {path}, got the mode {mode!r}: convert it, or use .npy")
+    return pixels
+
+
+def read_images(folder: Path) -> Source:
+    def visible(path: Path) -> bool:
+        return not any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in _IMAGE_ENDINGS and p.is_file() and visible(p))
+    if not paths:
+        raise ValueError(f"expected images ({', '.join(_IMAGE_ENDINGS)}) in {folder}, got none: correct the path")
+    parts = [path.relative_to(folder).parts for path in paths]
+    in_folders = [len(p) > 1 for p in parts]
+    if any(in_folders) and not all(in_folders):
+        stray = paths[in_folders.index(False)]
+        raise ValueError(f"expected all images of {folder} in sub-folders or none, {stray} is not: move it into one")
+
+    arrays: list[np.ndarray] = []
+    for path in paths:
+        arrays.append(_pixels(path))
+        if arrays[-1].shape != arrays[0].shape:
+            first, odd = (f"{width} x {height}" for height, width, _ in (arrays[0].shape, arrays[-1].shape))
+            raise ValueError(
+                f"expected all images of {folder} to have {first} pixels as {paths[0].name} has, {path} has "
+                f"{odd}: resize or crop it"
+            )
+    x = torch.from_numpy(np.stack(arrays)).movedim(-1, 1)
+    if (x == x[:, :1]).all():
+        x = x[:, :1]
+    ids = np.array(["/".join(p) for p in parts])
+    labels, classes = _labels(np.array([p[0] for p in parts]), folder) if all(in_folders) else (None, None)
+    return Source(x.contiguous(), labels, ids, classes=classes, eight_bit=True)
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    came = "pickled objects" if "Object arrays" in str(error) else "a truncated or broken file"
+    return ValueError(f"expected a numeric array in {path}, got {came} ({first_line(error)}): save it anew as numbers")
+
+
+def _from_numpy(array: np.ndarray, where: Path) -> Tensor:
+    if array.dtype.kind not in "buif":
+        raise ValueError(f"expected numbers in {where}, got dtype {array.dtype}: convert with array.astype('float32')")
+    eight_bit = array.dtype in (np.dtype(bool), np.dtype(np.uint8))
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.uint8 if eight_bit else np.float64))
+
+
+def _labels(labels: np.ndarray, where: Path) -> tuple[Tensor, tuple[str, ...] | None]:
+    """(N,): whole numbers as int64, others as float32, strings as their place among the sorted classes."""
+    if labels.dtype.kind == "U":
+        classes, codes = np.unique(labels, return_inverse=True)
+        return torch.from_numpy(codes).long(), tuple(str(name) for name in classes)
+    if labels.dtype.kind not in "buif" or not np.isfinite(labels).all():
+        raise ValueError(
+            f"expected finite numbers or strings as labels in {where}, got {labels.dtype}: mend the labels"
+        )
+    whole = bool((labels == np.round(labels)).all())
+    return torch.from_numpy(labels.astype(np.int64 if whole else np.float32)), None
+
+
+def checked(source: Source, where: Path) -> Source:
+    """The user's own data as a table (N, D), images (N, C, H, W) or sequences (N, T, D), or an error."""
+    x = source.x
+    if source.lengths is not None:
+        return _checked_sequences(source, where)
+    if x.ndim not in (2, 3, 4):
+        raise ValueError(
+            f"expected {where} to hold a table (N, D) or images (N, H, W) or (N, C, H, W), got shape "
+            f"{tuple(x.shape)}: reshape it, for instance with x.reshape(len(x), -1)"
+        )
+    if x.ndim == 3:
+        x = x[:, None]
+    if x.ndim == 4 and x.dtype == torch.uint8 and x.shape[3] == 3 and x.shape[1] not in (1, 3):
+        x = x.movedim(3, 1).contiguous()
+    if len(x) < 10:
+        raise ValueError(f"expected at least 10 rows in {where}, to split them, got {len(x)}: add data")
+    if x.numel() == 0:
+        raise ValueError(f"expected values in every row of {where}, got shape {tuple(x.shape)}: add columns")
+    if source.labels is not None and source.labels.shape != (len(x),):
+        raise ValueError(
+            f"expected labels of shape ({len(x)},) in {where}, got {tuple(source.labels.shape)}: give one per row"
+        )
+    bad = ~torch.isfinite(x.float()) if x.is_floating_point() else torch.zeros(1, dtype=torch.bool)
+    if bad.any():
+        row, *place = (int(i) for i in bad.nonzero()[0])
+        column = f"column {column_name(place[0], source.columns)}" if x.ndim == 2 else f"position {tuple(place)}"
+        raise ValueError(
+            f"expected finite float32 values in {where}, got {int(bad.sum())} missing, NaN, infinite or too "
+            f"large, the first in row {row} (from 0), {column}: fill in or drop these rows"
+        )
+    return replace(source, x=x)
+
+
+def _checked_sequences(source: Source, where: Path) -> Source:
+    x, lengths, mask = source.x, source.lengths, source.mask
+    assert lengths is not None
+    if len(x) < 10:
+        raise ValueError(f"expected at least 10 sequences in {where}, to split them, got {len(x)}: add data")
+    if source.labels is not None and source.labels.shape != (len(x),):
+        raise ValueError(
+            f"expected labels of shape ({len(x)},) in {where}, got {tuple(source.labels.shape)}: give one per sequence"
+        )
+    there = torch.arange(x.shape[1]) < lengths[:, None]
+    counted = there[..., None] if mask is None else there[..., None] & mask
+    for name, value, counts in (("x", x, counted), ("u", source.inputs, there[..., None])):
+        bad = torch.zeros(1) if value is None else ~torch.isfinite(value.float()) & counts
+        if bool(bad.any()):
+            row, step, *_ = (int(i) for i in bad.nonzero()[0])
+            raise ValueError(
+                f"expected finite float32 values of {name} in {where}, got {int(bad.sum())} NaN, infinite or too "
+                f"large, the first in sequence {row}, step {step} (from 0): fill in, or leave them out by a mask"
+            )
+    return replace(source, x=torch.where(counted, x, torch.zeros((), dtype=x.dtype)))

@@ -1,0 +1,378 @@
+"""What state-space models are used for: predictions, windows, feedback, presets; exact answers."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from gaussian import Linear, linear_data, walk
+from pyro import poutine
+from pyro.infer import Trace_ELBO
+
+from pyro_vae import evaluate
+from pyro_vae.data import Data
+from pyro_vae.estimators import ELBO, PredictionPenalty
+from pyro_vae.guides import AmortizedGuide, StateSpaceGuide
+from pyro_vae.models import VAE, DeepMarkovModel, StateSpaceModel, likelihoods
+from pyro_vae.models.transitions import Emission, GatedTransition, Initial, LinearTransition
+from pyro_vae.prediction import sample
+from pyro_vae.sequences import latent_rmse, steps_of, windows
+
+pytestmark = pytest.mark.usefixtures("float64")
+Z, D, C, T, B = 2, 3, 2, 5, 4
+
+
+def batch():
+    torch.manual_seed(1)
+    return torch.randn(B, T, D), torch.randn(B, T, C)
+
+
+def autoregressive(num_inputs=0, scale=0.3):
+    torch.manual_seed(0)
+    width = D + num_inputs
+    emission = Emission(Z, D, likelihoods.Normal(minimum_scale=scale / 2, initial_scale=scale), num_inputs=width)
+    parts = Initial(Z, width, scale), LinearTransition(Z, width, scale), emission
+    with torch.no_grad():
+        parts[1].mean.function.weight.normal_().mul_(0.4)
+    return StateSpaceModel(*parts, num_inputs, feedback=D)
+
+
+def previous(x):
+    return torch.cat([torch.zeros_like(x[..., :1, :]), x[..., :-1, :]], -2)
+
+
+@pytest.mark.parametrize("num_inputs", [0, C])
+def test_what_was_seen_acts_on_the_next_step(num_inputs):
+    """ln p(x, z) is the sum of the parts' own log-densities at (x_{t-1}, u_t)."""
+    model = autoregressive(num_inputs)
+    x, u = batch()
+    args = (x, u) if num_inputs else (x,)
+    z, v = torch.randn(B, T, Z), torch.cat([previous(x), u], -1)[..., : D + num_inputs]
+    expected = model.initial(v[:, 0]).log_prob(z[:, 0]).sum()
+    for t in range(T):
+        expected = expected + model.emission(z[:, t], v[:, t]).log_prob(x[:, t]).sum()
+        if t:
+            expected = expected + model.transition(z[:, t - 1], v[:, t]).log_prob(z[:, t]).sum()
+    found = poutine.trace(poutine.condition(model, {"z": z})).get_trace(*args).log_prob_sum()
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("num_inputs", [0, C])
+@pytest.mark.parametrize("num_particles", [None, 3])
+def test_draws_feed_back(num_inputs, num_particles):
+    """Almost without noise each step is the mean that the steps before it tell."""
+    model = autoregressive(num_inputs, scale=1e-7)
+    u = batch()[1] if num_inputs else None
+    given = {"u": u} if num_inputs else {"num_data": B, "num_steps": T}
+    with torch.no_grad(), pyro.plate("particles", num_particles or 1, dim=-2):
+        trace = poutine.trace(model).get_trace(**given)
+    assert not any(trace.nodes[name]["is_observed"] for name in "zx")
+    z, x = (trace.nodes[name]["value"] for name in "zx")
+    assert x.shape == (num_particles or 1, B, T, D)
+    v = previous(x) if u is None else torch.cat([previous(x), u.expand(*x.shape[:-1], -1)], -1)
+    with torch.no_grad():
+        torch.testing.assert_close(x, model.emission(z, v).mean, atol=1e-5, rtol=0)
+        after = model.transition(z[..., :-1, :], v[..., 1:, :]).mean
+        latent = model.transition(z[..., :-1, :], torch.zeros_like(v[..., 1:, :])).mean
+    torch.testing.assert_close(z[..., 1:, :], after, atol=1e-5, rtol=0)
+    assert float(x[..., 1:, :].abs().max()) > 0.01
+    assert float((z[..., 1:, :] - latent).abs().max()) > 0.01  # it is the feedback that they follow
+    with pytest.raises(ValueError, match="as it acts on z"):
+        poutine.condition(model, {"z": z[0]})(**given)
+
+
+def test_a_forecast_feeds_back():
+    model = autoregressive(scale=1e-7)
+    x = batch()[0]
+    z = torch.randn(B, T, Z)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(z).to_event(2))
+
+    drawn = model.forecast(guide, x, num_steps=2, num_samples=2)
+    state, latest = z[:, -1], x[:, -1]
+    with torch.no_grad():
+        for t in range(2):
+            state = model.transition(state, latest).mean
+            latest = model.emission(state, latest).mean
+            torch.testing.assert_close(drawn[:, :, t], latest.expand(2, -1, -1), atol=1e-5, rtol=0)
+    assert model.filter(x, num_particles=7).z.shape == (7, B, T, Z)
+    assert bool(torch.isfinite(model.impute(guide_of(model), x, mask=torch.rand(B, T) < 0.5, num_samples=2)).all())
+
+
+def guide_of(model, inference="ST-LR", **options):
+    return StateSpaceGuide(model, inference, hidden=4, **options)
+
+
+def kalman(exact, x, t):
+    """Mean and variance of x_t given the steps before it."""
+    before, now = slice(0, t), exact.of_x
+    gain = now.covariance_matrix[t, before] @ torch.linalg.inv(now.covariance_matrix[before, before])
+    mean = now.mean[t] + (x[:, before, 0] - now.mean[before]) @ gain
+    return mean, now.covariance_matrix[t, t] - gain @ now.covariance_matrix[before, t]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_prediction_of_one_step_is_kalmans(causal):
+    """With the exact p(z | x): that of all steps before t, or filtered at once."""
+    model, _ = walk(6)
+    x = walk(6)[1].of_x.sample([3]).unflatten(1, (6, 1))
+
+    def guide(x, lengths=None):
+        n = x.shape[1]
+        marginals = []
+        for t in range(n) if causal else [n - 1]:
+            mean, covariance = walk(t + 1)[1].smoothed(x[:, : t + 1])
+            marginals.append((mean[:, t, 0], covariance[t, t].sqrt().expand(len(x))))
+        mean, scale = (torch.stack(each, -1)[..., None].expand(-1, n, 1) for each in zip(*marginals, strict=True))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(mean, scale).to_event(2))
+
+    guide.causal = causal
+    torch.manual_seed(2)
+    drawn = model.predict_one_step(guide, x, num_samples=40_000)
+    for t in range(6):
+        mean, variance = kalman(walk(6)[1], x, t)
+        assert bool(((drawn[:, :, t, 0].mean(0) - mean).abs() < 5 * (variance / 40_000).sqrt()).all())
+        torch.testing.assert_close(drawn[:, :, t, 0].var(0), variance.expand(3), rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("inference", ["ST-L", "ST-LR"])
+def test_predictions_do_not_see_ahead(inference):
+    model = DeepMarkovModel((D,), 2, 5, (4,), likelihood=likelihoods.Normal(), num_inputs=C, autoregressive=True)
+    guide, (x, u), lengths = guide_of(model, inference), batch(), torch.tensor([5, 2, 3, 1])
+    drawn = []
+    for changed in (x, x + (torch.arange(T) >= 3)[:, None]):
+        torch.manual_seed(0)
+        drawn.append(model.predict_one_step(guide, changed, u, num_samples=2, lengths=lengths))
+    assert drawn[0].shape == (2, B, T, D) and bool((drawn[0] == drawn[1])[:, :, :4].all())
+    assert not bool((drawn[0] == drawn[1])[:, 0, 4].any())
+
+
+class _Flat(dist.TorchDistribution):
+    """N(mean (B, T, Z), covariance (T Z, T Z))."""
+
+    arg_constraints = {}
+
+    def __init__(self, mean, covariance, expanded=None):
+        self.joint = dist.MultivariateNormal(mean.flatten(1), (covariance + covariance.mT) / 2)
+        self.mean_, self.covariance = mean, covariance
+        super().__init__(expanded or mean.shape[:1], mean.shape[1:], validate_args=False)
+
+    def expand(self, batch_shape, _instance=None):
+        return _Flat(self.mean_, self.covariance, torch.Size(batch_shape))
+
+    def sample(self, sample_shape=()):
+        shape = torch.Size(sample_shape) + self.batch_shape
+        return self.joint.expand(shape).sample().unflatten(-1, self.event_shape)
+
+    def log_prob(self, value):
+        return self.joint.log_prob(value.flatten(-2))
+
+
+def test_the_evidence_by_a_guide_is_exact_where_the_guide_is():
+    model, exact = walk(6)
+    x = exact.of_x.sample([3]).unflatten(1, (6, 1))
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", _Flat(*exact.smoothed(x)))
+
+    found = model.log_evidence(x, guide=guide, num_samples=7)
+    torch.testing.assert_close(found, exact.log_evidence(x), rtol=0, atol=1e-8)
+    torch.manual_seed(0)
+    approximate = guide_of(model)
+    bounds = model.log_evidence(x.repeat(200, 1, 1), guide=approximate, num_samples=500).exp().view(200, 3)
+    error = bounds.std(0) / 200**0.5
+    assert bool(((bounds.mean(0) - exact.log_evidence(x).exp()).abs() < 4 * error).all())
+    by_particles = model.log_evidence(x, num_samples=20_000)
+    torch.testing.assert_close(by_particles, exact.log_evidence(x), rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("inference", ["MF-L", "ST-L"])
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_windows_with_what_is_carried_are_the_whole(inference, cell):
+    """By a filter: densities of model and guide, of z that is the same."""
+    model = autoregressive(C)
+    guide = guide_of(model, inference, cell=cell)
+    (x, u), lengths = batch(), torch.tensor([5, 2, 3, 5])
+    mask = torch.rand(B, T, D) < 0.7
+    mask[torch.arange(B), lengths - 1] = True
+    z = torch.randn(B, T, Z)
+
+    def densities(*args, **kwargs):
+        given = {"z": kwargs.pop("z")}
+        return [poutine.trace(poutine.condition(f, given)).get_trace(*args, **kwargs).log_prob_sum() for f in pair]
+
+    pair = model, guide
+    whole = densities(x, u, lengths=lengths, mask=mask, z=z)
+    parts, carried, begin = [], None, 0
+    for args, kwargs in windows(2, x, u, lengths=lengths, mask=mask):
+        part = z[:, begin : begin + 2]
+        parts.append(densities(*args, **kwargs, carried=carried, z=part))
+        carried = guide.after(*args, **kwargs, carried=carried)._replace(z=part[:, -1])
+        begin += 2
+    torch.testing.assert_close([sum(each) for each in zip(*parts, strict=True)], whole, rtol=1e-10, atol=0)
+
+
+def test_steps_in_windows_compile(recorded):
+    from pyro_vae import CompiledSVI
+
+    model = autoregressive()
+    guide = guide_of(model)
+    svi = CompiledSVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    carried = None
+    for args, kwargs in windows(2, batch()[0].repeat(1, 2, 1)):
+        assert svi.step(*args, **kwargs, carried=carried) > 0
+        carried = guide.after(*args, **kwargs, carried=carried)
+    assert svi.compiled, svi.fallback_reason
+
+
+def test_a_sequence_without_observations():
+    model = DeepMarkovModel((D,), 2, 5, (4,), likelihood=likelihoods.Normal())
+    x, mask = batch()[0], torch.ones(B, T, dtype=torch.bool)
+    mask[1] = False
+    loss = Trace_ELBO().differentiable_loss(model, guide_of(model), x.where(mask[..., None], torch.nan), mask=mask)
+    loss.backward()
+    assert all(bool(torch.isfinite(p.grad).all()) for p in model.parameters() if p.grad is not None)
+
+
+def tutorial_loop(model, guide, x):
+    """Pyro's tutorial's model, a site for each step, from the same modules."""
+
+    def per_step():
+        z = model.initial.before.expand(len(x), -1)
+        with pyro.plate("data", len(x)):
+            for t in range(x.shape[1]):
+                z = pyro.sample(f"z_{t}", model.transition(z))
+                pyro.sample(f"x_{t}", model.emission(z), obs=x[:, t])
+
+    def per_step_guide():
+        h = torch.cat([guide.encoded(steps_of(x), None, direction) for direction in guide.cells], -1)
+        z = guide.before.expand(len(x), -1)
+        with pyro.plate("data", len(x)):
+            for t in range(x.shape[1]):
+                z = pyro.sample(f"z_{t}", guide.step(z, h[:, t]))
+
+    return per_step, per_step_guide
+
+
+def test_the_tutorials_model():
+    torch.manual_seed(0)
+    model = DeepMarkovModel((D,), 4, 6, (5,), start="transition")
+    guide = guide_of(model, "ST-R", cell="rnn")
+    x = (batch()[0] > 0).double()
+    torch.manual_seed(3)
+    expected = Trace_ELBO().loss(*tutorial_loop(model, guide, x))
+    torch.manual_seed(3)
+    assert Trace_ELBO().loss(model, guide, x) == pytest.approx(expected, rel=1e-10)
+    assert sample(model, 2, num_steps=3).shape == (2, 3, D)
+
+
+def test_the_papers_model():
+    model = DeepMarkovModel((88,))
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    gated = GatedTransition(100, 200)
+    assert sum(p.numel() for p in gated.parameters()) == sum(n for name, n in sizes.items() if "transition" in name)
+    first = model.initial()
+    assert first.base_dist.loc.eq(0).all() and first.base_dist.scale.eq(1).all() and first.event_shape == (100,)
+    with pytest.raises(ValueError, match="expected event_shape"):
+        DeepMarkovModel((88, 1))
+    with pytest.raises(ValueError, match="expected feedback to be 0 or 3"):
+        StateSpaceModel(Initial(2, 1), LinearTransition(2, 1), Emission(2, 3, num_inputs=1), feedback=1)
+
+
+def test_the_exact_evidence_of_the_linear_model():
+    """3.0741 nats per step on the validation split: the data, and the dense joint, are those of the paper."""
+    x = linear_data()[1][0]
+    one = torch.eye(1)
+    exact = Linear(25, one, torch.tensor([0.05]), 10 * one, 0.5 * one, torch.zeros(1), 20 * one, torch.zeros(1), one)
+    assert float(exact.log_evidence(x).mean()) / 25 == pytest.approx(-3.0741, abs=5e-5)
+    mean, _ = exact.smoothed(x)
+    assert latent_rmse(mean[None], linear_data()[1][1]) == pytest.approx(3.687, abs=5e-4)
+
+
+def ragged(lengths):
+    torch.manual_seed(0)
+    T = int(lengths.max())
+    there = torch.arange(T) < lengths[:, None]
+    x = (torch.rand(len(lengths), T, D) < 0.3).double() * there[..., None]
+    return Data((x,), {"lengths": lengths, "mask": there})
+
+
+def test_batches_are_of_like_lengths():
+    """Every row once; at most eight numbers of steps; padding is cut, and nothing else."""
+    lengths = torch.randint(1, 100, (200,), generator=torch.Generator().manual_seed(0))
+    data = ragged(lengths)
+    batches = data.batches(20, torch.Generator().manual_seed(1))
+    assert torch.cat(batches).sort().values.tolist() == list(range(200))
+    steps = []
+    for rows in batches:
+        (x,), kwargs = data.trimmed_batch(rows)
+        steps.append(x.shape[1])
+        assert bool((kwargs["lengths"] == lengths[rows]).all()) and kwargs["mask"].shape == x.shape[:2]
+        assert float(x.sum()) == float(data.args[0][rows].sum()) and steps[-1] >= int(lengths[rows].max())
+    assert len(set(steps)) <= 8 and sum(steps) < 0.7 * 10 * int(lengths.max())
+    again = data.batches(20, torch.Generator().manual_seed(1))
+    assert all(torch.equal(a, b) for a, b in zip(batches, again, strict=True))
+    other = data.batches(20, torch.Generator().manual_seed(2))
+    assert not all(torch.equal(a, b) for a, b in zip(batches, other, strict=True))
+    plain = Data((torch.zeros(7, 3),))
+    expected = torch.randperm(7, generator=torch.Generator().manual_seed(0)).split(2)
+    assert all(map(torch.equal, plain.batches(2, torch.Generator().manual_seed(0)), expected))
+
+
+def test_scores_of_a_step():
+    """Nats per step: sums over data by sums of lengths, the error that of a ratio."""
+    lengths = torch.randint(1, 30, (200,), generator=torch.Generator().manual_seed(0))
+    data = ragged(lengths)
+    torch.manual_seed(0)
+    model = DeepMarkovModel((D,), 2, 5, (4,))
+    scores = evaluate(model, guide_of(model), data, num_samples=3, progress=False)
+    assert torch.equal(scores.num_steps, lengths)
+    for name, each in scores.per_step.items():
+        values = scores.per_datum[name]
+        assert each.value == pytest.approx(float(values.sum() / lengths.sum()), rel=1e-12)
+        generator = torch.Generator().manual_seed(0)
+        index = torch.randint(200, (4000, 200), generator=generator)
+        bootstrap = values[index].sum(1) / lengths[index].sum(1)
+        assert each.standard_error == pytest.approx(float(bootstrap.std()), rel=0.1)
+    assert "elbo/step" in str(scores)
+    fixed = evaluate(model, guide_of(model), (data.args[0],), num_samples=2, progress=False)
+    assert fixed.num_steps.unique().tolist() == [int(lengths.max())]
+    table = VAE((4,), latent_dim=2)
+    assert evaluate(table, AmortizedGuide(table), torch.ones(20, 4).double(), num_samples=2).per_step is None
+
+
+def test_a_penalty_on_predictions():
+    """Its gradient is that of the ELBO and of the squared errors; what it reports is the ELBO."""
+    torch.manual_seed(0)
+    model = autoregressive(C)
+    guide = guide_of(model)
+    (x, u), lengths = batch(), torch.tensor([5, 2, 3, 5])
+
+    def gradients(loss):
+        torch.manual_seed(1)
+        value = loss.differentiable_loss(model, guide, x, u, lengths=lengths)
+        return value.detach(), torch.autograd.grad(value, [*guide.parameters(), *model.parameters()], allow_unused=True)
+
+    plain, penalised = gradients(ELBO()), gradients(PredictionPenalty(0.5))
+    torch.testing.assert_close(penalised[0], plain[0], rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradients(PredictionPenalty(0.0)), plain, rtol=1e-12, atol=1e-14)
+    torch.manual_seed(1)
+    z = poutine.trace(guide).get_trace(x, u, lengths=lengths).nodes["z"]["value"]
+    v, total = torch.cat([previous(x), u], -1), 0.0
+    for i in range(B):
+        for t in range(1, int(lengths[i])):
+            state = model.transition(z[i, t - 1], v[i, t]).mean
+            total = total + (x[i, t] - model.emission(state, v[i, t]).mean).square().sum()
+    torch.testing.assert_close(model.prediction_error(z, x, u, lengths=lengths).sum(), total, rtol=1e-10, atol=0)
+    own = torch.autograd.grad(0.5 * total, [*guide.parameters(), *model.parameters()], allow_unused=True)
+    for a, b, c in zip(penalised[1], plain[1], own, strict=True):
+        if a is not None:
+            torch.testing.assert_close(a, b + (0.0 if c is None else c), rtol=1e-8, atol=1e-10)
+    several = PredictionPenalty(0.5, num_particles=3)
+    assert several.loss(model, guide, x, u, lengths=lengths) > 0
+    vae = VAE((4,), latent_dim=2)
+    with pytest.raises(ValueError, match="expected a StateSpaceModel for PredictionPenalty"):
+        PredictionPenalty(0.5).differentiable_loss(vae, AmortizedGuide(vae), torch.ones(20, 4).double())
