@@ -1,0 +1,254 @@
+"""Deep Markov models on JSB chorales: nats per frame of the test split, and the time of a step beside Pyro's own loop.
+
+Rows: the model of arXiv 1609.09869 (z 100, emission 100, transition 200, RNN 600; Adam 8e-4, batch 20, gradient norm
+1, KL weight from 0.01 to 1 over 5,000 steps; not its L2 term) with the inference networks ST-R (its DKS), ST-LR and
+MF-LR, and the model of Pyro's tutorial (z_1 from a learned z_0, a ReLU RNN, Adam 3e-4 with betas 0.96 and 0.999, norm
+10, decay 0.99996 a step, KL weight from 0.2 over 1,000 epochs). Each trains for as many epochs as fit into its
+`--minutes`, compilation counted, and keeps the weights of the best validation bound; the test split is scored once.
+
+``--time`` measures steps in alternation: `CompiledSVI` and Pyro's `SVI` on a loop with a site for each step, whose
+encoder is torch's own RNN, of the same modules.
+
+    python benchmarks/jsb.py                    # rows that are recorded are kept; an interrupted one goes on
+    python benchmarks/jsb.py --rows ST-R --minutes 30
+    python benchmarks/jsb.py --time
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from common import record
+from pyro import poutine
+from pyro.infer import SVI, TraceMeanField_ELBO
+from pyro.optim import ClippedAdam
+from torch import Tensor, nn
+
+from pyro_vae import CompiledSVI, Run, fit, load_dataset
+from pyro_vae.guides import StateSpaceGuide
+from pyro_vae.guides.state_space import TanhCombiner
+from pyro_vae.models import DeepMarkovModel
+from pyro_vae.schedules import Exponential, Warmup
+from pyro_vae.sequences import steps_of
+
+HERE = Path(__file__).parent
+BATCH = 20
+STEPS_PER_EPOCH = 12
+PAPER = {
+    "optimizer": partial(torch.optim.Adam, lr=8e-4, fused=True),
+    "clip_norm": 1.0,
+    "kl_weight": Warmup(5000 / STEPS_PER_EPOCH, start=0.01),
+}
+TUTORIAL = {
+    "optimizer": partial(torch.optim.Adam, lr=3e-4, betas=(0.96, 0.999), fused=True),
+    "clip_norm": 10.0,
+    "kl_weight": Warmup(1000, start=0.2),
+    "learning_rate": Exponential(0.99996**STEPS_PER_EPOCH),
+}
+
+
+class Row(NamedTuple):
+    inference: str
+    cell: str
+    start: str
+    settings: dict[str, Any]
+    published: str  # bound, and the importance-sampled figure where there is one
+
+
+ROWS = {
+    "ST-R": Row("ST-R", "lstm", "normal", PAPER, "6.926 / 6.388"),
+    "ST-LR": Row("ST-LR", "lstm", "normal", PAPER, ""),
+    "MF-LR": Row("MF-LR", "lstm", "normal", PAPER, ""),
+    "tutorial": Row("ST-R", "relu_rnn", "transition", TUTORIAL, "6.87"),
+}
+
+
+class Size(NamedTuple):
+    """latent, hidden of the encoder, batch, steps; hidden of the transition and the emission."""
+
+    Z: int
+    rnn: int
+    B: int
+    T: int
+    transition: int
+    emission: int
+
+
+SIZES = [
+    Size(100, 600, 20, 60, 200, 100),
+    Size(8, 64, 32, 250, 32, 32),
+    Size(2, 32, 64, 100, 32, 32),
+    Size(1, 40, 250, 25, 32, 32),
+]
+
+
+def pair(row: Row, size: Size = SIZES[0]) -> tuple[DeepMarkovModel, StateSpaceGuide]:
+    model = DeepMarkovModel((88,), size.Z, size.transition, (size.emission, size.emission), row.start)
+    return model, StateSpaceGuide(model, row.inference, size.rnn, row.cell, TanhCombiner())
+
+
+def train(name: str, arguments: argparse.Namespace) -> Run:
+    row, path = ROWS[name], arguments.out / name
+    data = load_dataset("jsb_chorales", root=arguments.root)
+    torch.manual_seed(arguments.seed)
+    model, guide = pair(row)
+    with torch.no_grad():
+        share = data.train.x.sum((0, 1)) / data.train.kwargs["lengths"].sum()
+        model.emission.network.output.bias.copy_(share.clamp(1e-3, 1 - 1e-3).logit())
+    begun = (path / "checkpoints" / "last.safetensors").exists()
+    return fit(
+        model,
+        guide,
+        data.train,
+        valid=data.valid,
+        loss=TraceMeanField_ELBO(),
+        batch_size=BATCH,
+        epochs=5000,
+        patience=arguments.patience,
+        callbacks=[lambda run: run.history[-1]["seconds"] > 60 * arguments.minutes],
+        seed=arguments.seed,
+        compile=True,
+        resume=path if begun else None,
+        out=None if begun else path,
+        **row.settings,
+    )
+
+
+def score(name: str, run: Run, arguments: argparse.Namespace) -> dict[str, Any]:
+    data = load_dataset("jsb_chorales", root=arguments.root)
+    test = run.evaluate(data.test, num_samples=arguments.num_samples)
+    frames = int(data.valid.kwargs["lengths"].sum()) / len(data.valid)
+    curve = [[round(r["seconds"]), -r["valid"] / frames] for r in run.history]
+    assert test.per_step is not None
+    return {
+        "bound": -test.per_step["elbo"].value,
+        "standard_error": test.per_step["elbo"].standard_error,
+        "importance_sampled": -test.per_step["log_evidence"].value,
+        "importance_sampled_standard_error": test.per_step["log_evidence"].standard_error,
+        "num_samples": arguments.num_samples,
+        "best_valid_bound": min(valid for _, valid in curve),
+        "epochs": len(run.history),
+        "best_epoch": 1 + min(range(len(curve)), key=lambda i: curve[i][1]),
+        "minutes": run.history[-1]["seconds"] / 60,
+        "seed": arguments.seed,
+        "published": ROWS[name].published,
+        "curve": curve[:: max(1, len(curve) // 200)],
+    }
+
+
+def loop(model: DeepMarkovModel, guide: StateSpaceGuide) -> tuple[Callable, Callable]:
+    """The same pair with a site for each step, the encoder torch's own recurrent network of the same parameters."""
+    cell = guide.cells["R"]
+    kinds = {nn.GRUCell: nn.GRU, nn.LSTMCell: nn.LSTM, nn.RNNCell: nn.RNN}
+    options = {"nonlinearity": cell.nonlinearity} if isinstance(cell, nn.RNNCell) else {}
+    network = kinds[type(cell)](cell.input_size, cell.hidden_size, batch_first=True, **options)
+    for parameter, value in cell.named_parameters():
+        setattr(network, f"{parameter}_l0", value)
+
+    def site(name: str, p: Any, there: Tensor, **kwargs: Any) -> Tensor:
+        with poutine.mask(mask=there):
+            return pyro.sample(name, p, **kwargs)
+
+    def per_step(x: Tensor, lengths: Tensor) -> None:
+        pyro.module("model", model)
+        there = torch.arange(x.shape[1]) < lengths[:, None]
+        z = torch.empty(0)
+        with pyro.plate("data", len(x)):
+            for t in range(x.shape[1]):
+                z = site(f"z_{t}", model.transition(z) if t else model.initial(), there[:, t])
+                site(f"x_{t}", model.emission(z), there[:, t], obs=x[:, t])
+
+    def per_step_guide(x: Tensor, lengths: Tensor) -> None:
+        pyro.module("guide", guide)
+        steps = steps_of(x, lengths)
+        there = steps.there
+        last = lengths[:, None] - 1
+        backwards = (last - torch.arange(x.shape[1])).clamp(min=0)[..., None]  # each sequence reversed on its own
+        given = torch.cat([x, torch.ones_like(x[..., :1])], -1)
+        h = network(given.gather(1, backwards.expand_as(given)))[0]
+        h = h.gather(1, backwards.expand_as(h))
+        z = guide.before.expand(len(x), -1) if guide.structured else None
+        with pyro.plate("data", len(x)):
+            for t in range(x.shape[1]):
+                z = site(f"z_{t}", guide.step(z, h[:, t]), there[:, t])
+
+    return per_step, per_step_guide
+
+
+def timed(size: Size, repetitions: int = 5) -> dict[str, Any]:
+    """Seconds of a step, medians, in alternation; and that both are the same objective."""
+    torch.manual_seed(0)
+    model, guide = pair(Row("ST-R", "gru", "normal", {}, ""), size)
+    x = (torch.rand(size.B, size.T, 88) < 0.05).float()
+    lengths = torch.full((size.B,), size.T)
+    contestants: dict[str, Any] = {}
+    losses = {}
+    pairs = {"stock": loop(model, guide), "compiled": (model, guide)}
+    for name, programs in pairs.items():
+        torch.manual_seed(0)
+        losses[name] = TraceMeanField_ELBO().loss(*programs, x, lengths=lengths)
+    for name, kind in (("stock", SVI), ("compiled", CompiledSVI)):
+        pyro.clear_param_store()
+        svi = kind(*pairs[name], ClippedAdam({"lr": 1e-5, "clip_norm": 10.0}), TraceMeanField_ELBO())
+        began = time.perf_counter()
+        svi.step(x, lengths=lengths)
+        contestants[name] = svi, time.perf_counter() - began
+        svi.step(x, lengths=lengths)
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(repetitions):
+        for name, (svi, _) in contestants.items():
+            steps = 2 if name == "stock" else 6
+            began = time.perf_counter()
+            for _ in range(steps):
+                svi.step(x, lengths=lengths)
+            seconds[name].append((time.perf_counter() - began) / steps)
+    found = {name: statistics.median(times) for name, times in seconds.items()}
+    return {
+        "size": size._asdict(),
+        "stock_seconds": found["stock"],
+        "compiled_seconds": found["compiled"],
+        "ratio": found["stock"] / found["compiled"],
+        "first_step_seconds": contestants["compiled"][1],
+        "losses": losses,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--minutes", type=float, default=90.0)
+    parser.add_argument("--patience", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num_samples", type=int, default=2000)
+    parser.add_argument("--time", action="store_true")
+    parser.add_argument("--root", default=None, help="folder of the data (default: PYRO_VAE_DATA)")
+    parser.add_argument("--out", type=Path, default=Path("runs/jsb"))
+    arguments = parser.parse_args()
+    if arguments.time:
+        sizes = [timed(size) for size in SIZES]
+        record(HERE / "jsb_time.json", {"sizes": sizes})
+        for each in sizes:
+            print(f"{tuple(each['size'].values())}: {each['ratio']:.1f}")
+        return
+    target = HERE / "jsb.json"
+    for name in arguments.rows:
+        results = json.loads(target.read_text()) if target.exists() else {"rows": {}}
+        results.pop("machine", None)
+        if name not in results["rows"]:
+            results["rows"][name] = score(name, train(name, arguments), arguments)
+            record(target, results)
+        row = results["rows"][name]
+        print(f"{name:>9}  bound {row['bound']:.3f} ± {row['standard_error']:.3f}, {row['importance_sampled']:.3f}")
+
+
+if __name__ == "__main__":
+    main()
