@@ -50,6 +50,7 @@ Variational autoencoders as Pyro programs.
   fit            train a model, score it, write a report
   evaluate       score a run: bounds on log p(x), KL, effective sample size
   sample         draw new data from a run's model
+  forecast       what follows the sequences of a run's data, with intervals
   encode         q(z | x) of data: means, scales and draws
   reconstruct    decode what a run's guide makes of data
   compare        which loss to train a run's model with: bias and noise of gradients, time, what training gains
@@ -72,17 +73,19 @@ Train a model and its guide; the run's directory gets weights, scores and a repo
 
 data:
   --data NAME|PATH     digits (default), mnist, fashion_mnist, freyfaces, or a .npy, .npz, .pt, .csv file or a
-                       folder of images
+                       folder of images; sequences: jsb_chorales, sp500, pendulum, ..., a .npz with lengths
   --data.binarize HOW  none (default), static, dynamic
   --data.label COLUMN, --data.id COLUMN      columns of a .csv that are no features
+  --data.time COLUMN   a .csv of sequences, one for each id, or pieces of --data.window N steps of one series;
+                       --data.inputs [COLUMN] act on the latents
   --data.download      fetch a named data set          --data.root DIR   where the named data sets are
   --data.split [0.8,0.1,0.1], --data.seed N  another division into train, valid and test
 
 what is trained (--model.help, --guide.help, ... list the classes and their options):
-  --model CLASS        VAE (default), LinearVAE, or your own: package.module.Class
+  --model CLASS        VAE (default), LinearVAE, DeepMarkovModel (sequences), your own: package.module.Class
   --model.latent_dim N, --model.decoder MLP, --model.decoder.hidden [200,200], --model.prior CLASS
   --model.likelihood auto|CLASS    auto (default) looks at the data
-  --guide CLASS        AmortizedGuide (default); --guide.encoder ConvolutionalEncoder, --guide.family CLASS
+  --guide CLASS        AmortizedGuide (default), StateSpaceGuide; --guide.family CLASS, --guide.inference ST-R
   --loss CLASS         Trace_ELBO (default), IWAE, DReG, ..., or your own; --loss.num_particles K
   --optimizer CLASS    Adam (default); --optimizer.lr 1e-3
   --learning_rate, --kl_weight CLASS     schedules, as in --kl_weight Warmup --kl_weight.epochs 20
@@ -129,11 +132,26 @@ Draw x ~ p(x), in the data's original units.
 
   RUN                the run's directory, such as runs/latest
   --num N            how many (64)                     --mean   E[x | z] in the place of x
+  --num_steps N      of a sequence (the training sequences' median)
   --out FILE         .npz or .csv (samples.npz)        --overwrite
   --seed N (0), --device D (auto)
 
 example:
   pyro-vae sample runs/latest --num 100 --out samples.csv
+""",
+    "forecast": """\
+usage: pyro-vae forecast RUN [OPTIONS]
+
+What follows each sequence: mean, median and 5 % and 95 % quantiles per step, in the data's original units.
+
+  RUN                the run's directory, such as runs/latest
+  --data NAME|PATH   other data than the run's         --split train|valid|test|all (test)
+  --num_steps N      steps after the last one (10)     --num_samples K   draws (1000; kept in a .npz)
+  --out FILE         .csv or .npz (forecast.csv)       --overwrite
+  --seed N (0), --device D (auto)
+
+example:
+  pyro-vae forecast runs/latest --num_steps 20 --out forecast.csv
 """,
     "encode": """\
 usage: pyro-vae encode RUN [OPTIONS]
@@ -213,6 +231,14 @@ DEFAULTS: Options = [
     ("optimizer.lr", 1e-3),
     ("optimizer.fused", True),
 ]
+OF_SEQUENCES: Options = [
+    ("model", "DeepMarkovModel"),
+    ("model.latent_dim", 16),
+    ("model.transition_hidden", 64),
+    ("guide", "StateSpaceGuide"),
+    ("batch_size", 20),
+    ("clip_norm", 10.0),
+]
 FIRST_RUN: Options = [("epochs", 200), ("patience", 30)]  # where no configuration file is given
 NOT_ASKED = {
     "model",
@@ -229,6 +255,7 @@ NOT_ASKED = {
 OUT = {
     "evaluate": "x.json",
     "sample": "samples.npz",
+    "forecast": "forecast.csv",
     "encode": "codes.npz",
     "reconstruct": "reconstructions.npz",
 }
@@ -440,15 +467,11 @@ def _log_of_epochs() -> Callable[[Run], None]:
 def _configuration(options: Options) -> tuple[Table, Path | None]:
     """All settings of `fit`: defaults, then files, then options; and the run to go on with, if any."""
     from .checkpoint import load_config
+    from .sources import holds_sequences
 
     paths = {path: value for path, value in options if path in ("config", "resume")}
     resume = None
-    base = [*DEFAULTS, *FIRST_RUN]
-    for (
-        name,
-        value,
-    ) in paths.items():  # a file that leaves out the patience means none: a run's config.toml does
-        base = DEFAULTS
+    for name, value in paths.items():
         if value is True or not value:
             raise ValueError(f"expected a path after --{name}, got none: --{name} PATH")
     files = [read_config(Path(value)) for path, value in options if path == "config"]
@@ -459,7 +482,12 @@ def _configuration(options: Options) -> tuple[Table, Path | None]:
             raise FileNotFoundError(f"expected a run's checkpoints in {resume}, found none: name a run's directory")
     own = [(path, value) for path, value in options if path not in ("config", "resume", "print_config")]
     own.sort(key=lambda option: option[0].count("."))
-    tree = nested([*base, *(option for file in files for option in file), *own])
+    given = [*(option for file in files for option in file), *own]
+    data = nested([*DEFAULTS[:1], *((path, value) for path, value in given if path.split(".")[0] == "data")])["data"]
+    base = [*DEFAULTS, *(OF_SEQUENCES if holds_sequences(str(data["name_or_path"]), data.get("time")) else [])]
+    if not paths:  # a file that leaves out the patience means none: a run's config.toml does
+        base += FIRST_RUN
+    tree = nested([*base, *given])
     if resume is not None and {"out", "overwrite"} & tree.keys():
         raise ValueError("expected --resume without --out and --overwrite, got both: a run goes on where it is")
     return tree, resume
@@ -470,7 +498,7 @@ def _programs(components: Table, dataset: Dataset, seed: int) -> tuple[Table, st
     import torch
 
     from .config import build, describe, import_object
-    from .models import likelihoods
+    from .models import StateSpaceModel, likelihoods
 
     model, guide = components["model"], components["guide"]
     reason = "as configured"
@@ -482,18 +510,19 @@ def _programs(components: Table, dataset: Dataset, seed: int) -> tuple[Table, st
     model_class, arguments = import_object(model["class_path"]), model["init_args"]
     names = parameters(model_class)
     shape = tuple(dataset.event_shape)
-    if dataset.train.kwargs and "event_shape" in names:
-        raise ValueError(
-            f"expected a model of sequences for {dataset.name}, got {model['class_path']}: train a StateSpaceModel "
-            "with fit(...) in Python"
-        )
+    of_sequences = inspect.isclass(model_class) and issubclass(model_class, StateSpaceModel)
+    if "event_shape" in names and dataset.sequences != of_sequences:
+        wanted, like = ("a model of sequences", "DeepMarkovModel") if dataset.sequences else ("another model", "VAE")
+        raise ValueError(f"expected {wanted} for {dataset.name}, got {model['class_path']}: --model {like}")
+    if dataset.sequences and "u" in dataset.train.kwargs and "num_inputs" in names:
+        arguments["num_inputs"] = dataset.train.kwargs["u"].shape[-1]
     if arguments.get("event_shape", shape) not in (shape, list(shape), json.dumps(shape)):
         raise ValueError(f"expected {list(shape)} as model.event_shape, got {arguments['event_shape']}: leave it out")
     if "event_shape" in names:
         arguments["event_shape"] = shape
     if "likelihood" in names and arguments.get("likelihood", "auto") == "auto":
-        observed = torch.cat([split.observed for split in (dataset.train, dataset.valid, dataset.test)])
-        likelihood, why = likelihoods.fitting(observed)
+        observed = torch.cat([split.values for split in (dataset.train, dataset.valid, dataset.test)])
+        likelihood, why = likelihoods.fitting(observed[~observed.isnan()] if dataset.sequences else observed)
         arguments["likelihood"] = describe({"likelihood": likelihood})["likelihood"]
         reason = f"{type(likelihood).__name__} likelihood because {why}"
     elif isinstance(arguments.get("likelihood"), dict):
@@ -501,6 +530,8 @@ def _programs(components: Table, dataset: Dataset, seed: int) -> tuple[Table, st
     guide_class = import_object(guide["class_path"])
     if inspect.isclass(guide_class) and "model" in parameters(guide_class):
         guide["init_args"]["model"] = {"reference": "model"}
+        if "missing" in parameters(guide_class) and dataset.has_missing_entries:
+            guide["init_args"].setdefault("missing", "entries")
     made = {name: components[name] for name in COMPONENTS if name in components}
     _check_references(made, "the configuration")
     with torch.random.fork_rng():
@@ -613,6 +644,8 @@ def _evaluate(
             "num_samples": scores.num_samples,
             "num_data": scores.num_data,
         }
+        for name, each in (scores.per_step or {}).items():
+            table[f"{name}_per_step"] = {"value": each.value, "standard_error": each.standard_error}
         _write(out, json.dumps({"split": split, **table}, indent=2).encode() + b"\n")
     return 0
 
@@ -621,6 +654,7 @@ def _sample(
     run: Path,
     num: int = 64,
     mean: bool = False,
+    num_steps: int | None = None,
     out: Path = Path("samples.npz"),
     overwrite: bool = False,
     device: str = "auto",
@@ -632,10 +666,63 @@ def _sample(
     if num < 1:
         raise ValueError(f"expected --num >= 1, got {num}: give a positive number")
     loaded = _load(run, device)
-    x = sample(loaded.model, num, seed=seed, mean=mean)
     dataset = _dataset(loaded, {}) if "data" in loaded.config else None
+    steps = {}
+    if dataset is not None and dataset.sequences:
+        _check_without_inputs(loaded, "sample")
+        steps = {"num_steps": num_steps or int(dataset.train.kwargs["lengths"].median())}
+    elif num_steps is not None:
+        raise ValueError(f"expected --num_steps for a run on sequences, got {run}, which is none: leave it out")
+    x = sample(loaded.model, num, seed=seed, mean=mean, **steps)
     _write_data(out, dataset, None, {"x": x if dataset is None else dataset.restore(x)})
     return 0
+
+
+def _forecast(
+    run: Path,
+    data: Table,
+    split: Part = "test",
+    num_steps: int = 10,
+    num_samples: int = 1000,
+    out: Path = Path("forecast.csv"),
+    overwrite: bool = False,
+    device: str = "auto",
+    seed: int = 0,
+) -> int:
+    import torch
+
+    from .evaluation import isolated
+
+    if num_steps < 1 or num_samples < 1:
+        raise ValueError(f"expected --num_steps and --num_samples >= 1, got {num_steps} and {num_samples}: give such")
+    _check_out(out, overwrite)
+    loaded = _load(run, device)
+    dataset = _dataset(loaded, data)
+    if not dataset.sequences:
+        raise ValueError(f"expected a run on sequences, got {run} on {dataset.name}: forecast is of what follows")
+    _check_without_inputs(loaded, "forecast")
+    part = _split(dataset, split)
+    place = next(loaded.model.parameters()).device
+    drawn = []
+    with isolated(loaded.model, loaded.guide):
+        torch.manual_seed(seed)
+        for i in range(len(part)):
+            args, kwargs = part.to(place).batch(torch.tensor([i], device=place))
+            options = {"num_steps": num_steps, "num_samples": num_samples}
+            drawn.append(loaded.model.forecast(loaded.guide, *args, **kwargs, **options)[:, 0].cpu())
+    x = dataset.restore(torch.stack(drawn, 1))  # (S, N, H, D)
+    found = {"x_mean": x.double().mean(0)}
+    found |= {f"x_{round(100 * q)}%": x.double().quantile(q, dim=0) for q in (0.05, 0.5, 0.95)}
+    _write_data(out, dataset, part, found | ({"x_draws": x} if out.suffix == ".npz" else {}), after=True)
+    return 0
+
+
+def _check_without_inputs(run: Run, command: str) -> None:
+    if getattr(run.model, "num_inputs", 0):
+        raise ValueError(
+            f"expected a model without inputs for {command}, got one of {run.model.num_inputs}: their future is not "
+            f"known here; in Python, run.model.{'forecast' if command == 'forecast' else '__call__'}(..., u)"
+        )
 
 
 def _encode(
@@ -833,9 +920,9 @@ def _dataset(run: Run, options: Table) -> Dataset:
     same = options.get("name_or_path", source["name_or_path"]) == source["name_or_path"]
     kept: Table = source if same else {key: source[key] for key in ("binarize", "root") if key in source}
     if str(options.get("name_or_path", "")).endswith(".csv"):
-        kept = kept | {key: source[key] for key in ("label", "id") if key in source}
+        kept = kept | {key: source[key] for key in ("label", "id", "time", "inputs", "window") if key in source}
     other = load_dataset(**{**kept, **options})
-    if other.event_shape != trained.event_shape:
+    if other.event_shape != trained.event_shape or other.sequences != trained.sequences:
         raise ValueError(
             f"expected data of shape {tuple(trained.event_shape)}, as {run.path} was trained on, got "
             f"{tuple(other.event_shape)} in {other.name}: name such data"
@@ -849,32 +936,21 @@ def _dataset(run: Run, options: Table) -> Dataset:
         return other
 
     def standardised(part: Split) -> Split:
-        x = (other.restore(part.x.double()) - location) / scale
-        return replace(part, args=(x.float(),), log_jacobian=trained.train.log_jacobian)
+        x, log_jacobian = (other.restore(part.x.double()) - location) / scale, trained.train.log_jacobian
+        if other.sequences:
+            counted = part.counted
+            x, log_jacobian = x.where(counted, 0.0), -(counted.sum(1) * scale.log()).sum(-1)
+        return replace(part, args=(x.float(),), log_jacobian=log_jacobian)
 
     train, valid, test = map(standardised, (other.train, other.valid, other.test))
     return replace(other, train=train, valid=valid, test=test, location=location, scale=scale)
 
 
 def _split(dataset: Dataset, name: Part) -> Split:
-    from dataclasses import replace
-
-    import numpy as np
-    import torch
+    from .data import joined
 
     parts = [dataset.train, dataset.valid, dataset.test]
-    for part in parts:
-        if part.name == name:
-            return part
-    labels = [part.labels for part in parts if part.labels is not None]
-    ids = [part.ids for part in parts if part.ids is not None]
-    return replace(
-        dataset.test,
-        args=(torch.cat([part.observed for part in parts]),),
-        labels=torch.cat(labels) if labels else None,
-        ids=np.concatenate(ids) if ids else None,
-        name="all",
-    )
+    return next((part for part in parts if part.name == name), None) or joined(parts)
 
 
 def _check_ending(out: Path, endings: Sequence[str]) -> None:
@@ -899,8 +975,13 @@ def _write(out: Path, content: bytes) -> None:
     print(f"wrote    {out}")
 
 
-def _write_data(out: Path, dataset: Dataset | None, part: Split | None, arrays: Mapping[str, Any]) -> None:
-    """Arrays with rows per datum, with ids and labels, as .npz or as a .csv of a row per datum."""
+def _write_data(
+    out: Path, dataset: Dataset | None, part: Split | None, arrays: Mapping[str, Any], after: bool = False
+) -> None:
+    """Arrays with rows per datum, with ids and labels, as .npz or as a .csv of a row per datum; of sequences, per step.
+
+    `after`: the steps are those that follow each sequence.
+    """
     import io
 
     import numpy as np
@@ -912,18 +993,31 @@ def _write_data(out: Path, dataset: Dataset | None, part: Split | None, arrays: 
     if part is not None and part.labels is not None:
         labels = part.labels.cpu().numpy()
         named["label"] = labels if dataset is None or dataset.classes is None else np.array(dataset.classes)[labels]
+    sequences = dataset is not None and dataset.sequences
+    lengths = part.kwargs["lengths"].cpu().numpy() if sequences and part is not None else None
     if out.suffix == ".npz":
+        if lengths is not None and not after:
+            named["length"] = lengths
         file = io.BytesIO()
         np.savez(file, **arrays, **{f"{name}s": values for name, values in named.items()})
         _write(out, file.getvalue())
         return
     import pandas
 
+    if sequences:
+        N, T = next(iter(arrays.values())).shape[:2]
+        named.setdefault("id", np.arange(N))
+        steps = np.arange(T) + (lengths[:, None] if after and lengths is not None else np.zeros((N, 1), dtype=int))
+        rows = np.ones((N, T), dtype=bool) if after or lengths is None else steps < lengths[:, None]
+        named = {name: np.broadcast_to(values[:, None], (N, T))[rows] for name, values in named.items()}
+        named["step"] = steps[rows]
+        arrays = {name: array[rows] for name, array in arrays.items()}
     columns = dict(named)
     for name, array in arrays.items():
         flat = array.reshape(len(array), -1)
-        own = dataset.columns if dataset is not None and name == "x" else None
-        names = own or [f"{name}_{i}" for i in range(flat.shape[1])]
+        names = [f"{name}_{i}" for i in range(flat.shape[1])]
+        if dataset is not None and dataset.columns and name.split("_")[0] == "x":
+            names = [f"{column}{name[1:]}" for column in dataset.columns]
         for column, values in zip(names, flat.T, strict=True):
             while column in columns:  # a feature that is called id or label
                 column = f"{name}_{column}"
@@ -935,6 +1029,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "fit": _fit,
     "evaluate": _evaluate,
     "sample": _sample,
+    "forecast": _forecast,
     "encode": _encode,
     "reconstruct": _reconstruct,
     "compare": _compare,

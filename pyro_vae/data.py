@@ -16,11 +16,11 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .sources import NAMED, Columns, Source, column_name, find, kind_of
 
-__all__ = ["Data", "Dataset", "Split", "as_data", "load_dataset"]
+__all__ = ["Data", "Dataset", "Split", "as_data", "joined", "load_dataset"]
 
 Binarize = Literal["none", "static", "dynamic"]
 NUM_BUCKETS = 8  # of lengths of sequences
@@ -186,14 +186,20 @@ class Split(Data):
         return self.x if self.binarize is None else _bernoulli(self.x.cpu(), seed=0).to(self.device)
 
     @property
+    def counted(self) -> Tensor:
+        """Which values are there and not missing, in the shape of x."""
+        lengths, mask, x = self.kwargs.get("lengths"), self.kwargs.get("mask"), self.x
+        counted = torch.ones_like(x, dtype=torch.bool)
+        if lengths is not None:
+            counted = counted & (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[..., None]
+        return counted if mask is None else counted & mask
+
+    @property
     def values(self) -> Tensor:
-        """What of `observed` a model scores: of sequences the steps that are there and not missing, (M, D), NaN where
-        a single value is."""
-        lengths, mask, x = self.kwargs.get("lengths"), self.kwargs.get("mask"), self.observed
-        if lengths is None:
-            return x
-        x = x if mask is None else torch.where(mask, x, torch.nan)
-        return x[torch.arange(x.shape[1], device=x.device) < lengths[:, None]]
+        """What of `observed` a model scores: of sequences a row for each step, (M, D), NaN where a value is missing."""
+        if "lengths" not in self.kwargs:
+            return self.observed
+        return self.observed.where(self.counted, torch.nan)[self.counted.any(-1)]
 
     @cached_property
     def _draws(self) -> torch.Generator:
@@ -256,11 +262,49 @@ class Dataset:
         """The same data set with all three splits on `device`."""
         return replace(self, train=self.train.to(device), valid=self.valid.to(device), test=self.test.to(device))
 
+    @property
+    def sequences(self) -> bool:
+        """Whether each datum is a sequence."""
+        return "lengths" in self.train.kwargs
+
+    @property
+    def has_missing_entries(self) -> bool:
+        """Whether some values of a step are missing and others are not."""
+        return any(bool((s.counted.any(-1) & ~s.counted.all(-1)).any()) for s in (self.train, self.valid, self.test))
+
     def restore(self, x: Tensor) -> Tensor:
         """scale x + location for x (..., D), in x's dtype and on its device: the original units."""
         if self.location is None or self.scale is None:
             return x
         return (self.scale * x.cpu() + self.location).to(dtype=x.dtype).to(x.device)
+
+
+def joined(splits: Sequence[Split]) -> Split:
+    """All data of splits as one, `observed` as they are scored; shorter sequences are padded with zeros."""
+    T = max(split.x.shape[1] for split in splits) if splits[0].kwargs else 0
+
+    def together(tensors: Sequence[Tensor]) -> Tensor:
+        if T and tensors[0].ndim > 1:
+            tensors = [nn.functional.pad(t, (0, 0, 0, T - t.shape[1])) for t in tensors]
+        return torch.cat(list(tensors))
+
+    def known(name: str) -> list[Any]:
+        values = [getattr(split, name) for split in splits]
+        return [value for value in values if value is not None]
+
+    log_jacobians = [torch.as_tensor(split.log_jacobian).expand(len(split)) for split in splits]
+    same = all(not isinstance(split.log_jacobian, Tensor) for split in splits)
+    return replace(
+        splits[-1],
+        args=(together([split.observed for split in splits]),),
+        kwargs={name: together([split.kwargs[name] for split in splits]) for name in splits[0].kwargs},
+        log_jacobian=splits[0].log_jacobian if same else torch.cat(log_jacobians),
+        labels=torch.cat(known("labels")) if known("labels") else None,
+        ids=np.concatenate(known("ids")) if known("ids") else None,
+        latents=together(known("latents")) if known("latents") else None,
+        binarize=None,
+        name="all",
+    )
 
 
 def as_data(data: Any) -> Data:

@@ -52,7 +52,8 @@ class Evaluation:
         log_evidence: ``E log 1/K sum_k p(x, z_k) / q(z_k|x) <= log p(x)`` (arXiv 1509.00519), K = `num_samples`.
         kl: ``KL(q(z|x) || p(z))``, from the draws.
         kl_per_dim: its parts per latent dimension where prior and posterior factorise, shape (D,); otherwise None.
-        active_units: how many latent dimensions have ``Var_x E_q[z] > 0.01``.
+        active_units: how many latent dimensions have ``Var_x E_q[z] > 0.01``; those of chains are left out, None where
+            there are no others.
         ess: effective sample size of the K importance weights, 1 to K.
         khat: shape of the weights' Pareto tail; above 0.7 the weights cannot be trusted (arXiv 1507.02646).
         per_datum: each score's values, shape (N,): rank data by them.
@@ -64,7 +65,7 @@ class Evaluation:
     log_evidence: Estimate
     kl: Estimate
     kl_per_dim: Tensor | None
-    active_units: int
+    active_units: int | None
     ess: Estimate
     khat: Estimate
     num_samples: int
@@ -78,12 +79,10 @@ class Evaluation:
         """Of sequences: scores in nats per step, ``sum_i score_i / sum_i T_i``, which long ones have more part in."""
         if self.num_steps is None:
             return None
-        T, N, found = self.num_steps.double(), self.num_data, {}
+        found, mean = {}, float(self.num_steps.double().mean())
         for name in ("elbo", "log_evidence", "kl"):
-            score, mean = self.per_datum[name], float(T.mean())
-            ratio = float(score.sum() / T.sum())
-            error = float((score - ratio * T).std()) / (math.sqrt(N) * mean) if N > 1 else math.nan
-            found[name] = Estimate(ratio, error, getattr(self, name).standard_error_draws / mean)
+            draws = getattr(self, name).standard_error_draws / mean
+            found[name] = replace(of_steps(self.per_datum[name], self.num_steps), standard_error_draws=draws)
         return found
 
     def table(self) -> dict[str, Estimate]:
@@ -92,15 +91,21 @@ class Evaluation:
 
     def __str__(self) -> str:
         rows = [f"{name:>13}  {estimate}" for name, estimate in self.table().items()]
-        rows.append(f"{'active_units':>13}  {self.active_units}")
-        if self.per_step is not None:
-            rows += [
-                f"{f'{name}/step':>13}  {each.value:.4f} ± {each.standard_error:.4f}"
-                for name, each in self.per_step.items()
-            ]
+        if self.active_units is not None:
+            rows.append(f"{'active_units':>13}  {self.active_units}")
+        for name, each in (self.per_step or {}).items():
+            rows.append(f"{name:>13}  {each.value:.4f} ± {each.standard_error:.4f} per step")
         if self.khat.value > 0.7:
             rows.append("khat is above 0.7: few draws carry the weight, and log p(x) may lie well above log_evidence")
         return "\n".join([f"{self.num_data} data, {self.num_samples} draws each; nats per datum", *rows])
+
+
+def of_steps(scores: Tensor, num_steps: Tensor) -> Estimate:
+    """``sum_i score_i / sum_i T_i`` of N sequences, with the standard error of a ratio."""
+    T, N = num_steps.double(), len(scores)
+    ratio = float(scores.sum() / T.sum())
+    error = float((scores - ratio * T).std()) / (math.sqrt(N) * float(T.mean())) if N > 1 else math.nan
+    return Estimate(ratio, error)
 
 
 def _check_observed(weights: LogWeights) -> None:
@@ -273,9 +278,14 @@ def _scores(sums: _Sums, K: int) -> dict[str, Tensor]:
 
 
 def _moments(weights: LogWeights) -> dict[str, Tensor]:
-    """Sums over draws per latent dimension, (B, D): the posterior's mean, its square, the KL where both factorise."""
+    """Sums over draws per latent dimension, (B, D): the posterior's mean, its square, the KL where both factorise.
+
+    Of a chain there are none: another batch may have another number of steps.
+    """
     means, divergences = [], []
     for q, p, z, data_dim in weights.sites.values():
+        if isinstance(q, MarkovChain):
+            continue
 
         def by_datum(x: Tensor, z: Tensor = z, data_dim: int = data_dim) -> Tensor:
             return x.expand(z.shape)[..., None].movedim(data_dim, 1).flatten(start_dim=2).double()
@@ -290,9 +300,11 @@ def _moments(weights: LogWeights) -> dict[str, Tensor]:
             with contextlib.suppress(NotImplementedError):
                 kl = torch.distributions.kl_divergence(q.base_dist, p.base_dist)
             divergences.append(by_datum(kl))
+    if not means:
+        return {}
     mean = torch.cat(means, dim=2)
     moments = {"mean": mean.sum(0), "square": mean.square().sum(0)}
-    if len(divergences) == len(means):
+    if len(divergences) == len(weights.sites):
         moments["kl_per_dim"] = torch.cat(divergences, dim=2).sum(0)
     return moments
 
@@ -308,11 +320,14 @@ def _summary(scores: dict[str, Tensor], K: int, log_jacobian: float | Tensor) ->
         error = scores[name].std().item() / math.sqrt(N) if N > 1 else math.nan
         return Estimate(scores[name].mean().item(), error, draws)
 
-    noise = (scores["square"] - scores["mean"].square()).clamp(min=0) / K  # of a posterior mean that is itself of draws
+    active_units = None
+    if "mean" in scores:
+        noise = (scores["square"] - scores["mean"].square()).clamp(min=0) / K  # of a mean that is itself one of draws
+        active_units = int((scores["mean"].var(0, correction=min(1, N - 1)) - noise.mean(0) > 0.01).sum())
     return Evaluation(
         **{name: estimate(name) for name in ("elbo", "log_evidence", "kl", "ess", "khat")},
         kl_per_dim=scores["kl_per_dim"].mean(0) if "kl_per_dim" in scores else None,
-        active_units=int((scores["mean"].var(0, correction=min(1, N - 1)) - noise.mean(0) > 0.01).sum()),
+        active_units=active_units,
         num_samples=K,
         num_data=N,
         per_datum={name: scores[name] for name in ("elbo", "log_evidence", "kl", "ess", "khat")},

@@ -49,7 +49,8 @@ class Encoding:
 
     Attributes:
         mean: ``E_q[z]``, (N, *latent_shape).
-        scale: the standard deviation of each coordinate under q, (N, *latent_shape); None where q tells none.
+        scale: the standard deviation of each coordinate under q, (N, *latent_shape); None where q tells none and one
+            draw was asked for.
         draws: ``z ~ q(z | x)``, (K, N, *latent_shape); None unless asked for.
     """
 
@@ -117,7 +118,8 @@ def encodings(guide: Callable, data: Any, *, num_samples: int | None = None, see
 
     Mean and scale of a single site are those of q(z | x). With several sites they are moments over draws of
     the earlier ones, ``E_q E[z_i | z_<i]`` and ``(E_q Var[z_i | z_<i] + Var_q E[z_i | z_<i])^{1/2}``; where q
-    has no mean in closed form, as with flows, the mean is that of draws. Both take `num_samples`, or 100.
+    has no mean in closed form, as with flows and chains, mean and scale are those of draws. All take `num_samples`, or
+    100.
 
     Raises:
         ValueError: fewer than one draw, or a latent site outside the plate ``"data"``.
@@ -143,7 +145,7 @@ def encodings(guide: Callable, data: Any, *, num_samples: int | None = None, see
                 draws = torch.stack([_by_datum(trace[name], trace[name]["value"]) for trace in traces]).cpu()
                 means = _stack([_moment(trace[name], "mean") for trace in traces])
                 variances = _stack([_moment(trace[name], "variance") for trace in traces])
-                scale = None
+                scale = draws.std(0) if means is None and len(draws) > 1 else None
                 if means is not None and variances is not None:
                     scale = (variances.mean(0) + means.var(0, correction=0)).sqrt()
                 mean = (draws if means is None else means).mean(0)

@@ -61,7 +61,7 @@ def test_the_volatility_is_stationary():
 
 
 def test_the_sp500_in_time(monkeypatch):
-    root = needed("sp500/SP500.csv").parent.parent
+    root = needed("sp500/SP500.csv")
     dataset = load_dataset("sp500", root=root)
     with (root / "sp500" / "SP500.csv").open() as file:
         returns = torch.tensor([float(row["VALUE"]) for row in csv.DictReader(file)], dtype=torch.float64)

@@ -337,7 +337,7 @@ def test_scores_of_a_step():
         index = torch.randint(200, (4000, 200), generator=generator)
         bootstrap = values[index].sum(1) / lengths[index].sum(1)
         assert each.standard_error == pytest.approx(float(bootstrap.std()), rel=0.1)
-    assert "elbo/step" in str(scores)
+    assert " per step" in str(scores)
     fixed = evaluate(model, guide_of(model), (data.args[0],), num_samples=2, progress=False)
     assert fixed.num_steps.unique().tolist() == [int(lengths.max())]
     table = VAE((4,), latent_dim=2)

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from .base import Columns, Source, column_name, kind_of
-from .files import checked, read_csv, read_images, read_npy, read_npz, read_pt
+from .files import OF_STEPS, checked, read_csv, read_images, read_npy, read_npz, read_pt
 from .images import digits, freyfaces, mnist
 from .sequences import polyphonic, simulated, sp500
 
-__all__ = ["NAMED", "Columns", "Source", "column_name", "find", "kind_of"]
+__all__ = ["NAMED", "Columns", "Source", "column_name", "find", "holds_sequences", "kind_of"]
 
-NAMED: dict[str, Callable[[Path, bool], Source]] = {
-    "digits": digits,
-    "mnist": mnist("MNIST", "handwritten digits"),
-    "fashion_mnist": mnist("FashionMNIST", "pieces of clothing"),
-    "freyfaces": freyfaces,
+_SEQUENCES: dict[str, Callable[[Path, bool], Source]] = {
     "jsb_chorales": polyphonic("jsb_chorales", "chorales of four voices, in quarter notes"),
     "piano_midi": polyphonic("piano_midi", "pieces for piano"),
     "muse_data": polyphonic("muse_data", "pieces for orchestra and piano"),
@@ -29,10 +26,29 @@ NAMED: dict[str, Callable[[Path, bool], Source]] = {
     "pendulum": simulated("pendulum"),
     "stochastic_volatility": simulated("stochastic_volatility"),
 }
+NAMED: dict[str, Callable[[Path, bool], Source]] = {
+    "digits": digits,
+    "mnist": mnist("MNIST", "handwritten digits"),
+    "fashion_mnist": mnist("FashionMNIST", "pieces of clothing"),
+    "freyfaces": freyfaces,
+    **_SEQUENCES,
+}
 
 
 def _names() -> str:
     return ", ".join(NAMED)
+
+
+def holds_sequences(name_or_path: str | os.PathLike[str], time: str | None) -> bool:
+    """Whether a source is one of sequences, as far as it can be told without reading it."""
+    text = os.fspath(name_or_path)
+    path = Path(os.path.expanduser(text))
+    if text in NAMED or path.suffix.lower() == ".csv":
+        return text in _SEQUENCES or (text not in NAMED and time is not None)
+    if path.suffix.lower() != ".npz" or not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return bool({f"{name}.npy" for name in OF_STEPS} & {*archive.namelist()})
 
 
 def find(

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from .base import Columns, Source, column_name, first_line, kind_of
 
-__all__ = ["checked", "read_csv", "read_images", "read_npy", "read_npz", "read_pt"]
+__all__ = ["OF_STEPS", "checked", "read_csv", "read_images", "read_npy", "read_npz", "read_pt"]
+
+OF_STEPS = ("lengths", "u", "mask")  # the arrays that make x of a .npz sequences
 
 
 def read_npy(path: Path) -> Source:
@@ -40,13 +42,13 @@ def read_npz(path: Path) -> Source:
             arrays = {name: archive[name] for name in archive.files}
     except Exception as error:
         raise _unreadable(path, error) from error
-    others = [name for name in arrays if name not in ("labels", "lengths", "u", "mask")]
+    others = [name for name in arrays if name not in ("labels", *OF_STEPS)]
     name = "x" if "x" in arrays else others[0] if len(others) == 1 else None
     if name is None:
         raise ValueError(f"expected an array x, or one array only, in {path}, got {others}: name the data x")
     labels, classes = _labels(arrays["labels"], path) if "labels" in arrays else (None, None)
     x = _from_numpy(arrays[name], path)
-    if not {"lengths", "u", "mask"} & arrays.keys():
+    if not {*OF_STEPS} & arrays.keys():
         return Source(x, labels, classes=classes)
     return _sequences(x, labels, classes, arrays, path)
 

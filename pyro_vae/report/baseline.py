@@ -1,0 +1,138 @@
+"""How good the fit is: beside a model without latent variables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from ..data import Dataset
+from ..evaluation import Estimate, Evaluation, isolated, of_steps
+from ..log_weights import samples
+from .charts import signed
+
+__all__ = ["independent_baseline", "noun_of", "observation_of", "summary_sentence", "trace_of"]
+
+
+def summary_sentence(model: Callable, evaluation: Evaluation, dataset: Dataset) -> str:
+    """How good the fit is, in one sentence: the test log-likelihood beside `independent_baseline`.
+
+    Raises:
+        ValueError: `evaluation` is not of ``dataset.test``.
+    """
+    if evaluation.num_data != len(dataset.test):
+        raise ValueError(
+            f"expected scores of the {len(dataset.test)} test data, got scores of {evaluation.num_data}: "
+            "pass evaluate(model, guide, dataset.test)"
+        )
+    noun = noun_of(dataset)
+    part = "pixel" if noun == "image" else "column"
+    baseline = independent_baseline(model, dataset)
+    discrete = observation_of(model).support.is_discrete
+    score = evaluation.log_evidence
+    start = f"On {evaluation.num_data:,} {noun}s that it has never seen, this model "
+    if evaluation.per_step is not None and dataset.sequences:
+        score, noun = evaluation.per_step["log_evidence"], "step"
+    if discrete:
+        sentence = f"{start}needs at most {-score.value:.1f} ± {score.standard_error:.1f} nats per {noun}"
+    else:
+        sentence = (
+            f"{start}reaches a log-density of at least {signed(score.value)} ± {score.standard_error:.1f} "
+            f"nats per {noun}"
+        )
+    if baseline is None:
+        return f"{sentence} ({'fewer' if discrete else 'higher'} is better)."
+    if discrete:
+        sentence += (
+            f", where knowing how each {part} is distributed, and nothing more, needs {-baseline.value:.1f} "
+            f"± {baseline.standard_error:.1f} (fewer is better)"
+        )
+    else:
+        sentence += (
+            f", where knowing how each {part} is distributed, and nothing more, reaches "
+            f"{signed(baseline.value)} ± {baseline.standard_error:.1f} (higher is better)"
+        )
+    return sentence + ("." if score.value > baseline.value else ": it has not learned more than that yet.")
+
+
+def independent_baseline(model: Callable, dataset: Dataset) -> Estimate | None:
+    r"""The test log-likelihood, in nats per datum, of sequences per step, of a model without latent variables.
+
+    Every pixel or column stands on its own: ``p(x) = prod_d f(x_d; theta_d)``, f of the model's family
+    p(x|z), with theta_d fitted to the training data and to one more datum, the overall average, so that no
+    value that training lacks is impossible. With m and v for averages over all d, ``m_d = (sum_n x_nd + m) /
+    (N + 1)`` is the mean of a Bernoulli, Binomial, continuous Bernoulli (its logits within +-15.9, as in
+    float32) or normal, and ``(sum_n (x_nd - m_d)^2 + v) / (N + 1)`` the normal's variance. None for other
+    families.
+
+    Example:
+        >>> from pyro_vae import load_dataset
+        >>> from pyro_vae.models import VAE, likelihoods
+        >>> digits = load_dataset("digits")
+        >>> print(independent_baseline(VAE((1, 8, 8), likelihood=likelihoods.Binomial(16)), digits))
+        -254.65 ± 2.82
+    """
+    observation = observation_of(model)
+    train, test = dataset.train.values.double().cpu(), dataset.test.x.double().cpu()
+    if dataset.sequences:
+        train = train[~train.isnan().any(-1)]
+    mean = (train.sum(0) + train.mean()) / (len(train) + 1)
+    fitted: torch.distributions.Distribution
+    match type(observation).__name__:
+        case "Bernoulli":
+            fitted = torch.distributions.Bernoulli(probs=mean)
+        case "Binomial":
+            total_count = observation.total_count.double().max().cpu()
+            fitted = torch.distributions.Binomial(total_count, probs=mean / total_count)
+        case "ContinuousBernoulli":
+            fitted = torch.distributions.ContinuousBernoulli(logits=_continuous_bernoulli_logits(mean))
+        case "Normal":
+            squares = (train - mean).square()
+            variance = (squares.sum(0) + squares.mean()) / (len(train) + 1)
+            fitted = torch.distributions.Normal(mean, variance.sqrt())
+        case _:
+            return None
+    log_prob = torch.where(dataset.test.counted.cpu(), fitted.log_prob(test), 0.0).flatten(1).sum(1)
+    log_prob = log_prob + dataset.test.log_jacobian
+    if dataset.sequences:
+        return of_steps(log_prob, dataset.test.kwargs["lengths"].cpu())
+    error = log_prob.std().item() / math.sqrt(len(test)) if len(test) > 1 else math.nan
+    return Estimate(log_prob.mean().item(), error)
+
+
+def _continuous_bernoulli_logits(mean: Tensor) -> Tensor:
+    """Where ``E[x] = 1 / (1 - e^-l) - 1 / l`` is `mean`, by bisection."""
+    low, high = torch.full_like(mean, -15.9), torch.full_like(mean, 15.9)
+    for _ in range(60):
+        middle = (low + high) / 2
+        expected = torch.where(middle.abs() > 1e-3, -1 / torch.expm1(-middle) - 1 / middle, 0.5 + middle / 12)
+        low, high = torch.where(expected < mean, middle, low), torch.where(expected < mean, high, middle)
+    return (low + high) / 2
+
+
+def observation_of(model: Callable) -> Any:
+    """p(x|z) of one element, with its class and settings, from a draw of the model."""
+    distribution = dict(samples(trace_of(model)))["x"]["fn"]
+    while isinstance(distribution, torch.distributions.Independent):
+        distribution = distribution.base_dist
+    return distribution
+
+
+def trace_of(model: Callable) -> poutine.Trace:
+    with isolated(model):
+        inputs = getattr(model, "num_inputs", None)
+        if inputs is None:
+            return poutine.trace(model).get_trace(num_data=1)
+        device = next(iter(model.parameters()), torch.zeros(())).device  # type: ignore[attr-defined]
+        few = {"u": torch.zeros(1, 2, inputs, device=device)} if inputs else {"num_data": 1, "num_steps": 2}
+        return poutine.trace(model).get_trace(**few)
+
+
+def noun_of(dataset: Dataset) -> str:
+    if dataset.sequences:
+        return "sequence"
+    return "image" if len(dataset.event_shape) == 3 else "row"
