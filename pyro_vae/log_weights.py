@@ -152,12 +152,23 @@ class Structures:
         known: Structure | None = None,
     ) -> Structure:
         """That of the pair; `known` takes the place of what was."""
-        key = (_identity(model), _identity(guide), _signature((tuple(args), dict(kwargs))), plate)
+        key = self._key(model, guide, args, kwargs, plate)
         if known is not None or key not in self.known:
             while len(self.known) >= MAX_STRUCTURES:
                 self.known.pop(next(iter(self.known)))
             self.known[key] = known or structure_of(model, guide, args, kwargs, plate)
         return self.known[key]
+
+    def knows(
+        self, model: Callable, guide: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], plate: str | None
+    ) -> bool:
+        return self._key(model, guide, args, kwargs, plate) in self.known
+
+    @staticmethod
+    def _key(
+        model: Callable, guide: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], plate: str | None
+    ) -> Hashable:
+        return _identity(model), _identity(guide), _signature((tuple(args), dict(kwargs))), plate
 
 
 def _identity(program: Callable) -> Hashable:
@@ -185,11 +196,15 @@ class Site(NamedTuple):
 
 
 class Path(NamedTuple):
-    """A draw as the sampling path made it from the parameters and earlier leaves, and the leaf in its place."""
+    """A draw as the sampling path made it from the parameters and earlier leaves, and the leaf in its place.
+
+    `counted` tells whose ln q counts, in the shape of the draw, where its site is masked; None where all do.
+    """
 
     name: str
     drawn: Tensor
     leaf: Tensor
+    counted: Tensor | None
 
 
 @dataclasses.dataclass
@@ -244,24 +259,29 @@ class LogWeights:
         site = self.calls[0].p.nodes.get(name, {})
         return site["value"] if site.get("is_observed") else None
 
-    def along_paths(self, of_local: Tensor, of_global: Tensor) -> Tensor:
+    def along_paths(self, of_local: Tensor, of_global: Tensor, of_masked: Tensor) -> Tensor:
         """What has the gradient ``sum_i (d f / d z_i) dz_i`` along the sampling paths of the draws, f being `of_local`
-        for draws of local sites and `of_global` for those of global ones; ``d f / d z_i`` holds the other draws fixed,
-        dz_i does not.
+        for draws of local sites, `of_masked` for those whose ln q is masked, and `of_global` for those of global sites;
+        ``d f / d z_i`` holds the other draws fixed, dz_i does not.
         """
         leaves = [path.leaf for path in self.paths]
         gradients = [torch.zeros_like(leaf) for leaf in leaves]
 
-        def add(f: Tensor, those: Sequence[int], outer: Tensor | None = None) -> None:
+        def add(f: Tensor, those: Sequence[int], outer: Tensor | None = None, into: Any = gradients) -> None:
             if those and f.requires_grad:
                 wanted = [leaves[i] for i in those]
                 found = torch.autograd.grad(f, wanted, outer, retain_graph=True, allow_unused=True)
                 for i, gradient in zip(those, found, strict=True):
-                    gradients[i] = gradients[i] if gradient is None else gradients[i] + gradient
+                    into[i] = into[i] if gradient is None else into[i] + gradient
 
         of_all = [i for i, path in enumerate(self.paths) if path.name in self.global_sites]
         add(of_global, of_all)
         add(of_local, [i for i in range(len(leaves)) if i not in of_all])
+        masked = {i: path.counted for i, path in enumerate(self.paths) if path.counted is not None and i not in of_all}
+        others = [torch.zeros_like(leaf) for leaf in leaves]
+        add(of_masked, [*masked], into=others)
+        for i, counted in masked.items():
+            gradients[i] = torch.where(counted, gradients[i], others[i])
         surrogate = of_local.new_zeros(())
         for i, path in reversed([*enumerate(self.paths)]):
             surrogate = surrogate + (gradients[i].detach() * path.drawn).sum()
@@ -303,10 +323,18 @@ def log_weights(
         torch.Size([3, 5])
     """
     structures = structures or Structures()
+    kept = structures.knows(model, guide, args, kwargs, plate)
     structure = structures.of(model, guide, args, kwargs, plate)
     for _ in range(2):
         call = functools.partial(_one_call, model, guide, args, kwargs, structure, analytic_kl, leaves, scaled)
-        first = call(num_particles if vectorize else 1)
+        try:
+            first = call(num_particles if vectorize else 1)
+        except Exception:
+            now = structure_of(model, guide, args, kwargs, plate) if kept else structure
+            if now == structure:
+                raise
+            structure, kept = structures.of(model, guide, args, kwargs, plate, known=now), False
+            continue  # a plate more than there was, where the draws' own is
         now = _structure(first.calls[0].p, first.calls[0].q, plate)
         if now == structure:
             break
@@ -395,7 +423,7 @@ class _Leaves(Messenger):
             if any(isinstance(each, torch.distributions.TransformedDistribution) for each in _layers(q)):
                 self.own_log_q[message["name"]] = q.log_prob(drawn).detach()
             message["value"] = drawn.detach().requires_grad_()
-            self.paths.append(Path(message["name"], drawn, message["value"]))
+            self.paths.append(Path(message["name"], drawn, message["value"], _counted(message, drawn)))
 
 
 class _Reader:
@@ -558,6 +586,18 @@ def closed_form_kl(q: Any, p: Any) -> Tensor | None:
         return torch.distributions.kl_divergence(q, p)
     except NotImplementedError:
         return None
+
+
+def _counted(site: Mapping[str, Any], value: Tensor) -> Tensor | None:
+    """Whose log-probability no mask of a handler or of the distribution leaves out, in the shape of the value."""
+    q, found = site["fn"], None
+    masks = [(site["mask"], q.event_dim), *((getattr(each, "_mask", None), each.event_dim) for each in _layers(q))]
+    for mask, event_dim in masks:
+        if mask is not None:
+            mask = torch.as_tensor(mask, device=value.device).expand(value.shape[: value.dim() - event_dim])
+            mask = mask[(..., *[None] * event_dim)]
+            found = mask if found is None else found & mask
+    return found
 
 
 def _layers(distribution: Any) -> Iterator[Any]:

@@ -371,8 +371,7 @@ def estimator(name: str, arguments: Mapping[str, Any], num_particles: int) -> Ta
     """An estimator of so many draws, by short name or import path, as `config.build` takes it."""
     path = f"estimators.{name.rpartition('.')[2]}"
     target, _ = _find(path, name, arguments)
-    taken = inspect.signature(target).parameters.values()
-    if not any(p.name == "num_particles" or p.kind is p.VAR_KEYWORD for p in taken):
+    if not _takes_draws(target):
         raise ValueError(f"expected --estimators that take num_particles, got {name}, which does not: leave it out")
     if "num_particles" in arguments:
         raise ValueError(f"expected --num_particles for all estimators, got --{path}.num_particles: name it there")
@@ -421,6 +420,16 @@ def _classes(role: str) -> dict[str, Any]:
         for name, each in found.items()
         if name not in (*bases, *unfit) and not (role in ESTIMATORS and name.startswith("Jit"))
     }
+
+
+def _takes_draws(target: Callable) -> bool:
+    taken = inspect.signature(target).parameters.values()
+    return any(p.name == "num_particles" or p.kind is p.VAR_KEYWORD for p in taken)
+
+
+def _needs_objects(target: Callable) -> bool:
+    given = parameters(target).items()
+    return any(p.default is p.empty and _is_component(_annotation(target, name)) for name, p in given)
 
 
 def parameters(target: Callable) -> dict[str, inspect.Parameter]:
@@ -491,6 +500,8 @@ def classes_help(path: str) -> str:
             "--estimators CLASS,CLASS, also package.module.CLASS; --estimators.CLASS.NAME VALUE sets what one takes"
         ]
     for name, target in _classes(role).items():
+        if role == "estimators" and (not _takes_draws(target) or _needs_objects(target)):
+            continue
         summary = (inspect.getdoc(target) or "").split("\n\n")[0]
         takes = [str(p) for n, p in parameters(target).items() if n != FILLED.get(role)]
         lines += ["", f"{name}  {' '.join(summary.split())}", *(f"    {each}" for each in takes)]

@@ -28,7 +28,7 @@ from . import checkpoint, prediction
 from .compiled import get_random_state, set_random_state
 from .config import build, describe
 from .data import Data, Dataset, Split, as_data, load_dataset
-from .estimators import ConstrainedELBO, DReG, Estimator
+from .estimators import ConstrainedELBO, Estimator
 from .evaluation import Evaluation, check_support, evaluate, evaluating
 from .log_weights import samples
 from .optim import Optimizer
@@ -479,7 +479,8 @@ def _check_arguments(data: Data, epochs: int, batch_size: int, patience: int | N
 
 
 def _check_schedules(loss: Any, optimizer: Any, learning_rate: Schedule | None, kl_weight: Schedule | None) -> None:
-    if kl_weight and isinstance(loss, RenyiELBO | ReweightedWakeSleep | ConstrainedELBO | DReG):
+    weighs_draws = isinstance(loss, RenyiELBO | ReweightedWakeSleep | ConstrainedELBO)
+    if kl_weight and (weighs_draws or not getattr(loss, "tempered", True)):
         raise ValueError(
             f"expected a loss that is linear in the KL term beside kl_weight, got {type(loss).__name__}, whose weights "
             "or constraints it would change: leave kl_weight out, or use ELBO"

@@ -858,6 +858,21 @@ def test_multipliers_change_in_training_mode_alone():
     assert float(loss.multipliers) > 0.0
 
 
+@pytest.mark.parametrize("constraint", [Reconstruction(at_least=-1.0), Rate(at_most=0.0)])
+def test_a_step_that_is_not_taken_moves_no_multiplier(constraint):
+    case, loss = Digits(), ConstrainedELBO([constraint])
+    loss.differentiable_loss(case.model, case.guide, case.x)
+    before = loss.multipliers.clone(), loss.values.clone()
+    assert float(before[0]) > 0
+    x = case.x.clone()
+    x[0] = torch.nan
+    with pyro.validation_enabled(False):
+        loss.differentiable_loss(case.model, case.guide, x)
+    assert torch.equal(loss.multipliers, before[0]) and torch.equal(loss.values, before[1])
+    loss.differentiable_loss(case.model, case.guide, case.x)
+    assert float(loss.multipliers) > float(before[0])
+
+
 class Coded:
     """q(z | x_i) = N(m_i, s_i^2) for six data with labels, in one dimension."""
 
@@ -904,6 +919,19 @@ def test_mutual_information_is_that_of_the_batch_by_quadrature():
     assert float(entropy) < math.log(6)
     same = log_weights(case.model, case.guide, (x, torch.zeros(6).long()), {}, 3)
     torch.testing.assert_close(MutualInformation("z", 1, at_most=1.0).each(same), torch.zeros(3, 6))
+
+
+def test_data_without_labels_count_nothing_in_the_information():
+    case, fewer = Coded(), Coded()
+    known = torch.tensor([True, True, False, True, True, False])
+    fewer.m, fewer.s, fewer.y = case.m[known], case.s[known], case.y[known]
+    one_hot = torch.eye(3)[case.y].where(known[:, None], torch.nan)
+    for labels in (one_hot, case.y.double().where(known, torch.nan)):
+        weights = log_weights(case.model, case.guide, (torch.zeros(6), labels), {}, 40_000)
+        each = MutualInformation("z", 1, at_most=0.1).each(weights)
+        assert_mean_is(each.mean(1), fewer.exact(fewer.y), precise=0.01)
+    weights = log_weights(case.model, case.guide, (torch.zeros(6), torch.full((6, 3), torch.nan)), {}, 5)
+    assert bool((MutualInformation("z", 1, at_most=0.1).each(weights) == 0).all())
 
 
 def test_mutual_information_of_batches_is_above_that_of_the_data():
@@ -1106,6 +1134,41 @@ def test_a_program_that_becomes_another_is_seen():
     assert bounds[0] == bounds[1]
 
 
+def test_a_plate_more_than_there_was_is_seen():
+    """Where it takes the place of the plate of draws."""
+    x, state = torch.ones(4, 3), {"deep": False}
+
+    def model(x):
+        if not state["deep"]:
+            with pyro.plate("data", 4, dim=-1):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+                return pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+        with pyro.plate("data", 4, dim=-1), pyro.plate("columns", 3, dim=-2):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            return pyro.sample("x", dist.Normal(z, 1.0), obs=x.mT)
+
+    def guide(x):
+        if not state["deep"]:
+            with pyro.plate("data", 4, dim=-1):
+                return pyro.sample("z", dist.Normal(x / 2, 0.7).to_event(1))
+        with pyro.plate("data", 4, dim=-1), pyro.plate("columns", 3, dim=-2):
+            return pyro.sample("z", dist.Normal(x.mT / 2, 0.7))
+
+    estimator = IWAE(5)
+    estimator.loss(model, guide, x)
+    state["deep"] = True
+    torch.manual_seed(0)
+    found = estimator.loss(model, guide, x)
+    torch.manual_seed(0)
+    assert found == IWAE(5).loss(model, guide, x)
+    with pytest.raises(RuntimeError, match="own error"):
+        estimator.loss(raising, guide, x)
+
+
+def raising(x):
+    raise RuntimeError("its own error")
+
+
 def test_masked_and_factored_scores():
     """A masked draw that its neighbours depend on; a density that the guide adds by a factor."""
     logits = torch.zeros(50_000, requires_grad=True)
@@ -1136,6 +1199,46 @@ def test_masked_and_factored_scores():
             pyro.sample("x", dist.Normal(2 * z, 1.0), obs=x)
 
     assert_mean_is(gradient_of(ELBO(1), plain, factored, [logits], x)[0], 0.25 * (log_p[1] - log_p[0]), precise=0.02)
+
+
+@pytest.mark.parametrize("by", ["handler", "distribution", "entries"])
+@pytest.mark.parametrize("make", [DReG, STL, IWAE, lambda K: DReG(K, alpha=0.5)])
+def test_paths_of_draws_whose_score_is_masked(make, by):
+    """ln q counts for every other datum alone: the gradient is the bound's own, by quadrature."""
+    rows, K = 60_000, 3
+    mask = torch.arange(rows) % 2 == 0
+    m = torch.full((rows,), 0.5, requires_grad=True)
+
+    def site(location):
+        p = dist.Normal(location, 0.8 if location is m else 1.0)
+        if by == "distribution":
+            return pyro.sample("z", p.mask(mask))
+        if by == "entries":
+            entries = dist.Normal(p.loc[:, None], p.scale[:, None]).mask(mask[:, None])
+            return pyro.sample("z", entries.to_event(1))[..., 0]
+        with poutine.mask(mask=mask):
+            return pyro.sample("z", p)
+
+    def model(x):
+        with pyro.plate("data", rows):
+            pyro.sample("x", dist.Normal(site(torch.zeros(rows)), 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", rows):
+            site(m)
+
+    estimator = make(K)
+    found = gradient_of(estimator, model, guide, [m], torch.full((rows,), 1.5))[0]
+    e, w = nodes(K)
+    for counted in (True, False):
+        location = torch.tensor(0.5, requires_grad=True)
+        z = location + 0.8 * e
+        log_w = dist.Normal(z, 1.0).log_prob(torch.tensor(1.5))
+        if counted:
+            log_w = log_w + dist.Normal(0.0, 1.0).log_prob(z) - dist.Normal(location, 0.8).log_prob(z)
+        bound = estimator.bound(log_w.mT)
+        (expected,) = torch.autograd.grad((w * bound).sum(), location)
+        assert_mean_is(found[mask == counted], expected, precise=0.02)
 
 
 def test_draws_of_no_density_count_nothing():

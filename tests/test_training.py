@@ -26,6 +26,8 @@ from pyro.nn import PyroModule
 from torch.distributions import constraints
 
 from pyro_vae import evaluate, fit, load_run, training
+from pyro_vae.estimators import DReG, WakeSleep
+from pyro_vae.estimators import ReweightedWakeSleep as OwnWakeSleep
 from pyro_vae.guides import AmortizedGuide
 from pyro_vae.schedules import Cosine, Exponential, TenfoldDecay, Warmup
 from pyro_vae.svi import SVI, NonFiniteLossError, latent_scale
@@ -393,8 +395,9 @@ def test_a_resumed_run_can_outlast_its_early_stop(tmp_path):
 
 def test_what_does_not_go_together_is_refused(tmp_path):
     out = tmp_path / "run"
-    with pytest.raises(ValueError, match="linear in the KL term beside kl_weight, got RenyiELBO"):
-        train(loss=RenyiELBO(num_particles=2), kl_weight=Warmup(2), out=out)
+    for loss in (RenyiELBO(num_particles=2), DReG(2), WakeSleep(), OwnWakeSleep(2, insomnia=0.5)):
+        with pytest.raises(ValueError, match=f"linear in the KL term beside kl_weight, got {type(loss).__name__}"):
+            train(loss=loss, kl_weight=Warmup(2), out=out)
     with pytest.raises(ValueError, match="one rule for the learning rate"):
         train(optimizer=pyro.optim.ClippedAdam({"lr": 0.1, "lrd": 0.9}), learning_rate=Exponential(0.9), out=out)
     with pytest.raises(ValueError, match="support of its Bernoulli likelihood"):

@@ -55,8 +55,10 @@ def compare_estimators(
 
     The expected gradient of the estimator's own objective is estimated by the plainest unbiased gradient: autograd's,
     with the score of draws that cannot be reparameterised, without `Estimator.coefficients`, `signal` and `extra`. The
-    noise of the draws themselves is taken out of squared norms and means; a bias is 0 as far as can be told where it
-    is within 4 standard errors. Parameters whose gradient does not vary count in no mean of ratios.
+    noise of the draws themselves is taken out of squared norms and means; a bias is 0 as far as can be told where its
+    square is within 4 standard errors, ``bias_z``. Parameters whose gradient does not vary count in no mean of ratios.
+    An estimator whose guide follows another objective than its bound by design, as in PIWAE and wake-sleep, is biased
+    in this sense. Losses are in eval mode for gradients, with multipliers and baselines as they are made.
 
     log p(x) is ``model.log_evidence(x)`` where the model has such a method, else `log_evidence`, else the bound of
     `num_samples` draws; of a trained pair it is the first or the last. Scores are taken in eval mode; gradients, time,
@@ -73,7 +75,7 @@ def compare_estimators(
         num_samples: draws for each datum that log p(x) is told by, and that each bound's average is of, about.
         num_gradients, num_references: draws of each gradient, and of that which a bias is told by: five times as many
             by default; 0 leaves it out. A ratio below ``1 / sqrt(num_gradients)`` is lost in the noise. Their moments
-            take 200 bytes for each parameter.
+            take 400 bytes for each parameter.
         log_evidence: of the data, nats per datum: their mean, or a tensor (N,).
         steps, seconds: per seed, what each estimator may train for, from the pair as it is; compilation is free.
         seeds: of the training's draws and order of data.

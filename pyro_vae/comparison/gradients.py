@@ -32,7 +32,7 @@ MAX_BYTES = 64_000_000  # that gradients drawn in one call may take, each as one
 WORTH_RECORDING = 100  # draws
 
 
-Expected: TypeAlias = dict[str, tuple[Tensor, float]]  # the mean of each part, and its noise's squared norm
+Expected: TypeAlias = dict[str, Tensor]  # the means of each part in blocks of draws, (J, P)
 
 
 class _Moments:
@@ -54,6 +54,10 @@ class _Moments:
         self.second.index_add_(0, numbers, draws.square())
         self.count += len(draws)
         self.counts += torch.bincount(numbers.cpu(), minlength=self.blocks)
+
+    def means(self) -> Tensor:
+        """Of each block, (J, P)."""
+        return self.origin + self.first / self.counts.to(self.first)[:, None]
 
     def moments(self, without: int | None = None) -> tuple[Tensor, Tensor, int]:
         """Mean and variance of each parameter's gradient, (P,), and the number of draws; of all blocks but one."""
@@ -245,9 +249,8 @@ def gradient_row(
     if plain is not None:
         key = _objective_of(plain)
         if key not in references:
-            found = _gradient_moments(pair, plain, batch, num_references, derived_seed(seed, 3, each.K))
-            moments = {part: each.moments() for part, each in found.items()}
-            references[key] = {part: (mean, (spread.sum() / n).item()) for part, (mean, spread, n) in moments.items()}
+            found = _gradient_moments(pair, plain, batch, num_references, derived_seed(seed, 3, each.K), blocks)
+            references[key] = {part: moments.means() for part, moments in found.items()}
         reference = references[key]
     row: dict[str, float] = {}
     for part in PARTS:
@@ -258,23 +261,38 @@ def gradient_row(
 
 STATISTICS = (
     *("norm", "mean_norm", "standard_deviation", "variance", "snr", "snr_standard_error"),
-    *("snr_whole", "snr_whole_standard_error", "bias", "bias_standard_error"),
+    *("snr_whole", "snr_whole_standard_error", "bias", "bias_z"),
 )
 
 
-def _statistics(own: _Moments, reference: tuple[Tensor, float] | None) -> dict[str, float]:
+def _bias(own: Tensor, reference: Tensor) -> tuple[float, float]:
+    """``|E own - E reference|`` from means of J blocks each, (J, P), and its square in standard errors.
+
+    The square is the mean product of different blocks' differences, to which their noise adds nothing; its error comes
+    from leaving out one block at a time.
+    """
+    differences = own - reference
+    J = len(differences)
+    products = differences @ differences.mT
+    products.fill_diagonal_(0.0)
+    total, of_block = products.sum(), products.sum(1)
+    squared = (total / (J * (J - 1))).item() if J > 1 else math.nan
+    others = (total - 2 * of_block) / ((J - 1) * (J - 2)) if J > 2 else torch.full((J,), math.nan)
+    error = math.sqrt((J - 1) * (others - others.mean()).square().mean().item())
+    rounding = (1e-6 * reference.mean(0).norm().item()) ** 2
+    z = squared / math.hypot(error, rounding) if error or rounding else 0.0
+    return math.sqrt(max(0.0, squared)) if squared == squared else math.nan, z
+
+
+def _statistics(own: _Moments, reference: Tensor | None) -> dict[str, float]:
     mean, variance, count = own.moments()
     trace = variance.sum().item()
     (snr, snr_error), (whole, whole_error) = _with_errors(own)
-    bias = error = math.nan
+    bias = z = math.nan
     if reference is not None:
-        expected, its_noise = reference
-        rounding = 1e-6 * expected.norm().item()
-        noise = trace / count + its_noise
-        bias = math.sqrt(max(0.0, (mean - expected).square().sum().item() - noise))
-        error = math.hypot(math.sqrt(noise), rounding)
+        bias, z = _bias(own.means(), reference)
     norm = math.sqrt(max(0.0, mean.square().sum().item() - trace / count))
-    values = (norm, own.norms / count, math.sqrt(trace), trace, snr, snr_error, whole, whole_error, bias, error)
+    values = (norm, own.norms / count, math.sqrt(trace), trace, snr, snr_error, whole, whole_error, bias, z)
     return dict(zip(STATISTICS, values, strict=True))
 
 

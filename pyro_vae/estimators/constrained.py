@@ -71,9 +71,10 @@ class MutualInformation(Constraint):
 
         1/B sum_i E_q(z_i | x_i)[ ln 1/n_i sum_{j: y_j = y_i} q(z_i | x_j) - ln 1/B sum_j q(z_i | x_j) ]
 
-    n_i data have the label y_i. Given how many data have which label, its expectation is an upper bound on the
-    information under the distribution that the data come from, as the KL divergence is convex, and falls to it with B;
-    it is never above the labels' entropy. The site's q may not depend on other draws.
+    n_i data have the label y_i; data without one, NaN, count nothing. Given how many data have which label, its
+    expectation is an upper bound on the information under the distribution that the data come from, as the KL
+    divergence is convex, and falls to it with B; it is never above the labels' entropy. The site's q may not depend on
+    other draws.
 
     Args:
         site: the latent site. label: the index of a positional argument, the name of one given by keyword, or an
@@ -96,13 +97,16 @@ class MutualInformation(Constraint):
         return f"MutualInformation({self.site}, {self.label})"
 
     def each(self, weights: LogWeights) -> Tensor:
-        y = self._labels(weights)
+        y, known = self._labels(weights)
         log_q = torch.cat([self._log_q(call) for call in weights.calls])  # (K, B, B): of z_i under q(. | x_j)
-        same = (y[:, None] == y).to(log_q.dtype)
+        same = ((y[:, None] == y) & known).to(log_q.dtype)
         of_class = (log_q + same.log()).logsumexp(-1) - same.sum(-1).log()
-        return of_class - (log_q.logsumexp(-1) - math.log(len(y)))
+        count = known.sum()
+        each = of_class - ((log_q + known.to(log_q.dtype).log()).logsumexp(-1) - count.log())
+        return torch.where(known, each, 0.0) * (len(y) / count.clamp(min=1))
 
-    def _labels(self, weights: LogWeights) -> Tensor:
+    def _labels(self, weights: LogWeights) -> tuple[Tensor, Tensor]:
+        """Classes, and which of them are known, (B,) each."""
         given: Any = None
         if isinstance(self.label, int):
             given = weights.args[self.label] if self.label < len(weights.args) else None
@@ -112,9 +116,10 @@ class MutualInformation(Constraint):
             raise ValueError(
                 f"expected labels (B,) or one-hot (B, classes) as {self.label!r}, got none: name the argument"
             )
+        known = given == given
         if given.dim() == 2:
-            return given.argmax(-1) if given.shape[1] > 1 else given.squeeze(1)
-        return given
+            return given.argmax(-1) if given.shape[1] > 1 else given.squeeze(1), known.all(-1)
+        return given, known
 
     def _log_q(self, call: Any) -> Tensor:
         if self.site not in call.shared or call.data_dim is None:
@@ -143,7 +148,7 @@ class ConstrainedELBO(BetaELBO, nn.Module):
     g_c is the mean that a constraint is about, s_c is 1 for at most and -1 for at least. After each gradient the
     multipliers rise by `step_size` times the violation, and stay at 0 where a constraint is idle: then the ELBO is what
     is trained. Multipliers and values are buffers, kept in a run's checkpoint and history; they change in
-    training mode alone.
+    training mode alone, and not where a log-weight is not finite.
 
     Raises:
         ValueError: no constraint, or a step size that is not positive.
@@ -193,8 +198,10 @@ class ConstrainedELBO(BetaELBO, nn.Module):
             for i, constraint in enumerate(self.constraints):
                 value = constraint.each(weights).mean()
                 violation = constraint.sign * (value - constraint.limit)
-                self.values[i] = value
-                self.multipliers[i] = (self.multipliers[i] + self.step_size * violation).clamp(min=0)
+                multiplier = (self.multipliers[i] + self.step_size * violation).clamp(min=0)
+                sound = value.isfinite() & weights.log_weight.isfinite().all()  # else the step is not taken
+                self.values[i] = torch.where(sound, value, self.values[i])
+                self.multipliers[i] = torch.where(sound, multiplier, self.multipliers[i])
 
     def record(self) -> dict[str, Any]:
         """Each constraint's last value, in training, and multiplier."""

@@ -44,6 +44,7 @@ class ReweightedWakeSleep(IWAE):
         if not 0 <= insomnia <= 1:
             raise ValueError(f"expected insomnia from 0 to 1, got {insomnia}: give the share of the wake phase")
         self.insomnia = insomnia
+        self.tempered = insomnia == 1  # a dream has no KL term to weigh
 
     def coefficients(self, log_weight: Tensor) -> Coefficients:
         v = log_weight.softmax(0)
