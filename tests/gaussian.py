@@ -90,10 +90,16 @@ def linear_data():
 
 
 class Half(nn.Module):
+    """x_t ~ N(z_t / 2, scale^2)."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = scale
+
     def forward(self, z):
-        return dist.Normal(0.5 * z, 20**0.5).to_event(1)
+        return dist.Normal(0.5 * z, self.scale).to_event(1)
 
 
 def krishnan():
     transition = NormalTransition(lambda z: z + 0.05, 1, 10**0.5)
-    return StateSpaceModel(Initial(1, scale=1.0, learned_mean=False), transition, Half())
+    return StateSpaceModel(Initial(1, scale=1.0, learned_mean=False), transition, Half(20**0.5))

@@ -51,6 +51,14 @@ def test_the_page_on_estimators_runs(tmp_path, monkeypatch):
         torch.testing.assert_close(a, b)
 
 
+def test_the_page_on_sequences_runs(tmp_path, monkeypatch, recorded):
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "docs"}
+    exec("\n".join(blocks("docs/sequences.md")), names)
+    assert names["later"].shape == (200, 3, 30, 2) and names["physical"](u=names["u"]).shape == (3, 100, 2)
+    assert names["by_guide"].shape == names["by_particles"].shape == (3,)
+
+
 @pytest.mark.usefixtures("float64")
 def test_the_worked_example_of_a_prior(monkeypatch, recorded, tmp_path):
     code, row, *_ = blocks("CONTRIBUTING.md")
