@@ -23,7 +23,7 @@ from .sources import NAMED, Columns, Source, column_name, find, kind_of
 __all__ = ["Data", "Dataset", "Split", "as_data", "joined", "load_dataset"]
 
 Binarize = Literal["none", "static", "dynamic"]
-NUM_BUCKETS = 8  # of lengths of sequences
+NUM_BUCKETS = 4  # of lengths of sequences: each is a compiled step
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -112,7 +112,7 @@ class Data:
         self, index: Tensor, generator: torch.Generator | None = None
     ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
         """`batch`; of sequences, where `lengths` (N,) are among the tensors by keyword, without the steps after the
-        longest. They end at one of at most eight numbers of steps, so that compiled shapes stay few.
+        longest. They end at one of at most four numbers of steps, so that compiled shapes stay few.
         """
         args, kwargs = self.batch(index, generator)
         if self._ends is None:
@@ -139,9 +139,18 @@ class Data:
         parts = order[self._bucket[order].argsort(stable=True)].split(batch_size)
         return [parts[i] for i in torch.randperm(len(parts), generator=generator)]
 
+    def typical_batches(self, batch_size: int) -> list[Tensor]:
+        """Rows of a batch of each shape that `trimmed_batch` makes of `batches`."""
+        of_bucket = [torch.arange(len(self))]
+        if self._ends is not None:
+            of_bucket = [(self._bucket == i).nonzero().flatten() for i in range(len(self._ends))]
+        found = [rows[torch.arange(batch_size) % len(rows)] for rows in of_bucket]
+        rest = len(self) % batch_size
+        return [*found, found[-1][:rest]] if rest else found
+
     @cached_property
     def _ends(self) -> Tensor | None:
-        """At most eight lengths that batches of sequences are cut to, so that compiled steps stay few."""
+        """The lengths that batches of sequences are cut to."""
         lengths, x = self.kwargs.get("lengths"), self.args[0]
         if lengths is None or x.ndim != 3 or lengths.shape != (len(x),) or lengths.is_floating_point():
             return None

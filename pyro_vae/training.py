@@ -185,11 +185,11 @@ def fit(
             compile = long if resume is None else _was_compiled(resume)
         svi = (CompiledSVI if compile else SVI)(model, guide, optimizer, loss, clip_norm=clip_norm)
         scale = latent_scale(1.0, place) if kl_weight else None
-        sizes = dict.fromkeys((batch_size, len(data) % batch_size or batch_size)) if compile else (batch_size,)
+        typical = data.typical_batches(batch_size)
         try:
             with scale or contextlib.nullcontext():
-                for rows in sizes:
-                    args, kwargs = data.trimmed_batch(torch.arange(rows, device=place), _generator(place, seed))
+                for rows in typical if compile else typical[:1]:
+                    args, kwargs = data.trimmed_batch(rows.to(place), _generator(place, seed))
                     svi.initialize(*args, **kwargs)
         finally:  # data outside the support fail in either; this says it better
             for part in (data, held_out):

@@ -307,7 +307,7 @@ def ragged(lengths):
 
 
 def test_batches_are_of_like_lengths():
-    """Every row once; at most eight numbers of steps; padding is cut, and nothing else."""
+    """Every row once; few numbers of steps, all of them foretold; padding is cut, and nothing else."""
     lengths = torch.randint(1, 100, (200,), generator=torch.Generator().manual_seed(0))
     data = ragged(lengths)
     batches = data.batches(20, torch.Generator().manual_seed(1))
@@ -318,7 +318,12 @@ def test_batches_are_of_like_lengths():
         steps.append(x.shape[1])
         assert bool((kwargs["lengths"] == lengths[rows]).all()) and kwargs["mask"].shape == x.shape[:2]
         assert float(x.sum()) == float(data.args[0][rows].sum()) and steps[-1] >= int(lengths[rows].max())
-    assert len(set(steps)) <= 8 and sum(steps) < 0.7 * 10 * int(lengths.max())
+    assert len(set(steps)) <= 4 and sum(steps) < 0.7 * 10 * int(lengths.max())
+    assert {data.trimmed_batch(rows)[0][0].shape for rows in data.typical_batches(20)} == {(20, T, D) for T in steps}
+    for size, rest in ((30, 20), (150, 50)):
+        shapes = {data.trimmed_batch(rows)[0][0].shape for rows in data.batches(size)}
+        assert shapes <= {data.trimmed_batch(rows)[0][0].shape for rows in data.typical_batches(size)}
+        assert any(shape[0] == rest for shape in shapes)
     again = data.batches(20, torch.Generator().manual_seed(1))
     assert all(torch.equal(a, b) for a, b in zip(batches, again, strict=True))
     other = data.batches(20, torch.Generator().manual_seed(2))
