@@ -434,6 +434,9 @@ def _fit(options: Options) -> int:
     best = max(run.history, key=lambda record: record["valid"])
     bound = f"best validation bound {best['valid']:.2f} nats, epoch {best['epoch']}"
     print(f"trained  {last['epoch']} epochs in {last['seconds']:.0f} s; {bound}")
+    patience = settings.get("patience")
+    if resume is not None and last["epoch"] < settings.get("epochs", 0) and patience is not None:
+        print(f"         {patience} epochs without a better bound have ended it; --patience null goes on")
     num_samples = num_samples or min(1_000, max(50, MOST_SCORED // dataset.test.x.numel()))
     print(f"scoring  {len(dataset.test):,} data with {num_samples:,} draws each", flush=True)
     scores = evaluate(run.model, run.guide, dataset.test, num_samples=num_samples, **scoring)
@@ -446,6 +449,8 @@ def _fit(options: Options) -> int:
     where = _quoted(run.path)
     print("next     try:")
     print(f"  pyro-vae sample {where} --num 100 --out {where}/samples.npz")
+    if dataset.sequences and not getattr(run.model, "num_inputs", 0):
+        print(f"  pyro-vae forecast {where} --num_steps 10 --out {where}/forecast.csv")
     print(f"  pyro-vae encode {where} --split test --out {where}/codes.csv")
     print(f"  pyro-vae fit --config {where}/config.toml --seed 1")
     return 0
@@ -795,12 +800,12 @@ def _compare(
     device: str = "auto",
     seed: int = 0,
 ) -> int:
+    chosen = _estimators(estimators)
+    values, of_training = _numbers("num_particles", num_particles, 1), _numbers("seeds", seeds, 0)
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not overwrite)):
         raise FileExistsError(f"expected a new or empty folder, got {str(out)!r}: name another, or add --overwrite")
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"expected a folder at {str(out.parent)!r}, got none: make it, or name another --out")
-    chosen = _estimators(estimators)
-    values, of_training = _numbers("num_particles", num_particles, 1), _numbers("seeds", seeds, 0)
     from .comparison import compare_estimators
 
     loaded = _load(run, device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -131,8 +132,9 @@ def compare_estimators(
             for each in contestants:  # what one of them cannot take is said before anything is measured
                 check_takes(each, p, q, *batch)
             evidence = best_log_evidence(p, q, scored, given, num_samples, seed)
+            untrained = math.nan
             if budget.seeds:
-                best_log_evidence(p, q, tested, None, 2, seed)
+                untrained = best_log_evidence(p, q, tested, None, num_samples, seed).mean.value
         found: list[dict[str, Any]] = []
         references: dict[Hashable, Expected] = {}
         for each in contestants:
@@ -157,6 +159,7 @@ def compare_estimators(
         "steps": steps,
         "seconds": seconds,
         "seeds": [*budget.seeds],
+        "untrained": untrained if math.isfinite(untrained) else None,
         "seed": seed,
         "compile": compile,
         "device": str(device),

@@ -128,7 +128,9 @@ def _text(comparison: Comparison) -> str:
     meaning = "nats per datum: bound, gap"
     if table["trained"].notna().any():
         columns += [("trained", _numbers(table["trained"])), ("±", _numbers(table["trained_standard_error"]))]
-        meaning += ", log p(x) after training ± its standard error over seeds"
+        before = settings.get("untrained")
+        meaning += ", log p(x) of the data that trained copies are scored on, ± its standard error over seeds"
+        meaning += "" if before is None else f", {before:.2f} before training"
     meaning += (
         "; SNR and bias of the gradients of m, the model, and g, the guide, a squared bias in its standard errors, "
         f"sure above {BIASED:g}; ms and MB of a step"

@@ -134,7 +134,8 @@ def kl_per_dimension(subject: Coded) -> Section:
     else:
         axis.set_xlabel("latent dimensions, most informative first", color=INK)
     axis.set_xlim(-0.6, max(len(ranked), 8) - 0.4)
-    legend(axis, "upper right")
+    if bool(subject.active[ranked].any()) and not bool(subject.active[ranked].all()):
+        legend(axis, "upper right")
     which = f" The {len(ranked)} largest of {len(kl)} are shown." if len(ranked) < len(kl) else ""
     return Section(
         title,

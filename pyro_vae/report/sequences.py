@@ -203,7 +203,8 @@ class Sequences:
 
     def paths(self) -> Section:
         """A phase portrait: smoothed means of test sequences, the first against the second direction."""
-        count = min(30, len(self.dataset.test))
+        steps = int(self.dataset.test.kwargs["lengths"].median())
+        count = min(30, len(self.dataset.test), max(4, 500 // steps))  # more lines hide each other
         found = []
         for i in range(count):
             args, kwargs = self.one(i)
