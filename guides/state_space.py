@@ -32,10 +32,10 @@ CELLS: dict[str, Any] = {
 
 
 class Combiner(Declared):
-    """Base: `build` gets the size of z and of each of h; ``forward(z_prev, *h)`` gives features of q(z_t | ...), and
-    what is added to its location, or None."""
+    """Base: `build` gets the sizes of z_t, of what is read for z_{t-1}, and of each of h; ``forward(z_prev, *h)`` gives
+    features of q(z_t | ...), and what is added to its location, or None."""
 
-    def build(self, latent_dim: int, hidden: int, parts: int) -> None:
+    def build(self, latent_dim: int, width: int, hidden: int, parts: int) -> None:
         raise NotImplementedError
 
     def forward(self, z: Tensor, *h: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -48,15 +48,15 @@ class LinearCombiner(Combiner):
     """Features ``tanh(W (z, h) + b)``, and ``V (z, h)`` added to the location: it follows unbounded states.
 
     Example:
-        >>> features, offset = LinearCombiner().bind(2, 8, 1)(torch.zeros(5, 2), torch.zeros(5, 8))
+        >>> features, offset = LinearCombiner().bind(2, 2, 8, 1)(torch.zeros(5, 2), torch.zeros(5, 8))
         >>> features.shape, offset.shape
         (torch.Size([5, 8]), torch.Size([5, 2]))
     """
 
-    def build(self, latent_dim: int, hidden: int, parts: int) -> None:
+    def build(self, latent_dim: int, width: int, hidden: int, parts: int) -> None:
         self.num_features = hidden
-        self.features = nn.Linear(latent_dim + parts * hidden, hidden)
-        self.offset = nn.Linear(latent_dim + parts * hidden, latent_dim, bias=False)
+        self.features = nn.Linear(width + parts * hidden, hidden)
+        self.offset = nn.Linear(width + parts * hidden, latent_dim, bias=False)
 
     def forward(self, z: Tensor, *h: Tensor) -> tuple[Tensor, Tensor]:
         v = torch.cat([z, *h], -1)
@@ -67,13 +67,13 @@ class TanhCombiner(Combiner):
     """Features ``(tanh(W z + b) + h_left + h_right) / 3``, or ``(tanh(W z + b) + h) / 2`` (arXiv 1609.09869).
 
     Example:
-        >>> TanhCombiner().bind(2, 8, 1)(torch.zeros(5, 2), torch.zeros(5, 8))[0].shape
+        >>> TanhCombiner().bind(2, 2, 8, 1)(torch.zeros(5, 2), torch.zeros(5, 8))[0].shape
         torch.Size([5, 8])
     """
 
-    def build(self, latent_dim: int, hidden: int, parts: int) -> None:
+    def build(self, latent_dim: int, width: int, hidden: int, parts: int) -> None:
         self.num_features = hidden
-        self.of_z = nn.Linear(latent_dim, hidden)
+        self.of_z = nn.Linear(width, hidden)
 
     def forward(self, z: Tensor, *h: Tensor) -> tuple[Tensor, None]:
         return (self.of_z(z).tanh() + sum(h)) / (1 + len(h)), None
@@ -84,7 +84,8 @@ class StateSpaceGuide(Configured, PyroModule):
     both (arXiv 1609.09869).
 
     Args:
-        model: with `latent_dim`, `event_dim` and `num_inputs`, as `StateSpaceModel`; it is not kept.
+        model: with `latent_dim`, `event_dim` and `num_inputs`, as `StateSpaceModel`; it is not kept, but for its
+            transition where that is read.
         inference: MF-L, MF-R, MF-LR: q(z_t | h_t), without z_{t-1}. ST-L, ST-R, ST-LR: with it. L reads the past (a
             filter), R the future (a smoother, as z_{t-1} tells of the past), LR both.
         hidden: the size of h.
@@ -92,9 +93,11 @@ class StateSpaceGuide(Configured, PyroModule):
         combiner: what joins z_{t-1} and h_t.
         family: of each step, as ``families.IAF(transforms=1)``.
         missing: "frames": the networks see which steps are observed; "entries": of each value.
+        reads_transition: the combiner reads ``E_p[z_t | z_{t-1}, u_t]`` beside z_{t-1}, so that it need not learn what
+            the model's transition knows; its parameters are then the guide's, too.
 
     Raises:
-        ValueError: another code or cell.
+        ValueError: another code or cell; a transition to read without z_{t-1}, or one with feedback.
 
     Example:
         >>> from pyro_vae.models import StateSpaceModel
@@ -113,6 +116,7 @@ class StateSpaceGuide(Configured, PyroModule):
         combiner: Combiner | None = None,
         family: Family | None = None,
         missing: Literal["frames", "entries"] = "frames",
+        reads_transition: bool = False,
     ) -> None:
         super().__init__()
         structure, _, directions = inference.partition("-")
@@ -122,13 +126,22 @@ class StateSpaceGuide(Configured, PyroModule):
             if value not in known:
                 raise ValueError(f"expected {name} to be one of {', '.join(known)}, got {value!r}")
         self.structured, self.missing = structure == "ST", missing
+        feedback = bool(getattr(model, "feedback", 0))
+        if reads_transition and (not self.structured or feedback):
+            raise ValueError(
+                f"expected ST-L, ST-R or ST-LR and a model without feedback beside reads_transition, got {inference}: "
+                "leave it out"
+            )
+        self.transition = model.transition if reads_transition else None
+        self.num_read = model.num_inputs if reads_transition else 0
         D, Z, hidden = model.event_dim, model.latent_dim, positive("hidden", hidden)
         width = D + model.num_inputs + (D if missing == "entries" else 1)
         self.cells = nn.ModuleDict({direction: CELLS[cell](width, hidden) for direction in directions})
         self.num_states = 2 if cell == "lstm" else 1
         features = hidden * len(directions)
         if self.structured:
-            self.combiner = bind(LinearCombiner() if combiner is None else combiner, Z, hidden, len(directions))
+            combiner = LinearCombiner() if combiner is None else combiner
+            self.combiner = bind(combiner, Z, 2 * Z if reads_transition else Z, hidden, len(directions))
             features = self.combiner.num_features
             self.before = nn.Parameter(torch.zeros(Z))
         self.family = bind(DiagonalNormal() if family is None else family, features, (Z,))
@@ -148,7 +161,8 @@ class StateSpaceGuide(Configured, PyroModule):
         carried: Carried | None = None,
     ) -> Tensor:
         steps = steps_of(x, lengths, mask)
-        h = torch.cat([self.encoded(steps, u, direction, carried) for direction in self.cells], -1)
+        parts = [self.encoded(steps, u, direction, carried) for direction in self.cells]
+        h = torch.cat([*parts, u] if self.num_read and u is not None else parts, -1)
         before = self.before.expand(len(x), -1) if self.structured else None
         if self.structured and carried is not None:
             before = carried.z
@@ -176,14 +190,18 @@ class StateSpaceGuide(Configured, PyroModule):
         return Carried(z[rows, steps.last], steps.seen[rows, steps.last], h)
 
     def step(self, z: Tensor | None, h: Tensor) -> dist.Distribution:
-        """``q(z_t | z_{t-1}, h_t)``."""
+        """``q(z_t | z_{t-1}, h_t)``; u_t follows h_t where the transition is read."""
         if z is None:
             return self.family(h)
         shape = torch.broadcast_shapes(z.shape[:-1], h.shape[:-1])
+        h = h.expand(*shape, -1)
         if not self.structured:
-            return self.family(h.expand(*shape, -1))
-        parts = h.expand(*shape, -1).chunk(len(self.cells), -1)
-        features, offset = self.combiner(z.expand(*shape, -1), *parts)
+            return self.family(h)
+        z = z.expand(*shape, -1)
+        if self.transition is not None:
+            h, *u = h.split([h.shape[-1] - self.num_read, self.num_read], -1) if self.num_read else (h,)
+            z = torch.cat([z, self.transition(z, *u).mean], -1)
+        features, offset = self.combiner(z, *h.chunk(len(self.cells), -1))
         q = self.family(features)
         return q if offset is None else _shifted(q, offset)
 

@@ -86,8 +86,8 @@ class FirstStep(Configured, nn.Module):
     """``p(z_1) = transition(z_0, u_1)`` with z_0 a parameter.
 
     Example:
-        >>> FirstStep(LinearTransition(2), latent_dim=2)().mean
-        tensor([0., 0.], grad_fn=<AddBackward0>)
+        >>> FirstStep(LinearTransition(2), latent_dim=2)().event_shape
+        torch.Size([2])
     """
 
     def __init__(self, transition: Callable[..., dist.Distribution], latent_dim: int) -> None:

@@ -7,14 +7,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from conftest import needed
 from gaussian import Linear, walk
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch import nn
 
 from pyro_vae import CompiledSVI, evaluate, fit
-from pyro_vae.cli import main
 from pyro_vae.estimators import IWAE, DReG
 from pyro_vae.guides import StateSpaceGuide, families
 from pyro_vae.guides.state_space import TanhCombiner
@@ -268,6 +266,39 @@ def test_transitions(make):
         assert np.isfinite(loss.loss(model, guide, batch()[0]))
 
 
+@pytest.mark.parametrize("num_inputs", [0, C])
+def test_a_guide_reads_the_transition(num_inputs, recorded_once):
+    """q(z_t | ...) is a function of E_p[z_t | z_{t-1}, u_t] too; one set of parameters serves both programs."""
+    model, guide = pair(transition=LinearTransition(Z, num_inputs), num_inputs=num_inputs, reads_transition=True)
+    args = batch()[: 1 + bool(num_inputs)]
+    assert guide.transition is model.transition
+    with torch.no_grad():
+        guide.combiner.features.weight.zero_(), guide.combiner.offset.weight.zero_()
+        guide.combiner.offset.weight[:, Z : 2 * Z] = torch.eye(Z)
+        model.transition.mean.function.weight.normal_()
+        trace = poutine.trace(guide).get_trace(*args)
+    z, chain = trace.nodes["z"]["value"], trace.nodes["z"]["fn"]
+    u = args[1:] and (args[1][:, 1:],)
+    expected = model.transition(z[:, :-1], *u).mean
+    found = chain.transition(z[:, :-1], chain.inputs[:, 1:]).mean
+    offset = found - expected  # of the family's own location, which is the same at all steps
+    torch.testing.assert_close(offset, offset[:1, :1].expand_as(offset))
+    svi = CompiledSVI(model, guide, pyro.optim.Adam({"lr": 0.01}), TraceMeanField_ELBO())
+    before = model.transition.mean.function.weight.detach().clone()
+    for _ in range(2):
+        svi.step(*args)
+    assert svi.compiled, svi.fallback_reason
+    assert not torch.equal(before, model.transition.mean.function.weight)
+    for refused in (partial(pair, "MF-LR"), pair_with_feedback):
+        with pytest.raises(ValueError, match="a model without feedback beside reads_transition"):
+            refused(reads_transition=True)
+
+
+def pair_with_feedback(**options):
+    parts = Initial(Z, D), LinearTransition(Z, D), normal(num_inputs=D)
+    return StateSpaceGuide(StateSpaceModel(*parts, feedback=D), **options)
+
+
 def test_a_flow_of_each_step_takes_one_pass():
     model, guide = pair(family=families.IAF(transforms=1, hidden=(6,)))
     calls = []
@@ -314,12 +345,3 @@ def test_bad_input():
     ):
         with pytest.raises(ValueError, match=said.replace("(", r"\(")):
             call()
-
-
-def test_the_command_line_says_that_it_has_no_model_of_sequences(capsys, monkeypatch, tmp_path):
-    monkeypatch.setenv("PYRO_VAE_DATA", str(needed("jsb_chorales/jsb_chorales.pickle")))
-    monkeypatch.chdir(tmp_path)
-    torch.set_default_dtype(torch.float32)
-    assert main(["fit", "--data", "jsb_chorales"]) == 2
-    assert "expected a model of sequences for jsb_chorales" in capsys.readouterr().err
-    assert not (tmp_path / "runs").exists()
