@@ -232,7 +232,7 @@ def draw(source: Path, target: Path) -> None:
         first = next(axes for axes in axes_of_row if axes.has_data())
         first.tick_params(labelleft=True)
         first.set_ylabel("bound, nats per datum")
-        first.legend(frameon=False, fontsize=8, loc="lower right" if name == "frey" else "best")
+        first.legend(frameon=False, fontsize=8, loc="upper left" if name == "frey" else "best")
     figure.savefig(target, dpi=110)
 
 

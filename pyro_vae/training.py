@@ -494,17 +494,22 @@ def _check_schedules(loss: Any, optimizer: Any, learning_rate: Schedule | None, 
 
 
 def _check_support(svi: SVI, data: Data | None) -> None:
-    """Every datum lies in the support of the observed site that holds it where the loss calls the model."""
+    """Every datum lies in the support of the observed site that holds it where the loss calls the model; of a site that
+    holds what the model makes of the data, the first hundred do."""
     if data is None:
         return
-    args, kwargs = data.batch(torch.zeros(1, dtype=torch.long, device=data.args[0].device))
+    rows = torch.arange(min(100, len(data)), device=data.device)
+    args, kwargs = data.batch(rows, _generator(data.device, 0))
     with torch.random.fork_rng(), torch.no_grad(), pyro.validation_enabled(False), evaluating(*svi.modules.values()):
         model = poutine.trace(svi.model)
         svi.loss(model, svi.guide, *args, **kwargs)
     for name, site in samples(model.trace):
-        for given, observed in zip(args, (data.observed,) if isinstance(data, Split) else data.args, strict=True):
-            if site["is_observed"] and site["value"] is given:
-                check_support(name, site["fn"], observed)
+        if not site["is_observed"]:
+            continue
+        whole = (data.observed,) if isinstance(data, Split) else data.args
+        places = [i for i, given in enumerate(args) if site["value"] is given]
+        for value in [whole[i] for i in places] or [site["value"]]:
+            check_support(name, site["fn"], value)
 
 
 @contextlib.contextmanager

@@ -68,7 +68,7 @@ def test_probabilistic_pca_of_the_digits(latent_dim, answer):
     torch.testing.assert_close(q.variance, posterior.variance)
 
 
-@pytest.mark.parametrize(("latent_dim", "epochs"), [(2, 100), (10, 300)])
+@pytest.mark.parametrize(("latent_dim", "epochs"), [(2, 100), (10, 220)])
 def test_training_comes_to_the_closed_form(latent_dim, epochs, tmp_path):
     """fit, from random weights, with a linear encoder: within 0.05 nats of the exact maximum, and not above it."""
     torch.manual_seed(0)
@@ -81,7 +81,7 @@ def test_training_comes_to_the_closed_form(latent_dim, epochs, tmp_path):
         guide,
         x,
         loss=TraceMeanField_ELBO(),
-        optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.02, fused=True),
+        optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.05, betas=(0.9, 0.95), fused=True),
         learning_rate=lambda epoch: max(0.003, 1 - epoch / epochs),
         epochs=epochs,
         batch_size=200,

@@ -333,6 +333,18 @@ def test_batches_are_of_like_lengths():
     assert all(map(torch.equal, plain.batches(2, torch.Generator().manual_seed(0)), expected))
 
 
+def test_values_outside_the_support_are_met_before_training(tmp_path):
+    """Grey values under a Bernoulli, padding and all."""
+    lengths = torch.randint(1, 6, (30,))
+    data = ragged(lengths)
+    grey = Data((0.5 * data.args[0],), data.kwargs)
+    model = DeepMarkovModel((D,), 2, 5, (4,))
+    with pytest.raises(ValueError, match='values of site "x" in the support of its Bernoulli likelihood'):
+        fit(model, guide_of(model), grey, epochs=1, batch_size=10, out=tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+    fit(model, guide_of(model), data, epochs=1, batch_size=10, out=tmp_path / "run", progress=False)
+
+
 def test_scores_of_a_step():
     """Nats per step: sums over data by sums of lengths, the error that of a ratio."""
     lengths = torch.randint(1, 30, (200,), generator=torch.Generator().manual_seed(0))
