@@ -112,6 +112,12 @@ def figure(results: dict[str, Any], path: Path) -> None:
     drawn.savefig(path, dpi=150)
 
 
+def recorded(target: Path) -> dict[str, Any]:
+    results = json.loads(target.read_text()) if target.exists() else {"rows": {}}
+    results.pop("machine", None)
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(EXACT), choices=list(EXACT))
@@ -124,11 +130,11 @@ def main() -> None:
         dataset = load_dataset(f"{name}_sequences")
         for inference in arguments.codes:
             for seed in arguments.seeds:
-                results = json.loads(target.read_text()) if target.exists() else {"rows": {}}
-                results.pop("machine", None)
-                key = f"{name}, {inference}, seed {seed}"
+                results, key = recorded(target), f"{name}, {inference}, seed {seed}"
                 if key not in results["rows"]:
-                    results["rows"][key] = trained(name, inference, dataset, arguments.epochs, seed)
+                    row = trained(name, inference, dataset, arguments.epochs, seed)
+                    results = recorded(target)  # another process may have added rows meanwhile
+                    results["rows"][key] = row
                     record(target, results)
                 row = results["rows"][key]
                 print(f"{key:>34}  {row['bound']:.4f} (exact {EXACT[name][0]}), rms {row['root_mean_square']:.3f}")
