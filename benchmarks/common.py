@@ -34,5 +34,12 @@ def _lines(path: str) -> list[str]:
     return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
+def recorded(path: Path) -> dict[str, Any]:
+    """What `record` has written, without the machine; read anew after each row, as another process may add some."""
+    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": {}}
+    results.pop("machine", None)
+    return results
+
+
 def record(path: Path, results: dict[str, Any]) -> None:
     path.write_text(json.dumps({"machine": machine(), **results}, indent=1) + "\n")

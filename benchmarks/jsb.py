@@ -17,7 +17,6 @@ encoder is torch's own RNN, of the same modules.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import statistics
 import time
@@ -28,7 +27,7 @@ from typing import Any, NamedTuple
 
 import pyro
 import torch
-from common import record
+from common import record, recorded
 from pyro import poutine
 from pyro.infer import SVI, TraceMeanField_ELBO
 from pyro.optim import ClippedAdam
@@ -256,10 +255,11 @@ def main() -> None:
         return
     target = HERE / "jsb.json"
     for name in arguments.rows:
-        results = json.loads(target.read_text()) if target.exists() else {"rows": {}}
-        results.pop("machine", None)
+        results = recorded(target)
         if name not in results["rows"]:
-            results["rows"][name] = score(name, train(name, arguments), arguments)
+            row = score(name, train(name, arguments), arguments)
+            results = recorded(target)
+            results["rows"][name] = row
             record(target, results)
         row = results["rows"][name]
         print(f"{name:>9}  bound {row['bound']:.3f} ± {row['standard_error']:.3f}, {row['importance_sampled']:.3f}")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import record
+from common import record, recorded
 from mnist_table import interval
 
 from pyro_vae import Dataset, Run, fit, load_dataset, load_run
@@ -99,12 +99,6 @@ def table(results: dict[str, Any]) -> str:
         )
         lines.append(f"| {name} | {' | '.join(parts)} | {units:.1f} | {ROWS[name][1]} | {seconds:.1f} |")
     return "\n".join(lines)
-
-
-def recorded(target: Path) -> dict[str, Any]:
-    results = json.loads(target.read_text()) if target.exists() else {"rows": {}}
-    results.pop("machine", None)
-    return results
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import record
+from common import record, recorded
 from torch import Tensor
 
 from pyro_vae import Dataset, fit, load_dataset
@@ -114,12 +114,6 @@ def table(results: dict[str, Any]) -> str:
         error = f" ± {statistics.stdev(test) / len(test) ** 0.5:.2f}" if len(test) > 1 else " (one run)"
         lines.append(f"| {name} | {statistics.mean(test):.2f}{error} | {TUTORIAL.get(name, '')} |")
     return "\n".join(lines)
-
-
-def recorded(target: Path) -> dict[str, Any]:
-    results = json.loads(target.read_text()) if target.exists() else {"rows": {}}
-    results.pop("machine", None)
-    return results
 
 
 def main() -> None:

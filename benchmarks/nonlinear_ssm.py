@@ -21,7 +21,7 @@ from typing import Any
 import matplotlib
 import pyro.distributions as dist
 import torch
-from common import record
+from common import record, recorded
 from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor, nn
 
@@ -110,12 +110,6 @@ def figure(results: dict[str, Any], path: Path) -> None:
         axis.legend(frameon=False)
         axis.spines[["top", "right"]].set_visible(False)
     drawn.savefig(path, dpi=150)
-
-
-def recorded(target: Path) -> dict[str, Any]:
-    results = json.loads(target.read_text()) if target.exists() else {"rows": {}}
-    results.pop("machine", None)
-    return results
 
 
 def main() -> None:

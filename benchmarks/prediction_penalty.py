@@ -11,14 +11,13 @@ and velocity are from what a linear map makes of the smoothed states, fitted on 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import record
+from common import record, recorded
 from torch import Tensor
 
 from pyro_vae import Dataset, fit, load_dataset
@@ -87,11 +86,11 @@ def main() -> None:
     swings, target = load_dataset("pendulum"), HERE / "prediction_penalty.json"
     for seed in arguments.seeds:
         for weight in arguments.weights:
-            results = json.loads(target.read_text()) if target.exists() else {"rows": {}}
-            results.pop("machine", None)
-            key = f"weight {weight:g}, seed {seed}"
+            results, key = recorded(target), f"weight {weight:g}, seed {seed}"
             if key not in results["rows"]:
-                results["rows"][key] = trained(swings, weight, arguments.epochs, seed)
+                row = trained(swings, weight, arguments.epochs, seed)
+                results = recorded(target)
+                results["rows"][key] = row
                 record(target, results)
             print(key, {name: round(value, 4) for name, value in results["rows"][key].items()})
 

@@ -17,7 +17,6 @@ Standard errors are of the difference to the constant variance, over blocks of 2
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import tempfile
 from functools import partial
@@ -27,7 +26,7 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
-from common import record
+from common import record, recorded
 from pyro.infer import MCMC, NUTS, TraceMeanField_ELBO
 from torch import Tensor, nn
 
@@ -212,12 +211,12 @@ def main() -> None:
     parser.add_argument("--root", default=None, help="folder of the data (default: PYRO_VAE_DATA)")
     arguments = parser.parse_args()
     target = HERE / "volatility.json"
-    results = json.loads(target.read_text()) if target.exists() else {}
-    results.pop("machine", None)
     if arguments.nuts:
-        results["nuts"] = against_nuts(arguments.root, arguments.epochs)
+        found = {"nuts": against_nuts(arguments.root, arguments.epochs)}
     else:
-        results |= held_out(arguments.root, arguments.epochs, arguments.seeds)
+        found = held_out(arguments.root, arguments.epochs, arguments.seeds)
+    results = recorded(target) | found
+    if not arguments.nuts:
         for name, row in results["rows"].items():
             print(f"{name:>42}  {row['nats_per_day']:.4f}  {row['above_constant']:+.4f} ± {row['standard_error']:.4f}")
     record(target, results)
