@@ -498,18 +498,23 @@ def _check_support(svi: SVI, data: Data | None) -> None:
     holds what the model makes of the data, the first hundred do."""
     if data is None:
         return
-    rows = torch.arange(min(100, len(data)), device=data.device)
-    args, kwargs = data.batch(rows, _generator(data.device, 0))
-    with torch.random.fork_rng(), torch.no_grad(), pyro.validation_enabled(False), evaluating(*svi.modules.values()):
-        model = poutine.trace(svi.model)
-        svi.loss(model, svi.guide, *args, **kwargs)
-    for name, site in samples(model.trace):
-        if not site["is_observed"]:
-            continue
-        whole = (data.observed,) if isinstance(data, Split) else data.args
-        places = [i for i, given in enumerate(args) if site["value"] is given]
-        for value in [whole[i] for i in places] or [site["value"]]:
-            check_support(name, site["fn"], value)
+    whole = (data.observed,) if isinstance(data, Split) else data.args
+    for count, direct in ((1, True), (min(100, len(data)), False)):  # the support of one datum broadcasts over all
+        args, kwargs = data.batch(torch.arange(count, device=data.device), _generator(data.device, 0))
+        with (
+            torch.random.fork_rng(),
+            torch.no_grad(),
+            pyro.validation_enabled(False),
+            evaluating(*svi.modules.values()),
+        ):
+            model = poutine.trace(svi.model)
+            svi.loss(model, svi.guide, *args, **kwargs)
+        for name, site in samples(model.trace):
+            places = [i for i, given in enumerate(args) if site["value"] is given]
+            if not site["is_observed"] or bool(places) != direct:
+                continue
+            for value in [whole[i] for i in places] or [site["value"]]:
+                check_support(name, site["fn"], value)
 
 
 @contextlib.contextmanager
