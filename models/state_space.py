@@ -188,8 +188,9 @@ class StateSpaceModel(Configured, PyroModule):
 
             z_t^k ~ p(z_t | z_{t-1}^k),  w_t^k = w_{t-1}^k p(x_t | z_t^k)
 
-        Particles are drawn anew, by systematic resampling, where their effective number is below half of them. Without
-        inputs from the future nothing of the future is used; its cost is `num_particles` times that of a draw.
+        Particles are drawn anew, by systematic resampling, where their effective number is below half of them. Where none
+        could have given x_t, its log-density is -inf and all weigh alike again. Without inputs from the future nothing of
+        the future is used; its cost is `num_particles` times that of a draw.
 
         Example:
             >>> model = StateSpaceModel(Initial(2), GatedTransition(2), Emission(2, 5))
@@ -212,7 +213,7 @@ class StateSpaceModel(Configured, PyroModule):
             predicted = (log_w.exp()[..., None] * emission.mean).sum(0)
             log_p = self._observed(emission, steps, t)
             per_step = (log_w + log_p).logsumexp(0)
-            log_w = log_w + log_p - per_step
+            log_w = torch.where(per_step.isneginf(), equal, log_w + log_p - per_step)
             ess = (-(2 * log_w).logsumexp(0)).exp()
             found.append((z, log_w, predicted, per_step, ess))
             ancestors = torch.where(ess < K / 2, _systematic(log_w), torch.arange(K, device=x.device)[:, None])

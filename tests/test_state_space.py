@@ -211,6 +211,20 @@ def test_the_particle_filter_is_kalmans():
     assert bool((error < 0.1).all()) and bool(((ratios.mean(0) - 1).abs() < 4 * error).all())
 
 
+def test_the_filter_goes_on_after_what_no_particle_could_give():
+    """x_t within 1 of z_t, and one step far away: its density is 0, and so is that of the whole."""
+
+    class Near(nn.Module):
+        def forward(self, z):
+            return dist.Uniform(z - 1, z + 1, validate_args=False).to_event(1)
+
+    model = StateSpaceModel(Initial(1), NormalTransition(lambda z: z, 1, 0.1), Near())
+    filtered = model.filter(torch.tensor([0.0, 0.0, 100.0, 0.0]).reshape(1, 4, 1), num_particles=100)
+    assert filtered.per_step.isneginf().tolist() == [[False, False, True, False]]
+    assert filtered.log_evidence.tolist() == [-torch.inf]
+    assert bool(filtered.mean.isfinite().all())
+
+
 @pytest.mark.parametrize("num_inputs", [0, C])
 def test_a_forecast_begins_after_the_last_step(num_inputs):
     """From z at the end of each sequence, with the first future input: the means of the model's own steps."""
