@@ -426,7 +426,13 @@ def _owning(graph: GraphModule) -> GraphModule:
 
 def _compile(graph: GraphModule, tensors: Sequence[Tensor]) -> Callable:
     try:
-        return _inductor(graph, tensors)
+        try:
+            return _inductor(graph, tensors)
+        except Exception as error:
+            if not isinstance(getattr(error, "inner_exception", None), ImportError):
+                raise
+            with torch._inductor.utils.fresh_cache():  # the shared one holds what a killed process has half-written
+                return _inductor(graph, tensors)
     except Exception as error:
         if not _compiler_works():
             raise NotStaticError(

@@ -29,6 +29,7 @@ from pyro.infer import (
     config_enumerate,
 )
 from torch import nn
+from torch._inductor.utils import clear_caches
 
 import pyro_vae.compiled
 import pyro_vae.optim
@@ -562,6 +563,21 @@ class TestFallBacks:
         monkeypatch.setattr(torch._inductor, "standalone_compile", lambda *a, **k: 1 / 0)
         assert "torch finds no working C++ compiler" in eager_steps(lambda: (location_model, location_guide))
         pyro_vae.compiled._compiler_works.cache_clear()
+
+    def test_half_written_files_of_a_killed_process_are_built_anew(self, tmp_path, monkeypatch):
+        for folder in (tmp_path / "whole", tmp_path / "cut"):
+            monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
+            clear_caches()
+            for file in (tmp_path / "whole").rglob("*.main.so"):
+                cut = folder / file.relative_to(tmp_path / "whole")
+                cut.parent.mkdir(parents=True)
+                cut.touch()
+            svi = CompiledSVI(location_model, location_guide, adam(), ELBO)
+            for _ in range(2):
+                svi.step(X)
+            assert svi.compiled
+        assert cut.exists()
+        clear_caches()
 
     def test_a_graph_that_the_compiler_cannot_take(self, monkeypatch):
         real = torch._inductor.standalone_compile
