@@ -188,9 +188,9 @@ class StateSpaceModel(Configured, PyroModule):
 
             z_t^k ~ p(z_t | z_{t-1}^k),  w_t^k = w_{t-1}^k p(x_t | z_t^k)
 
-        Particles are drawn anew, by systematic resampling, where their effective number is below half of them. Where none
-        could have given x_t, its log-density is -inf and all weigh alike again. Without inputs from the future nothing of
-        the future is used; its cost is `num_particles` times that of a draw.
+        Particles are drawn anew, by systematic resampling, where their effective number is below half of them. Where
+        none could have given x_t, its log-density is -inf and all weigh alike again. Without inputs from the future
+        nothing of the future is used; its cost is `num_particles` times that of a draw.
 
         Example:
             >>> model = StateSpaceModel(Initial(2), GatedTransition(2), Emission(2, 5))
