@@ -398,6 +398,8 @@ class CompiledSVI(SVI):
             else:
                 for parameter, gradient in zip(self.parameters.values(), gradients, strict=True):
                     if gradient is not None:
+                        if gradient.stride() != parameter.stride():  # fused optimisers expect the parameter's layout
+                            gradient = torch.empty_like(parameter).copy_(gradient)
                         parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
                 return loss, finite, used
         results = super()._backward(*args, **kwargs)

@@ -331,6 +331,23 @@ class TestOptimisers:
         assert svi.compiled
         assert_equal(found[1], found[0])
 
+    def test_gradients_come_in_the_layout_of_their_parameters(self, recorded):
+        """Fused optimisers take their numbers in the order of memory."""
+
+        def model(x):
+            w = pyro.param("w", torch.arange(6.0).reshape(3, 2))
+            pyro.sample("x", dist.Normal(w.T.contiguous().square().flatten(), 1.0).to_event(1), obs=torch.ones(6))
+
+        found = []
+        for svi_class in (SVI, CompiledSVI):
+            pyro.clear_param_store()
+            svi = svi_class(model, lambda x: None, pyro.optim.Adam({"lr": 0.1}, {"clip_norm": 1e9}), ELBO)
+            for _ in range(3):
+                svi.step(X)
+            found.append(values())
+        assert svi.compiled and svi._gradients.compiled
+        assert_equal(found[1], found[0])
+
     def test_settings_of_the_user_stand(self, recorded):
         svi = assert_same_trajectory(*PROGRAMS["AutoNormal"], optim=lambda: adam(foreach=True))
         assert [group["fused"] for group in svi.update._joint.param_groups] == [None]
