@@ -209,10 +209,12 @@ def contestant(kind: str, size: Size, channel: Any) -> None:
     maker: Any = SVI if kind == "stock" else CompiledSVI
     svi = maker(*programs, ClippedAdam({"lr": 1e-5, "clip_norm": 10.0}), TraceMeanField_ELBO())
     while steps := channel.recv():
-        began = time.perf_counter()
+        seconds = []
         for _ in range(steps):
+            began = time.perf_counter()
             svi.step(x, lengths=lengths)
-        channel.send((time.perf_counter() - began) / steps)
+            seconds.append(time.perf_counter() - began)
+        channel.send(seconds)
     channel.send(getattr(svi, "compiled", False))
 
 
@@ -225,17 +227,17 @@ def timed(size: Size, repetitions: int = 7) -> dict[str, Any]:
         context.Process(target=contestant, args=(kind, size, other), daemon=True).start()
         losses[kind] = channels[kind].recv()
 
-    def seconds_of(kind: str, steps: int) -> float:
+    def seconds_of(kind: str, steps: int) -> Any:
         channels[kind].send(steps)
         return channels[kind].recv()
 
     for kind in channels:
-        first[kind] = seconds_of(kind, 1) + seconds_of(kind, 1)  # the first is eager
+        first[kind] = sum(seconds_of(kind, 2))  # of which one is eager
         seconds_of(kind, 2)
     seconds = {kind: [] for kind in channels}
     for _ in range(repetitions):
         for kind in channels:
-            seconds[kind].append(seconds_of(kind, 1 if kind == "stock" else 4))
+            seconds[kind] += seconds_of(kind, 2 if kind == "stock" else 6)
     found = {kind: statistics.median(times) for kind, times in seconds.items()}
     return {
         "size": size._asdict(),

@@ -80,10 +80,10 @@ def _rolled(step: Callable, carry: Any, inputs: Any) -> tuple[Any, Any]:
         taken = _Step.of(one, n, len(leaves), [*examples, *constants])
     with torch.no_grad():
         drawn = torch.ops.pyro_vae.scan(taken.key, start, leaves, constants)
-    path, noise = drawn[:n], drawn[n:]
+    path, known = drawn[:n], drawn[n:]
     before = [torch.cat([c[None], p[:-1]]) for c, p in zip(start, path, strict=True)]
-    axes = [0] * (n + len(leaves) + len(noise)) + [None] * len(constants)
-    results = torch.vmap(taken.full, in_dims=tuple(axes))(*before, *leaves, *noise, *constants)
+    axes = [0] * (n + len(leaves) + len(known)) + [None] * len(constants)
+    results = torch.vmap(taken.full, in_dims=tuple(axes))(*before, *leaves, *known, *constants)
     results = _Adjoint.apply(taken, len(results), *path, *results, *constants)
     c, ys = results[:n], results[n:]
     return (
@@ -115,9 +115,10 @@ class _Adjoint(torch.autograd.Function):
 class _Step:
     """One step as graphs.
 
-    `noise` gives its noise. `carried` and `full` are functions of (carry, inputs, noise, constants): the next carry;
-    and carry, y and what the gradient needs, for all steps at once. `pull` is that gradient, of the carry: a function
-    of what it needs, constants, and the gradients of carry and y.
+    `noise` gives its noise. `carried` is a function of (carry, inputs, noise, constants): the next carry, and its
+    products with constant matrices, which are most of the work. `full` is one of (carry, inputs, noise, products,
+    constants): carry, y and what the gradient needs, for all steps at once. `pull` is that gradient, of the carry: a
+    function of what it needs, constants, and the gradients of carry and y.
     """
 
     table: dict[str, _Step] = {}
@@ -126,9 +127,11 @@ class _Step:
         self, key: str, full: GraphModule, noise: GraphModule, n: int, m: int, examples: Sequence[Tensor]
     ) -> None:
         self.key, self.noise, self.n = key, noise, n
-        self.carried = _carry_alone(full, n)
         given = [tensor.detach() for tensor in (*examples[: n + m], *noise(), *examples[n + m :])]
-        self.full, self.pull, self.num_results, self.num_saved = _with_gradient(full, n, given, len(examples) - n - m)
+        num_constants = len(examples) - n - m
+        self.carried, products = _carry_alone(full, n, num_constants)
+        self.products = [product.to("meta") for product in self.carried(*given)[n:]]
+        self.full, self.pull, self.num_results, self.num_saved = _with_gradient(full, n, given, num_constants, products)
         self.compile: Any = compiler.get()
         self.forward: Callable | None = None
         self.adjoint: Callable | None = None
@@ -143,16 +146,17 @@ class _Step:
         return cls.table[key]
 
     def run(self, start: Sequence[Tensor], inputs: Sequence[Tensor], constants: Sequence[Tensor]) -> list[Tensor]:
-        """The carries after each step, and the noise."""
+        """The carries after each step, the noise, and the products."""
         noises = [self.noise.forward() for _ in range(len(inputs[0]))]
         carry, path = [*start], []
         for given in zip(*[u.unbind() for u in inputs], noises, strict=True):
             tensors = [*carry, *given[:-1], *given[-1], *constants]
             if self.forward is None:
                 self.forward = self.compile(self.carried, [each.detach() for each in tensors])
-            carry = self.forward(*tensors)
-            path.append(carry)
-        return [torch.stack(each) for each in (*zip(*path, strict=True), *zip(*noises, strict=True))]
+            results = self.forward(*tensors)
+            carry = results[: self.n]
+            path.append([*carry, *given[-1], *results[self.n :]])
+        return [torch.stack(each) for each in zip(*path, strict=True)]
 
     def run_adjoint(self, gradients: Sequence[Tensor], fixed: Sequence[Tensor]) -> list[Tensor]:
         """l_t for the gradients g_t of all carries and results."""
@@ -238,16 +242,71 @@ def _writes_into_inputs(graph: GraphModule) -> bool:
     return False
 
 
-def _carry_alone(full: GraphModule, n: int) -> GraphModule:
+def _carry_alone(full: GraphModule, n: int, num_constants: int) -> tuple[GraphModule, list[int]]:
+    """The carry and its products with constant matrices, and which of all products these are."""
     graph = torch.fx.Graph()
-    results: Any = graph.graph_copy(full.graph, {})
-    graph.output([*results[:n]])
+    copies: dict[Node, Node] = {}
+    results: Any = graph.graph_copy(full.graph, copies)
+    output = graph.output([*results[:n]])
     graph.eliminate_dead_code()
-    return GraphModule(full, graph)
+    left = {*graph.nodes}
+    places = [node for node in full.graph.nodes if node.op == "placeholder"]
+    fixed = {*places[len(places) - num_constants :]}
+    for node in full.graph.nodes:
+        if node.op == "call_function" and fixed.issuperset(node.all_input_nodes):
+            fixed.add(node)
+
+    def is_known(node: Node) -> bool:
+        *bias, a, w = node.args
+        return copies[node] in left and not node.kwargs and a not in fixed and fixed.issuperset([*bias, w])
+
+    known, values = [], []
+    for i, node in enumerate(_products(full.graph)):
+        if is_known(node):
+            with graph.inserting_after(copies[node]):  # a cell may go on to write into its product
+                values.append(graph.call_function(torch.ops.aten.clone.default, (copies[node],)))
+            known.append(i)
+    output.args = ([*results[:n], *values],)
+    return GraphModule(full, graph), known
+
+
+def _products(graph: torch.fx.Graph) -> list[Node]:
+    return [node for node in graph.nodes if node.target in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)]
+
+
+def _known_product(value: Tensor, *operands: Tensor) -> Tensor:
+    return _KnownProduct.apply(value, *operands)
+
+
+class _KnownProduct(torch.autograd.Function):
+    """``a w`` or ``b + a w`` where its value is known: only the gradient is to be computed."""
+
+    @staticmethod
+    def forward(value: Tensor, *operands: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        _, *bias, a, w = inputs
+        ctx.shapes = [each.shape for each in bias]
+        ctx.save_for_backward(a, w)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        (g,), (a, w) = gradients, ctx.saved_tensors
+        of_w = a.mT @ g if w.is_contiguous() else (g.mT @ a).mT  # in the layout of w
+        return None, *[g.sum_to_size(shape) for shape in ctx.shapes], g @ w.mT, of_w
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], value: Tensor, *operands: Tensor) -> tuple[Tensor, int]:
+        *bias, a, w = operands
+        value, a = value.movedim(in_dims[0], 0), a.movedim(in_dims[-2], 0)
+        flat = _known_product(value.flatten(0, 1), *bias, a.flatten(0, 1), w)
+        return flat.unflatten(0, value.shape[:2]), 0
 
 
 def _with_gradient(
-    full: GraphModule, n: int, given: Sequence[Tensor], num_constants: int
+    full: GraphModule, n: int, given: Sequence[Tensor], num_constants: int, known: Sequence[int]
 ) -> tuple[GraphModule, GraphModule, int, int]:
     """The graphs `full` and `pull` of a step, and how many results and saved tensors follow each other in the first."""
 
@@ -263,6 +322,12 @@ def _with_gradient(
     graph = make_fx(joint)(*given, *[torch.ones_like(r) for r in full(*given)])
     places = [node for node in graph.graph.nodes if node.op == "placeholder"]
     inputs, tangents = places[: len(given)], places[len(given) :]
+    products = []
+    each = _products(graph.graph)  # first those of the step, in its order
+    for node in [each[i] for i in known]:
+        with graph.graph.inserting_before(node):
+            products.append(graph.graph.placeholder(f"product_{node.name}"))
+            node.replace_all_uses_with(graph.graph.call_function(_known_product, (products[-1], *node.args)))
     for node in places[:n]:
         for user in [user for user in node.users if user.target is torch.ops.aten.detach.default]:
             user.replace_all_uses_with(node)  # which `joint` put there
@@ -281,7 +346,8 @@ def _with_gradient(
     needed = [source for node in graph.graph.nodes if node in pulled for source in node.all_input_nodes]
     needed += [node for node in gradients if node not in pulled]
     saved = [*dict.fromkeys(node for node in needed if node not in pulled and node not in fixed)]
-    first = _part(graph, inputs, [*results, *saved])
+    begin = [*inputs[: len(inputs) - num_constants], *products, *constants]
+    first = _part(graph, begin, [*results, *saved])
     return first, _part(graph, [*saved, *constants, *tangents], gradients), len(results), len(saved)
 
 
@@ -307,7 +373,8 @@ def _scan(key: str, start: Sequence[Tensor], inputs: Sequence[Tensor], constants
 @_scan.register_fake
 def _(key: str, start: Sequence[Tensor], inputs: Sequence[Tensor], constants: Sequence[Tensor]) -> list[Tensor]:
     step, T = _Step.table[key], len(inputs[0])
-    return [*[c.new_empty(T, *c.shape) for c in start], *[e.new_empty(T, *e.shape) for e in step.noise()]]
+    products = [start[0].new_empty((T, *product.shape), dtype=product.dtype) for product in step.products]
+    return [*[each.new_empty(T, *each.shape) for each in (*start, *step.noise())], *products]
 
 
 @torch.library.custom_op("pyro_vae::scan_adjoint", mutates_args=())
