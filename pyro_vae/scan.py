@@ -73,6 +73,8 @@ def _rolled(step: Callable, carry: Any, inputs: Any) -> tuple[Any, Any]:
         flat.of_y = pytree.tree_structure(y)  # type: ignore[attr-defined]
         return [*map(Tensor.contiguous, pytree.tree_leaves(c)), *pytree.tree_leaves(y)]
 
+    if not all(c.is_floating_point() for c in start):
+        raise _NotSeparableError
     with disable_proxy_modes_tracing(), torch.no_grad():
         examples = [*[c.detach().clone() for c in start], *[u[0].detach().clone() for u in leaves]]
         one = make_fx(flat)(*examples)
@@ -82,8 +84,7 @@ def _rolled(step: Callable, carry: Any, inputs: Any) -> tuple[Any, Any]:
         drawn = torch.ops.pyro_vae.scan(taken.key, start, leaves, constants)
     path, known = drawn[:n], drawn[n:]
     before = [torch.cat([c[None], p[:-1]]) for c, p in zip(start, path, strict=True)]
-    axes = [0] * (n + len(leaves) + len(known)) + [None] * len(constants)
-    results = torch.vmap(taken.full, in_dims=tuple(axes))(*before, *leaves, *known, *constants)
+    results = taken.all_steps([*before, *leaves, *known], constants)
     results = _Adjoint.apply(taken, len(results), *path, *results, *constants)
     c, ys = results[:n], results[n:]
     return (
@@ -129,9 +130,15 @@ class _Step:
         self.key, self.noise, self.n = key, noise, n
         given = [tensor.detach() for tensor in (*examples[: n + m], *noise(), *examples[n + m :])]
         num_constants = len(examples) - n - m
-        self.carried, products = _carry_alone(full, n, num_constants)
-        self.products = [product.to("meta") for product in self.carried(*given)[n:]]
-        self.full, self.pull, self.num_results, self.num_saved = _with_gradient(full, n, given, num_constants, products)
+        self.carried, known = _carry_alone(full, n, num_constants)
+        products = self.carried(*given)[n:]
+        self.products = [product.to("meta") for product in products]
+        self.full, self.pull, self.num_results, self.num_saved = _with_gradient(full, n, given, num_constants, known)
+        varying = [each[None] for each in (*given[: len(given) - num_constants], *products)]
+        try:
+            self.all_steps(varying, examples[n + m :])
+        except RuntimeError as error:  # of vmap, as where it writes what varies into what does not
+            raise _NotSeparableError from error
         self.compile: Any = compiler.get()
         self.forward: Callable | None = None
         self.adjoint: Callable | None = None
@@ -144,6 +151,10 @@ class _Step:
         if key not in cls.table:
             cls.table[key] = cls(key, full, noise, n, m, examples)
         return cls.table[key]
+
+    def all_steps(self, varying: Sequence[Tensor], constants: Sequence[Tensor]) -> list[Tensor]:
+        """`full` of carries, inputs, noise and products over time."""
+        return torch.vmap(self.full, in_dims=(*[0] * len(varying), *[None] * len(constants)))(*varying, *constants)
 
     def run(self, start: Sequence[Tensor], inputs: Sequence[Tensor], constants: Sequence[Tensor]) -> list[Tensor]:
         """The carries after each step, the noise, and the products."""
@@ -301,6 +312,7 @@ class _KnownProduct(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[Any, ...], value: Tensor, *operands: Tensor) -> tuple[Tensor, int]:
         *bias, a, w = operands
         value, a = value.movedim(in_dims[0], 0), a.movedim(in_dims[-2], 0)
+        bias = [each if each.dim() < 2 else each.expand(value.shape).flatten(0, 1) for each in bias]
         flat = _known_product(value.flatten(0, 1), *bias, a.flatten(0, 1), w)
         return flat.unflatten(0, value.shape[:2]), 0
 

@@ -162,6 +162,25 @@ def test_a_draw_is_scored_as_any_value_is():
     assert drawn.shape == (3, 7, 4, 5, 2) and chain.log_prob(drawn).requires_grad
 
 
+def test_scores_of_a_draw_without_gradients_are_made_anew():
+    """Where gradients are wanted after a draw that had none."""
+    a = torch.zeros((), requires_grad=True)
+    chain = MarkovChain(dist.Normal(a.expand(2), 1.0).to_event(1), lambda z: dist.Normal(z + a, 1.0).to_event(1), 4)
+    with torch.no_grad():
+        z = chain.rsample()
+    expected = torch.autograd.grad(chain.log_prob(z.clone()), a)
+    assert torch.autograd.grad(chain.log_prob(z), a) == expected
+    with pytest.raises(ValueError, match="expected a path of shape"):
+        chain.log_prob(torch.zeros(3, 9, 2))
+
+
+def test_a_chain_has_one_kind_of_gradient():
+    first = dist.Normal(torch.zeros(1), 1.0).to_event(1)
+    mixed = MarkovChain(first, lambda z: dist.Bernoulli(logits=z).to_event(1), 3)
+    with pytest.raises(ValueError, match="expected reparameterised steps"):
+        mixed.rsample()
+
+
 def test_the_divergence_is_unbiased():
     pair, (x, u) = Pair(), batch(1)
     q = MarkovChain(pair.posterior(u[:, 0], x[:, 0]), pair.of_guide, pair.T, torch.cat([u, x], -1)).expand([20_000, 1])
@@ -324,6 +343,36 @@ def test_draws_that_cannot_be_taken_apart_are_unrolled(recorded):
     expected = value(u)
     torch.manual_seed(1)
     assert function(u) == expected and function.compiled
+
+
+@pytest.mark.parametrize("kind", ["zeros", "counter", "bias"])
+def test_steps_that_are_written_by_hand(kind, recorded):
+    """A fresh tensor that the step fills, a whole number that it counts, a bias for each row."""
+    W, b = nn.Parameter(torch.randn(3, 3)), nn.Parameter(torch.randn(5, 3))
+
+    def step(state, u):
+        z, n = state
+        if kind == "zeros":
+            new = torch.zeros(5, 3)
+            new[:, 0] = z[:, 0] * W[0, 0]
+            new[:, 1:] = (z @ W)[:, 1:]
+        else:
+            new = torch.addmm(b, z, W) if kind == "bias" else z @ W / n
+        return (torch.tanh(new + u), n + 1), new
+
+    def value(u):
+        start = torch.ones(5, 3), torch.ones((), dtype=torch.long if kind == "counter" else None)
+        total = scan(step, start, u)[1].square().sum()
+        return total, *torch.autograd.grad(total, [W, b], allow_unused=True)
+
+    u, function = torch.randn(4, 5, 3), Compiled(value)
+    expected = value(u)
+    found = function(u)
+    assert function.compiled, function.fallback_reason
+    for a, c in zip(found, expected, strict=True):
+        assert (a is None) == (c is None)
+        if a is not None:
+            torch.testing.assert_close(a, c, rtol=1e-5, atol=1e-6)
 
 
 def test_a_step_that_writes_into_a_buffer_is_unrolled(recorded):

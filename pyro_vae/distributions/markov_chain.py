@@ -66,7 +66,9 @@ class MarkovChain(dist.TorchDistribution):
                 )
         self.initial, self.transition, self.num_steps = initial, transition, num_steps
         self.inputs, self.mask_, self.carry = inputs, mask, carry
-        self._draw: tuple[Tensor, Tensor] | None = None
+        self._draw: tuple[Tensor, Tensor, bool] | None = (
+            None  # with the scores of its steps, and if these have gradients
+        )
         shapes = [initial.batch_shape]
         shapes += [inputs.shape[:-2]] if inputs is not None else []
         shapes += [mask.shape[:-1]] if mask is not None else []
@@ -90,10 +92,7 @@ class MarkovChain(dist.TorchDistribution):
 
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         with torch.no_grad():
-            path = self.rsample(sample_shape)
-        if torch.is_grad_enabled():
-            self._draw = None  # whose scores have no gradient
-        return path
+            return self.rsample(sample_shape)
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         shape = torch.Size(sample_shape) + self.batch_shape
@@ -106,24 +105,32 @@ class MarkovChain(dist.TorchDistribution):
 
             def step(state: Any, u: Tensor) -> tuple[Any, tuple[Tensor, Tensor]]:
                 p, carry = self._next(state[0], u, state[1])
+                if self.has_rsample and not p.has_rsample:
+                    raise ValueError(
+                        f"expected reparameterised steps, as the first one is, got {type(p).__name__}: a chain has "
+                        "one kind of gradient"
+                    )
                 z = _drawn(p)
                 return (z, carry), (z, p.log_prob(z))
 
             _, (later, log_later) = scan(step, (z, self._carry(shape)), self._inputs(shape, z))
             path, each = torch.cat([z[None], later]), torch.cat([log_first[None], log_later])
         path = path.movedim(0, len(shape))
-        self._draw = path, each.movedim(0, -1)
+        self._draw = path, each.movedim(0, -1), torch.is_grad_enabled()
         return path
 
     def log_prob(self, value: Tensor) -> Tensor:
-        drawn = self._draw is not None and value is self._draw[0]
-        each = self._draw[1] if drawn else self.log_prob_of_steps(value)  # type: ignore[index]
+        drawn, each, with_gradient = self._draw or (None, None, False)
+        if drawn is not value or each is None or (torch.is_grad_enabled() and not with_gradient):
+            each = self.log_prob_of_steps(value)
         if self.mask_ is not None:
             each = torch.where(self.mask_, each, 0.0)
         return each.sum(-1)
 
     def log_prob_of_steps(self, value: Tensor) -> Tensor:
         """``ln p(z_t | z_{t-1}, u_t)`` of each step, (*batch, T), masked ones too."""
+        if value.shape[-len(self.event_shape) :] != self.event_shape:
+            raise ValueError(f"expected a path of shape (..., {self.event_shape}), got {tuple(value.shape)}")
         first, later = self._steps(value, lambda p, z: p.log_prob(z))
         first = first[..., None]
         return first if later is None else torch.cat([first.expand_as(later[..., :1]), later], -1)
