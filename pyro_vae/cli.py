@@ -236,7 +236,6 @@ OF_SEQUENCES: Options = [
     ("model.latent_dim", 16),
     ("model.transition_hidden", 64),
     ("guide", "StateSpaceGuide"),
-    ("batch_size", 20),
     ("clip_norm", 10.0),
 ]
 FIRST_RUN: Options = [("epochs", 200), ("patience", 30)]  # where no configuration file is given
@@ -411,7 +410,7 @@ def _fit(options: Options) -> int:
     print(f"data     {dataset.name}: {dataset.description}")
     sizes = ", ".join(f"{split.name} {len(split):,}" for split in (dataset.train, dataset.valid, dataset.test))
     print(f"         {sizes}")
-    settings.setdefault("batch_size", min(100, len(dataset.train)))
+    settings.setdefault("batch_size", min(20 if dataset.sequences else 100, len(dataset.train)))
     programs, reason = _programs(components, dataset, settings.get("seed", 0))
     print(f"model    {_name_of(programs['model'])}, {reason}")
     print(f"device   {_device(device)}", flush=True)
@@ -672,10 +671,14 @@ def _sample(
         raise ValueError(f"expected --num >= 1, got {num}: give a positive number")
     loaded = _load(run, device)
     dataset = _dataset(loaded, {}) if "data" in loaded.config else None
+    if num_steps is not None and num_steps < 1:
+        raise ValueError(f"expected --num_steps >= 1, got {num_steps}: give a positive number")
     steps = {}
-    if dataset is not None and dataset.sequences:
+    if hasattr(loaded.model, "forecast"):
         _check_without_inputs(loaded, "sample")
-        steps = {"num_steps": num_steps or int(dataset.train.kwargs["lengths"].median())}
+        if num_steps is None and (dataset is None or not dataset.sequences):
+            raise ValueError(f"expected --num_steps for {run}, a run on sequences that names no data: add it")
+        steps = {"num_steps": num_steps or int(dataset.train.kwargs["lengths"].median())}  # type: ignore[union-attr]
     elif num_steps is not None:
         raise ValueError(f"expected --num_steps for a run on sequences, got {run}, which is none: leave it out")
     x = sample(loaded.model, num, seed=seed, mean=mean, **steps)

@@ -71,6 +71,13 @@ class Data:
             raise ValueError(f"expected equal lengths on dimension 0, got {came}: give every tensor one row per datum")
         if len(self) == 0:
             raise ValueError("expected at least one datum, got tensors of length 0 on dimension 0: pass rows to score")
+        steps = self.kwargs.get("lengths")
+        if steps is not None and self.args[0].ndim == 3 and not steps.is_floating_point():
+            T, low, high = self.args[0].shape[1], int(steps.min()), int(steps.max())
+            if low < 1 or high > T:
+                raise ValueError(
+                    f"expected lengths from 1 to the {T} steps of x, got {low} to {high}: drop what is empty"
+                )
 
     def __len__(self) -> int:
         return len(self.args[0])
@@ -201,7 +208,7 @@ class Split(Data):
         counted = torch.ones_like(x, dtype=torch.bool)
         if lengths is not None:
             counted = counted & (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[..., None]
-        return counted if mask is None else counted & mask
+        return counted if mask is None else counted & (mask if mask.ndim == x.ndim else mask[..., None])
 
     @property
     def values(self) -> Tensor:
@@ -564,6 +571,12 @@ def _standardisation(train: Tensor, table: Tensor, columns: tuple[str, ...] | No
     location = train.nanmean(0)
     scale = (train - location).square().nanmean(0).sqrt()
     rounding = 1e-12 * table.abs().nan_to_num(0.0).amax(0)
+    unseen = scale.isnan().nonzero().flatten().tolist()
+    if unseen:
+        raise ValueError(
+            f"expected values in every column of {name}, column {column_name(unseen[0], columns)} has none in the "
+            "training split: drop it"
+        )
     constant = (scale <= rounding).nonzero().flatten().tolist()
     if constant:
         raise ValueError(

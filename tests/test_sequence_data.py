@@ -1,6 +1,7 @@
 """Sequences as data: simulated ones against their own laws, the user's .npz and .csv, series in time."""
 
 import csv
+import time
 
 import numpy as np
 import pytest
@@ -127,6 +128,32 @@ def test_one_series_in_pieces(tmp_path):
     torch.testing.assert_close(torch.cat(parts)[:, 0], torch.tensor(series), rtol=1e-5, atol=1e-4)
     assert dataset.test.kwargs["lengths"].tolist() == [10, 5]
     assert dataset.train.source["window"] == 10 and load_dataset(**dataset.train.source).train.x.shape == (17, 10, 1)
+
+
+def test_times_are_those_written_wherever_one_is(tmp_path, monkeypatch):
+    """Hours of the night in which the clocks of Berlin go forward."""
+    monkeypatch.setenv("TZ", "Europe/Berlin")
+    time.tzset()
+    minutes = range(0, 45 * 40, 45)
+    rows = [[f"2024-03-{30 + m // 1440} {m // 60 % 24:02}:{m % 60:02}", m] for m in minutes]
+    try:
+        dataset = load_dataset(write(tmp_path / "night.csv", ["t", "v"], rows), time="t", window=4)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    values = torch.cat([s.values for s in (dataset.train, dataset.valid, dataset.test)]).double()
+    torch.testing.assert_close(dataset.restore(values)[:, 0], torch.tensor(minutes).double(), rtol=1e-5, atol=1e-3)
+
+
+def test_what_is_missing_everywhere(tmp_path):
+    rows = [[f"n{t % 12}", t, t / 7, "" if t % 12 < 11 else t / 9] for t in range(60)]
+    path = write(tmp_path / "x.csv", ["i", "t", "v", "late"], rows)
+    with pytest.raises(ValueError, match="column 'late' has none in the training split"):
+        for seed in range(40):
+            load_dataset(path, id="i", time="t", seed=seed)
+    rows[4][0] = ""
+    with pytest.raises(ValueError, match=r"expected an id in every row .* the first in row 4"):
+        load_dataset(write(path, ["i", "t", "v", "late"], rows), id="i", time="t")
 
 
 def test_an_npz_of_sequences(tmp_path):

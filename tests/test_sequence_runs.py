@@ -143,6 +143,17 @@ def test_bad_input(line, said, here, capsys):
     assert said in capsys.readouterr().err
 
 
+def test_few_sequences_and_columns_that_are_never_seen_together(here, capsys):
+    """Fewer than a batch has by default; and a page at the end."""
+    rows = [f"h{i},{t},{'' if t % 2 else t + 0.5},{t * i if t % 2 else ''}" for i in range(12) for t in range(6)]
+    (here / "few.csv").write_text("\n".join(["i,t,a,b", *rows]))
+    assert main(["fit", "--data", "few.csv", "--data.id", "i", "--data.time", "t", *TINY, "--out", "few"]) == 0
+    assert (here / "few/report.html").exists()
+    assert load_run("few").config["batch_size"] == 10
+    assert main(["sample", "few", "--num_steps", "0"]) == 2
+    assert "expected --num_steps >= 1" in capsys.readouterr().err
+
+
 def test_the_baseline_of_steps():
     """Each column by itself: of JSB chorales, the published 11.060 nats per frame is that of independent notes."""
     root = needed("jsb_chorales/jsb_chorales.pickle")

@@ -78,9 +78,8 @@ def independent_baseline(model: Callable, dataset: Dataset) -> Estimate | None:
     """
     observation = observation_of(model)
     train, test = dataset.train.values.double().cpu(), dataset.test.x.double().cpu()
-    if dataset.sequences:
-        train = train[~train.isnan().any(-1)]
-    mean = (train.sum(0) + train.mean()) / (len(train) + 1)
+    count = (~train.isnan()).sum(0) + 1  # what is missing counts nothing
+    mean = (train.nansum(0) + train.nanmean()) / count
     fitted: torch.distributions.Distribution
     match type(observation).__name__:
         case "Bernoulli":
@@ -92,7 +91,7 @@ def independent_baseline(model: Callable, dataset: Dataset) -> Estimate | None:
             fitted = torch.distributions.ContinuousBernoulli(logits=_continuous_bernoulli_logits(mean))
         case "Normal":
             squares = (train - mean).square()
-            variance = (squares.sum(0) + squares.mean()) / (len(train) + 1)
+            variance = (squares.nansum(0) + squares.nanmean()) / count
             fitted = torch.distributions.Normal(mean, variance.sqrt())
         case _:
             return None

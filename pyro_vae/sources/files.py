@@ -8,7 +8,7 @@ import pickle
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -186,7 +186,8 @@ def _in_time(
     times = np.array([_number(cell) for cell in cells])
     if np.isnan(times).any():
         try:
-            times = np.array([datetime.fromisoformat(cell.strip()).timestamp() for cell in cells])
+            read = [datetime.fromisoformat(cell.strip()) for cell in cells]
+            times = np.array([(time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp() for time in read])
         except ValueError as error:
             raise ValueError(
                 f"expected numbers or ISO dates in column {time!r} of {path}, got others ({first_line(error)}): write "
@@ -195,6 +196,12 @@ def _in_time(
     if u is not None and not np.isfinite(u).all():
         raise ValueError(f"expected inputs in every row of {path}, got {int((~np.isfinite(u)).sum())} missing: fill in")
     names = np.zeros(len(x), dtype=str) if ids is None else ids
+    nameless = [i for i, name in enumerate(names) if ids is not None and _is_missing(name)]
+    if nameless:
+        raise ValueError(
+            f"expected an id in every row of {path}, got {len(nameless)} missing, the first in row {nameless[0]} (from "
+            "0): fill in or drop these rows"
+        )
     parts = [np.flatnonzero(names == name) for name in dict.fromkeys(names.tolist())]
     parts = [part[np.argsort(times[part], kind="stable")] for part in parts]
     for part in parts:
@@ -387,4 +394,5 @@ def _checked_sequences(source: Source, where: Path) -> Source:
                 f"expected finite float32 values of {name} in {where}, got {int(bad.sum())} NaN, infinite or too "
                 f"large, the first in sequence {row}, step {step} (from 0): fill in, or leave them out by a mask"
             )
-    return replace(source, x=torch.where(counted, x, torch.zeros((), dtype=x.dtype)))
+    inputs = None if source.inputs is None else torch.where(there[..., None], source.inputs, 0.0)
+    return replace(source, x=torch.where(counted, x, torch.zeros((), dtype=x.dtype)), inputs=inputs)
