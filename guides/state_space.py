@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import pyro
 import pyro.distributions as dist
@@ -162,7 +162,9 @@ class StateSpaceGuide(Configured, PyroModule):
     ) -> Tensor:
         steps = steps_of(x, lengths, mask)
         parts = [self.encoded(steps, u, direction, carried) for direction in self.cells]
-        h = torch.cat([*parts, u] if self.num_read and u is not None else parts, -1)
+        if self.num_read:
+            parts.append(cast(Tensor, steps.inputs(u)))
+        h = torch.cat(parts, -1)
         before = self.before.expand(len(x), -1) if self.structured else None
         if self.structured and carried is not None:
             before = carried.z
@@ -181,8 +183,9 @@ class StateSpaceGuide(Configured, PyroModule):
     ) -> Carried:
         """What goes on to the window after x: ``model(next, carried=...)``, and the guide alike. z is drawn.
 
-        Networks that read backwards begin at the end of each window.
+        Networks that read backwards begin at the end of each window. Without `lengths` all steps are there.
         """
+        lengths = torch.full((len(x),), x.shape[1], device=x.device) if lengths is None else lengths
         steps, rows = steps_of(x, lengths, mask), torch.arange(len(x), device=x.device)
         with poutine.block():
             z = self(x, u, lengths=lengths, mask=mask, carried=carried)
@@ -213,10 +216,7 @@ class StateSpaceGuide(Configured, PyroModule):
         self, steps: Steps, u: Tensor | None, direction: str, carried: Carried | None
     ) -> tuple[tuple[Tensor, ...], Tensor]:
         """The network's state at the end, and `encoded`."""
-        observed = steps.x == steps.x
-        if steps.observed is not None:
-            observed = observed & (steps.observed if steps.observed.dim() == 3 else steps.observed[..., None])
-        x = torch.where(observed, steps.x, 0.0)
+        x, observed, u = steps.seen, steps.counted, steps.inputs(u)
         seen = observed if self.missing == "entries" else observed.any(-1, keepdim=True)
         parts = [x, seen.to(x.dtype)] if u is None else [x, u, seen.to(x.dtype)]
         inputs = torch.cat(parts, -1).movedim(1, 0)
@@ -256,6 +256,10 @@ def _next(cell: Any, given: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, 
 
 def _shifted(q: Any, offset: Tensor) -> Any:
     """The distribution of z + offset."""
+    if q.support.is_discrete:
+        raise ValueError(
+            f"expected a family over real numbers beside LinearCombiner, got {type(q).__name__}: use TanhCombiner"
+        )
     if isinstance(q, torch.distributions.Independent) and isinstance(q.base_dist, torch.distributions.Normal):
         return dist.Normal(q.base_dist.loc + offset, q.base_dist.scale).to_event(1)
     if isinstance(q, torch.distributions.MultivariateNormal):

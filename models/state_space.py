@@ -66,7 +66,7 @@ class StateSpaceModel(Configured, PyroModule):
             of x_0 and of what is not observed. 0: they do not.
 
     Args of a call:
-        x: (B, T, D), or None: then sequences are drawn, `num_data` of `num_steps`.
+        x: (B, T, D), or None: then sequences are drawn, `num_data` of `num_steps`, with inputs as many as these.
         u: (B, T, C), inputs; u_t acts on the step that produces z_t.
         lengths: (B,), how many steps of each sequence are there; mask: (B, T) or (B, T, D), what of them is observed
             (arXiv 1609.09869 leaves out the same way). What x holds elsewhere changes nothing.
@@ -110,8 +110,8 @@ class StateSpaceModel(Configured, PyroModule):
     ) -> Tensor:
         self._check(x, u, num_data, num_steps)
         if x is None:
-            B, T = (num_data, num_steps) if u is None else u.shape[:2]
-            return self._generated(int(B), int(T), u)  # type: ignore[arg-type]
+            B, T = (num_data, num_steps) if u is None else (u.shape[0] if num_data is None else num_data, u.shape[1])
+            return self._generated(int(B), int(T), u if u is None else u.expand(B, -1, -1))  # type: ignore[arg-type]
         (B, T, _), steps = x.shape, steps_of(x, lengths, mask)
         v = self._inputs(steps, u, carried)
         every = () if v is None else (v,)
@@ -129,6 +129,7 @@ class StateSpaceModel(Configured, PyroModule):
 
     def _inputs(self, steps: Steps, u: Tensor | None, carried: Carried | None = None) -> Tensor | None:
         """What the parts get at each step beside z, (B, T, D + C)."""
+        u = steps.inputs(u)
         if not self.feedback:
             return u
         x = steps.seen
@@ -283,6 +284,8 @@ class StateSpaceModel(Configured, PyroModule):
     ) -> Tensor:
         """Draws of what follows x, (S, B, H, D): z at the last step by the guide, then the model's own steps.
 
+        Without `lengths` all steps of x are there, the last ones too where they are not observed.
+
         Args:
             u_future: (B, H, C), inputs from the first step after x on; num_steps: H, where there are none.
 
@@ -298,7 +301,16 @@ class StateSpaceModel(Configured, PyroModule):
                 f"expected {'u_future' if self.num_inputs else 'num_steps'} and it alone, for a model of "
                 f"{self.num_inputs} inputs: as many steps are drawn"
             )
+        if u_future is not None and (u_future.dim() != 3 or u_future.shape[::2] != (len(x), self.num_inputs)):
+            raise ValueError(
+                f"expected u_future of shape ({len(x)}, H, {self.num_inputs}), got {tuple(u_future.shape)}: inputs of "
+                "each step to come"
+            )
         H = positive("num_steps", num_steps if u_future is None else u_future.shape[1])  # type: ignore[arg-type]
+        if lengths is None and mask is not None:
+            lengths = torch.full((len(x),), x.shape[1], device=x.device)
+        if lengths is not None and bool((lengths < 1).any() | (lengths > x.shape[1]).any()):
+            raise ValueError(f"expected lengths from 1 to {x.shape[1]}, got {lengths.tolist()}: the steps of x")
         z = self.smooth(guide, *_given(x, u), num_samples=num_samples, **_options(lengths, mask))
         steps, rows = steps_of(x, lengths, mask), torch.arange(len(x), device=x.device)
         z, latest = z[:, rows, steps.last], steps.seen[rows, steps.last].expand(num_samples, -1, -1)
@@ -391,11 +403,8 @@ class StateSpaceModel(Configured, PyroModule):
         v = self._inputs(steps, u, carried)
         inputs = () if v is None else (v[:, 1:],)
         predicted = self.emission(self.transition(z[..., :-1, :], *inputs).mean, *inputs).mean
-        squares = (steps.x[:, 1:] - predicted).square()
-        if steps.observed is not None:
-            observed = steps.observed if steps.observed.dim() == 3 else steps.observed[..., None]
-            squares = torch.where(observed[:, 1:], squares, 0.0)
-        return squares.sum((-2, -1))
+        squares = (steps.seen[:, 1:] - predicted).square()
+        return torch.where(steps.counted[:, 1:], squares, 0.0).sum((-2, -1))
 
     def _observed(self, emission: Any, steps: Steps, t: int) -> Tensor:
         """``ln p(x_t | z_t)`` of what is observed, (K, B)."""
@@ -412,8 +421,26 @@ class StateSpaceModel(Configured, PyroModule):
             raise ValueError(f"expected {self.num_inputs} inputs at each step, got {came}: see num_inputs of the model")
         if x is None and u is None and (num_data is None or num_steps is None):
             raise ValueError("expected data x, or num_data=... and num_steps=..., got neither: how much is to be drawn")
-        if x is not None and u is not None and x.shape[:2] != u.shape[:2]:
-            raise ValueError(f"expected inputs u for each step of x, got {tuple(u.shape)} for {tuple(x.shape)}")
+        if x is not None and (num_data, num_steps) != (None, None):
+            raise ValueError("expected x, or num_data and num_steps, got both: leave one out")
+        if (
+            x is None
+            and u is not None
+            and (num_steps is not None or (num_data is not None and len(u) not in (1, num_data)))
+        ):
+            raise ValueError(
+                f"expected num_data beside u of one row for all, and no num_steps, got num_data={num_data}, "
+                f"num_steps={num_steps} and u of shape {tuple(u.shape)}"
+            )
+        if x is not None and (x.dim() != 3 or x.shape[1] < 1 or x.shape[2] != self.event_dim):
+            raise ValueError(
+                f"expected x of shape (B, T, {self.event_dim}), got {tuple(x.shape)}: see the model's parts"
+            )
+        if u is not None and (
+            u.dim() != 3 or u.shape[2] != self.num_inputs or (x is not None and x.shape[:2] != u.shape[:2])
+        ):
+            steps = "B, T" if x is None else f"{x.shape[0]}, {x.shape[1]}"
+            raise ValueError(f"expected inputs u of shape ({steps}, {self.num_inputs}), got {tuple(u.shape)}")
 
 
 class DeepMarkovModel(StateSpaceModel):

@@ -8,8 +8,9 @@ model sees: for the original units of a standardised table call ``dataset.restor
 
 from __future__ import annotations
 
+import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,12 +86,13 @@ def sample(model: Callable, num_samples: int, *, seed: int = 0, mean: bool = Fal
     return torch.cat(parts)
 
 
-def decode(model: Callable, z: Tensor | Mapping[str, Tensor], *, seed: int = 0) -> Tensor:
+def decode(model: Callable, z: Tensor | Mapping[str, Tensor], *, seed: int = 0, **kwargs: Any) -> Tensor:
     """``E[x | z]``, shape ``(N, *event_shape)``, for z of shape ``(N, *latent_shape)``.
 
     Args:
         z: a tensor; or, for a model with several latent sites, a dict from site to tensor. Sites left out
             are drawn in the model's order, with `seed`.
+        kwargs: what else the model needs to draw data, as one of sequences needs `num_steps`.
 
     Raises:
         ValueError: sites or shapes that are not the model's.
@@ -101,7 +103,7 @@ def decode(model: Callable, z: Tensor | Mapping[str, Tensor], *, seed: int = 0) 
         torch.Size([5, 1, 8, 8])
     """
     with isolated(model):
-        trace = _drawn(model, 1)
+        trace = _drawn(model, 1, kwargs)
         sites = {name: site for name, site in samples(trace) if name != OBSERVATION}
         latents = _named(z, sites)
         N = len(next(iter(latents.values())))
@@ -109,7 +111,8 @@ def decode(model: Callable, z: Tensor | Mapping[str, Tensor], *, seed: int = 0) 
         parts = []
         for index in torch.arange(N).split(_rows(_observation(trace)["value"].numel())):
             given = {name: _in_plates(sites[name], value[index]) for name, value in latents.items()}
-            parts.append(_mean(_observation(_drawn(poutine.condition(model, data=given), len(index)))).cpu())
+            conditioned = poutine.condition(model, data=given)
+            parts.append(_mean(_observation(_drawn(conditioned, len(index), kwargs))).cpu())
     return torch.cat(parts)
 
 
@@ -306,7 +309,7 @@ def _draw_groups(
 ) -> dict[str, dict[str, Tensor]]:
     """One draw per datum of each of ArviZ's groups."""
     guide_trace, model_trace = _traces(model, guide, args, kwargs)
-    prior_trace = _drawn(model, len(args[0]), kwargs)
+    prior_trace = _drawn(model, len(args[0]), _without_data(model, args, kwargs))
     latents, posterior = _latents(guide_trace), _observation(model_trace)
     check_support(OBSERVATION, posterior["fn"], posterior["value"])
     log_prob = on_plates(posterior, posterior["fn"].log_prob(posterior["value"]))
@@ -319,6 +322,15 @@ def _draw_groups(
         "posterior_predictive": {OBSERVATION: _by_datum(posterior, posterior["fn"].sample())},
         "log_likelihood": {OBSERVATION: per_datum(log_prob, data_dim, -1 - log_prob.dim())[0]},
     }
+
+
+def _without_data(model: Callable, args: Sequence[Tensor], kwargs: dict[str, Tensor]) -> dict[str, Any]:
+    """Keywords with which the model draws data like these: as long sequences, where it is of these."""
+    signature = inspect.signature(getattr(model, "forward", model))
+    if "num_steps" not in signature.parameters:
+        return kwargs
+    given = signature.bind(*args, **kwargs).arguments
+    return {"u": given["u"]} if "u" in given else {"num_steps": given["x"].shape[1]}
 
 
 def _inference_data(groups: Mapping[str, Mapping[str, Tensor]]) -> Any:

@@ -27,9 +27,19 @@ class Steps(NamedTuple):
     @property
     def seen(self) -> Tensor:
         """(B, T, D): x, and 0 where it is not observed."""
+        return torch.where(self.counted, self.x, 0.0)
+
+    @property
+    def counted(self) -> Tensor:
+        """(B, T, D) or (B, T, 1), which values are observed: NaN are not."""
+        known = self.x == self.x
         if self.observed is None:
-            return self.x
-        return torch.where(self.observed if self.observed.dim() == 3 else self.observed[..., None], self.x, 0.0)
+            return known
+        return known & (self.observed if self.observed.dim() == 3 else self.observed[..., None])
+
+    def inputs(self, u: Tensor | None) -> Tensor | None:
+        """u (B, T, C), 0 after a sequence's end."""
+        return u if u is None or self.there is None else torch.where(self.there[..., None], u, 0.0)
 
     @property
     def last(self) -> Tensor:
@@ -70,8 +80,11 @@ def steps_of(x: Tensor, lengths: Tensor | None = None, mask: Tensor | None = Non
             f"expected sequences of shape (B, T, D), got {tuple(x.shape)}: add the dimension that is missing"
         )
     B, T, _ = x.shape
-    if lengths is not None and lengths.shape != (B,):
-        raise ValueError(f"expected lengths of shape ({B},), got {tuple(lengths.shape)}: one number for each sequence")
+    if lengths is not None and (lengths.shape != (B,) or lengths.is_floating_point()):
+        raise ValueError(
+            f"expected lengths of shape ({B},), whole numbers, got {tuple(lengths.shape)} of {lengths.dtype}: one for "
+            "each sequence"
+        )
     if mask is not None and mask.shape not in (x.shape, x.shape[:2]):
         raise ValueError(f"expected a mask of shape {(B, T)} or {tuple(x.shape)}, got {tuple(mask.shape)}")
     if lengths is None and mask is None:
@@ -94,6 +107,8 @@ def windows(
 ) -> Iterator[tuple[tuple[Tensor, ...], dict[str, Any]]]:
     """Series x (B, T, D) in windows of `size` steps, the last one shorter: arguments of model and guide.
 
+    Without `lengths` a series ends at its last observed step, and not before.
+
     Raises:
         ValueError: no steps in a window.
 
@@ -103,6 +118,8 @@ def windows(
     """
     if size < 1:
         raise ValueError(f"expected windows of at least one step, got size {size}")
+    steps = steps_of(x, lengths, mask)
+    lengths = None if steps.there is None else steps.there.sum(1)
     for begin in range(0, x.shape[1], size):
         part = slice(begin, begin + size)
         kwargs = {} if lengths is None else {"lengths": (lengths - begin).clamp(0, size)}

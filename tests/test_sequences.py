@@ -2,6 +2,7 @@
 
 import tempfile
 from functools import partial
+from types import SimpleNamespace
 
 import pyro
 import pyro.distributions as dist
@@ -14,12 +15,13 @@ from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch import nn
 
 from pyro_vae import evaluate, fit, load_dataset
-from pyro_vae.data import Data
-from pyro_vae.estimators import ELBO, PredictionPenalty
+from pyro_vae.data import Data, Dataset, Split
+from pyro_vae.estimators import ELBO, PredictionPenalty, ReweightedWakeSleep, WakeSleep
 from pyro_vae.guides import AmortizedGuide, StateSpaceGuide
 from pyro_vae.models import VAE, DeepMarkovModel, StateSpaceModel, likelihoods
 from pyro_vae.models.transitions import Emission, GatedTransition, Initial, LinearTransition, NormalTransition
-from pyro_vae.prediction import sample
+from pyro_vae.prediction import decode, sample, to_arviz
+from pyro_vae.report.sequences import Sequences
 from pyro_vae.schedules import Cosine
 from pyro_vae.sequences import latent_rmse, steps_of, windows
 
@@ -196,14 +198,15 @@ def test_the_evidence_by_a_guide_is_exact_where_the_guide_is():
 
 
 @pytest.mark.parametrize("inference", ["MF-L", "ST-L"])
-@pytest.mark.parametrize("cell", ["gru", "lstm"])
-def test_windows_with_what_is_carried_are_the_whole(inference, cell):
-    """By a filter: densities of model and guide, of z that is the same."""
+@pytest.mark.parametrize(("cell", "ragged"), [("gru", True), ("lstm", True), ("gru", False)])
+def test_windows_with_what_is_carried_are_the_whole(inference, cell, ragged):
+    """By a filter: densities of model and guide, of z that is the same; gaps at a window's end, too."""
     model = autoregressive(C)
     guide = guide_of(model, inference, cell=cell)
-    (x, u), lengths = batch(), torch.tensor([5, 2, 3, 5])
+    (x, u), lengths = batch(), torch.tensor([5, 2, 3, 5]) if ragged else None
     mask = torch.rand(B, T, D) < 0.7
-    mask[torch.arange(B), lengths - 1] = True
+    mask[:, 1] = ragged
+    mask[torch.arange(B), -1 if lengths is None else lengths - 1] = True
     z = torch.randn(B, T, Z)
 
     def densities(*args, **kwargs):
@@ -219,6 +222,50 @@ def test_windows_with_what_is_carried_are_the_whole(inference, cell):
         carried = guide.after(*args, **kwargs, carried=carried)._replace(z=part[:, -1])
         begin += 2
     torch.testing.assert_close([sum(each) for each in zip(*parts, strict=True)], whole, rtol=1e-10, atol=0)
+
+
+def test_a_forecast_begins_after_the_last_step_though_it_is_missing():
+    """And the report's, of a sequence that a gap ends: x_t = t + 1 / 4 of z_t = z_{t-1} + 1."""
+
+    class Exactly(nn.Module):
+        def forward(self, z):
+            return dist.Normal(z + 0.25, 1e-6).to_event(1)
+
+    def guide(x, **kwargs):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(torch.arange(float(x.shape[1])).expand(len(x), -1)[..., None]).to_event(2))
+
+    model = StateSpaceModel(Initial(1), NormalTransition(lambda z: z + 1, 1, 1e-6), Exactly())
+    mask = torch.tensor([[True, True, False, False]])
+    drawn = model.forecast(guide, torch.zeros(1, 4, 1), mask=mask, num_steps=2, num_samples=3)
+    torch.testing.assert_close(drawn, torch.tensor([4.25, 5.25]).expand(3, 1, 2)[..., None], rtol=0, atol=1e-3)
+
+    x = torch.arange(8.0).repeat(12, 1)[..., None] + 0.25
+    mask = torch.ones(12, 8, dtype=torch.bool)
+    mask[:, 4:6] = False
+    split = Split((x,), {"lengths": torch.full((12,), 8), "mask": mask})
+    run = SimpleNamespace(model=model, guide=guide)
+    subject = SimpleNamespace(run=run, dataset=Dataset("x", split, split, split, x.shape[2:], ""), seed=0)
+    assert "100% of the values" in Sequences(subject).forecasts().text
+
+
+@pytest.mark.parametrize("estimator", [WakeSleep(), ReweightedWakeSleep(3, insomnia=0.5)])
+def test_what_feeds_back_cannot_dream(estimator):
+    model = autoregressive()
+    with pytest.raises(ValueError, match="expected a model that can dream"):
+        estimator.differentiable_loss(model, guide_of(model), batch()[0])
+
+
+@pytest.mark.parametrize("num_inputs", [0, C])
+def test_sequences_for_arviz(num_inputs):
+    model = autoregressive(num_inputs)
+    x, u = batch()
+    given = (x, u) if num_inputs else (x,)
+    found = to_arviz(model, guide_of(model), (*given, {"lengths": torch.full((B,), T)}), num_samples=2)
+    assert found["prior_predictive"]["x"].shape == found["posterior_predictive"]["x"].shape == (1, 2, B, T, D)
+    z = torch.randn(B, T, Z)
+    plain = StateSpaceModel(Initial(Z), GatedTransition(Z), Emission(Z, D, likelihoods.Normal()))
+    torch.testing.assert_close(decode(plain, z, num_steps=T), plain.emission(z).mean)
 
 
 def test_steps_in_windows_compile(recorded_once):

@@ -1,5 +1,6 @@
 """State-space models and their structured guides: exact answers, who sees what, masks, inputs."""
 
+import re
 from functools import partial
 
 import numpy as np
@@ -13,6 +14,7 @@ from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch import nn
 
 from pyro_vae import CompiledSVI, evaluate, fit
+from pyro_vae.data import Data
 from pyro_vae.estimators import IWAE, DReG
 from pyro_vae.guides import StateSpaceGuide, families
 from pyro_vae.guides.state_space import TanhCombiner
@@ -225,6 +227,32 @@ def test_the_filter_goes_on_after_what_no_particle_could_give():
     assert bool(filtered.mean.isfinite().all())
 
 
+@pytest.mark.parametrize("garbage", [7.0, torch.nan])
+def test_inputs_after_the_end_change_nothing(garbage):
+    model, guide = pair(num_inputs=C, reads_transition=True)
+    x, u = batch()
+    lengths = torch.tensor([5, 2, 3, 1])
+    there = (torch.arange(T) < lengths[:, None])[..., None]
+    clean = bound(model, guide, x, u, lengths=lengths)
+    dirty = bound(model, guide, x, u.where(there, torch.tensor(garbage)), lengths=lengths)
+    torch.testing.assert_close(dirty, clean, rtol=1e-12, atol=1e-12)
+
+
+def test_values_that_are_nan_are_missing():
+    """For a likelihood that takes them so, with a mask or without: as a mask leaves them out."""
+    there = torch.rand(B, T, D) < 0.6
+    x = batch()[0]
+    emission = Emission(Z, D, likelihoods.Missing(likelihoods.Normal(initial_scale=0.5)))
+    model = StateSpaceModel(Initial(Z), GatedTransition(Z, 7), emission)
+    guide = StateSpaceGuide(model, hidden=4, missing="entries")
+    expected = bound(model, guide, x, mask=there, lengths=torch.full((B,), T))
+    marked = x.where(there, torch.tensor(torch.nan))
+    torch.testing.assert_close(bound(model, guide, marked), expected, rtol=1e-12, atol=1e-12)
+    z = torch.randn(B, T, Z)
+    error = model.prediction_error(z, marked)
+    torch.testing.assert_close(error, model.prediction_error(z, x, mask=there, lengths=torch.full((B,), T)))
+
+
 @pytest.mark.parametrize("num_inputs", [0, C])
 def test_a_forecast_begins_after_the_last_step(num_inputs):
     """From z at the end of each sequence, with the first future input: the means of the model's own steps."""
@@ -349,13 +377,24 @@ def test_bad_input():
     x, u = batch()
     for call, said in (
         (lambda: model(x), "expected 2 inputs at each step, got none"),
-        (lambda: model(x, u[:, :3]), "expected inputs u for each step of x"),
+        (lambda: model(x, u[:, :3]), "expected inputs u of shape (4, 5, 2), got (4, 3, 2)"),
         (lambda: pair()[0](), "expected data x, or num_data"),
         (lambda: guide(x[0], u), "expected sequences of shape"),
         (lambda: guide(x, u, lengths=torch.ones(2)), "expected lengths of shape"),
         (lambda: guide(x, u, mask=torch.ones(2, 3)), "expected a mask of shape"),
+        (lambda: model.filter(x[..., :1], u), "expected x of shape (B, T, 3), got (4, 5, 1)"),
+        (lambda: model.filter(x[0], u), "expected x of shape (B, T, 3), got (5, 3)"),
+        (lambda: model.filter(x[:, :0], u[:, :0]), "expected x of shape (B, T, 3), got (4, 0, 3)"),
+        (lambda: model(x, u[..., :1]), "expected inputs u of shape (4, 5, 2), got (4, 5, 1)"),
+        (lambda: model.forecast(guide, x, u, u[0]), "expected u_future of shape (4, H, 2), got (5, 2)"),
+        (lambda: model.forecast(guide, x, u, u, lengths=torch.tensor([5, 0, 3, 1])), "expected lengths from 1 to 5"),
+        (lambda: guide(x, u, lengths=torch.tensor([5.0, 2.5, 3.0, 1.0])), "expected lengths of shape (4,), whole"),
+        (lambda: Data((x,), {"lengths": torch.tensor([6, 1, 1, 1])}), "expected lengths from 1 to the 5 steps of x"),
+        (lambda: model(x, u, num_data=4), "expected x, or num_data and num_steps, got both"),
+        (lambda: model(u=u, num_data=9), "expected num_data beside u of one row for all"),
+        (lambda: pair(family=families.Bernoulli())[1](x), "expected a family over real numbers beside LinearCombiner"),
         (lambda: pair("ST-RL"), "expected inference MF-L"),
         (lambda: pair(cell="tcn"), "expected cell to be one of rnn, relu_rnn, gru, lstm"),
     ):
-        with pytest.raises(ValueError, match=said.replace("(", r"\(")):
+        with pytest.raises(ValueError, match=re.escape(said)):
             call()

@@ -27,9 +27,11 @@ class WithMissing(dist.TorchDistribution):
     arg_constraints: dict[str, Any] = {}
 
     def __init__(self, base: Any) -> None:
+        if isinstance(base, WithMissing):
+            base = base.base
         if not isinstance(base, torch.distributions.Independent) or base.base_dist.event_shape:
             raise ValueError(f"expected a distribution that factorises over dimensions, got {base}: use .to_event()")
-        self.base = base
+        self.base: Any = base
         super().__init__(base.batch_shape, base.event_shape, validate_args=False)
 
     @constraints.dependent_property(is_discrete=False, event_dim=0)

@@ -53,6 +53,11 @@ class ReweightedWakeSleep(IWAE):
     def extra(self, weights: LogWeights, model: Callable, guide: Callable, args: Any, kwargs: Any) -> Tensor | None:
         if self.insomnia == 1:
             return None
+        if getattr(model, "feedback", 0):
+            raise ValueError(
+                "expected a model that can dream, got one in which x_{t-1} of the data acts on z_t: use insomnia=1, or "
+                "another estimator"
+            )
         with torch.no_grad():
             dream = poutine.trace(poutine.uncondition(model)).get_trace(*args, **kwargs)
         args, kwargs = _with_dreamt(dream, args, kwargs)

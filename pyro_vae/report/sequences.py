@@ -46,10 +46,14 @@ class Sequences:
     def one(self, i: int, steps: int | None = None) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
         """A test sequence by itself, or its first steps, as arguments of model and guide."""
         (x,), kwargs = self.dataset.test.batch(torch.tensor([i]))
-        T = int(kwargs.pop("lengths")) if steps is None else steps
-        kwargs.pop("lengths", None)
+        length = kwargs.pop("lengths")
+        T = int(length) if steps is None else steps
         args = [x, kwargs.pop("u")] if "u" in kwargs else [x]
-        return tuple(a[:, :T].to(self.device) for a in args), {n: v[:, :T].to(self.device) for n, v in kwargs.items()}
+        found = {name: value[:, :T].to(self.device) for name, value in kwargs.items()}
+        return tuple(a[:, :T].to(self.device) for a in args), {
+            **found,
+            "lengths": length.new_tensor([T]).to(self.device),
+        }
 
     def data(self, i: int) -> np.ndarray:
         """(T, D), NaN where a value is missing."""
@@ -172,6 +176,7 @@ class Sequences:
         order = smooth.mean(0).var(0).argsort(descending=True)[:3].tolist()
         truth = self.dataset.test.latents
         known = truth is not None and truth.shape[-1] == smooth.shape[-1]
+        knows = "what came before, too" if getattr(self.guide, "causal", False) else "the whole sequence"
         figure, axes = panels(len(order), columns=1, width=3 * 8.4, height=1.9)
         for axis, d in zip(axes, order, strict=True):
             steps = np.arange(len(mean))
@@ -180,7 +185,7 @@ class Sequences:
                 label="filtered: by what came before",
             )  # fmt: skip
             low, high = smooth[..., d].quantile(torch.tensor(BAND), dim=0)
-            axis.fill_between(steps, low, high, color=BLUE, alpha=0.4, lw=0, label="smoothed: by the whole sequence")
+            axis.fill_between(steps, low, high, color=BLUE, alpha=0.4, lw=0, label=f"by the guide: {knows}")
             axis.plot(smooth[..., d].mean(0), color=BLUE, lw=1.4)
             if known and truth is not None:
                 axis.plot(truth[i, : len(mean), d].cpu(), color=RED, lw=1.1, label="truth")
@@ -191,7 +196,7 @@ class Sequences:
         )  # fmt: skip
         text = (
             "The latent numbers of a test sequence that move most, with bands of nine tenths: grey by a particle "
-            "filter, which knows what came before, blue by the guide, which knows the whole sequence."
+            f"filter, which knows what came before, blue by the guide, which knows {knows}."
         )
         if known and truth is not None:
             error = latent_rmse(smooth[:, None], truth[i : i + 1, : len(mean)].cpu())
