@@ -37,6 +37,7 @@ import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
 CODES = ("MF-L", "MF-LR", "ST-L", "ST-R", "ST-LR", "ST-R, reads", "ST-LR, reads")
+EPOCHS = 100
 EXACT = {"linear": (3.0741, 3.687), "nonlinear": (2.4845, 2.298)}  # nats per step, root mean square
 PAPER = {"nonlinear": {"ST-LR": 2.57, "ST-R": 2.60, "MF-LR": 2.72, "MF-L": 2.93}}
 
@@ -94,10 +95,11 @@ def trained(name: str, inference: str, dataset: Dataset, epochs: int, seed: int)
 
 
 def figure(results: dict[str, Any], path: Path) -> None:
-    drawn, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    drawn, axes = plt.subplots(1, 2, figsize=(13, 4.2), layout="constrained")
     for axis, name in zip(axes, EXACT, strict=True):
         for i, inference in enumerate(CODES):
-            runs = [row for key, row in results["rows"].items() if key.startswith(f"{name}, {inference}, seed")]
+            prefix = f"{name}, {inference}, seed"
+            runs = [row for key, row in results["rows"].items() if key.startswith(prefix) and "epochs" not in key]
             for run in runs:
                 curve = run["curve"]
                 axis.plot(
@@ -107,7 +109,7 @@ def figure(results: dict[str, Any], path: Path) -> None:
         axis.set(xscale="log", xlabel="epoch", ylabel="-bound, nats per step", title=f"{name} model, validation split")
         low = EXACT[name][0]
         axis.set_ylim(low - 0.03, low + (0.6 if name == "nonlinear" else 0.4))
-        axis.legend(frameon=False)
+        axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
         axis.spines[["top", "right"]].set_visible(False)
     drawn.savefig(path, dpi=150)
 
@@ -116,7 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(EXACT), choices=list(EXACT))
     parser.add_argument("--codes", nargs="+", default=list(CODES), choices=CODES)
-    parser.add_argument("--epochs", type=int, default=100)
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     arguments = parser.parse_args()
     target = HERE / "nonlinear_ssm.json"
@@ -125,6 +127,7 @@ def main() -> None:
         for inference in arguments.codes:
             for seed in arguments.seeds:
                 results, key = recorded(target), f"{name}, {inference}, seed {seed}"
+                key += "" if arguments.epochs == EPOCHS else f", {arguments.epochs} epochs"
                 if key not in results["rows"]:
                     row = trained(name, inference, dataset, arguments.epochs, seed)
                     results = recorded(target)  # another process may have added rows meanwhile

@@ -127,7 +127,7 @@ def held_out(root: str | None, epochs: int, seeds: list[int]) -> dict[str, Any]:
             scores = sequential(model, x.float(), len(test))
             linear = model.transition.mean.function
             rows[f"{name}, seed {seed}"] = compared(scores, constant) | {
-                "a": float(linear.weight), "b": float(linear.bias), "s": float(model.transition.log_scale.exp()),
+                "a": linear.weight.item(), "b": linear.bias.item(), "s": model.transition.log_scale.exp().item(),
                 "noise_of_particles": float((scores - sequential(model, x.float(), len(test), 1)).abs().mean()),
             }  # fmt: skip
     for row in rows.values():
@@ -146,19 +146,17 @@ def against_nuts(root: str | None, epochs: int, days: int = 250) -> dict[str, An
     """Posterior of the parameters by NUTS, with priors, and the guide's maximum of the bound; E[z_t | x] of both."""
     dataset = load_dataset("sp500", root=root)
     x = dataset.train.values[:days, 0]
+    ages = (torch.arange(days)[:, None] - torch.arange(days)).clamp(min=0)
 
     def model() -> None:
         a = 2 * pyro.sample("a", dist.Beta(20.0, 1.5)) - 1
         level = pyro.sample("level", dist.Normal(0.0, 2.0))
         s = pyro.sample("s", dist.HalfNormal(0.5))
         noise = pyro.sample("noise", dist.Normal(0.0, 1.0).expand([days]).to_event(1))
-        z = [level + s / (1 - a.square()).sqrt() * noise[0]]
-        for t in range(1, days):
-            z.append(level + a * (z[-1] - level) + s * noise[t])
-        z = pyro.deterministic("z", torch.stack(z))
+        first = noise[:1] / (1 - a.square()).sqrt()  # of the stationary law
+        z = pyro.deterministic("z", level + s * (a**ages).tril() @ torch.cat([first, noise[1:]]))
         pyro.sample("x", dist.Normal(0.0, (z / 2).exp()).to_event(1), obs=x)
 
-    torch.manual_seed(0)
     pyro.set_rng_seed(0)
     kernel = NUTS(model, jit_compile=True, ignore_jit_warnings=True, max_tree_depth=8)
     mcmc = MCMC(kernel, num_samples=500, warmup_steps=500)
@@ -175,7 +173,7 @@ def against_nuts(root: str | None, epochs: int, days: int = 250) -> dict[str, An
             "a": float((2 * samples["a"] - 1).mean()), "a_sd": float((2 * samples["a"] - 1).std()),
             "s": float(samples["s"].mean()), "s_sd": float(samples["s"].std()),
         },
-        "ours": {"a": float(ours[0].transition.mean.function.weight), "s": float(ours[0].transition.log_scale.exp())},
+        "ours": {"a": ours[0].transition.mean.function.weight.item(), "s": ours[0].transition.log_scale.exp().item()},
         "correlation_of_smoothed_means": float(torch.corrcoef(filtered_by)[0, 1]),
         "root_mean_square_difference": float((z.mean(0) - smooth.mean(0)).square().mean().sqrt()),
         "posterior_standard_deviation": float(z.std(0).mean()),
