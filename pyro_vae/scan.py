@@ -28,8 +28,8 @@ def scan(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs: Any) -
         l_t = g_t + (dF_{t+1} / dc_t)^T l_{t+1},        d theta = sum_t (dF_t / dtheta)^T l_t
 
     The first runs backwards through time; the second is one call for all steps. A step that cannot be taken apart like
-    that is unrolled: its draws depend on the carry in another way than by a location and a scale, or it writes into
-    tensors that it did not make.
+    that is unrolled: its draws depend on the carry in another way than by a location and a scale, it carries whole
+    numbers, it writes into tensors that it did not make, or what varies into one that does not.
 
     Args:
         step: a pure function; what it draws is drawn anew at each step.
@@ -58,7 +58,8 @@ def scan(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs: Any) -
 
 
 class _NotSeparableError(Exception):
-    """The step writes into what it is given, or its draws are not a function of noise that is drawn apart."""
+    """The step writes into what it is given, carries whole numbers, cannot be made for all steps at once, or its draws
+    are not a function of noise that is drawn apart."""
 
 
 def _rolled(step: Callable, carry: Any, inputs: Any) -> tuple[Any, Any]:
