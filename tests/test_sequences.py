@@ -504,18 +504,21 @@ def test_trained_guides_come_to_the_exact_values(inference, exact):
 
 @pytest.mark.slow
 def test_parameters_are_recovered():
-    """z_t ~ N([0.2 z_0 + tanh(a z_1), 0.2 z_1 + sin(b z_0)], 1), x ~ N(z / 2, 0.1): a = 0.5, b = -0.1."""
+    """z_t ~ N([0.2 z_0 + tanh(a z_1), 0.2 z_1 + sin(b z_0)], 1), x ~ N(z / 2, 0.1): a = 0.5, b = -0.1.
+
+    The bound's own maximum is nearer to 0: a guide that does not read the transition comes to a = 0.465 to 0.472.
+    """
     torch.set_default_dtype(torch.float32)
     true = Curved(0.5, -0.1)
     transition = NormalTransition(true, 2, 1.0)
     model = StateSpaceModel(Initial(2, scale=1.0, learned_mean=False), transition, Half(0.1**0.5))
     torch.manual_seed(0)
     with torch.no_grad():
-        x = model(num_data=2000, num_steps=25)
+        x = model(num_data=10_000, num_steps=25)
     learned = Curved(0.1, 0.1)
     transition = NormalTransition(learned, 2, 1.0)
     model = StateSpaceModel(Initial(2, scale=1.0, learned_mean=False), transition, Half(0.1**0.5))
-    trained(model, "ST-LR", x, epochs=60)
+    trained(model, "ST-LR", x, epochs=12, reads_transition=True)
     assert [float(p.detach()) for p in learned.parameters()] == pytest.approx([0.5, -0.1], abs=0.03)
 
 
