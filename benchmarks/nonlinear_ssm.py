@@ -39,7 +39,6 @@ HERE = Path(__file__).parent
 CODES = ("MF-L", "MF-LR", "ST-L", "ST-R", "ST-LR", "ST-R, reads", "ST-LR, reads")
 EPOCHS = 100
 EXACT = {"linear": (3.0741, 3.687), "nonlinear": (2.4845, 2.298)}  # nats per step, root mean square
-PAPER = {"nonlinear": {"ST-LR": 2.57, "ST-R": 2.60, "MF-LR": 2.72, "MF-L": 2.93}}
 
 
 class Half(nn.Module):

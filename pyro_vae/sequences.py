@@ -31,7 +31,7 @@ class Steps(NamedTuple):
 
     @property
     def counted(self) -> Tensor:
-        """(B, T, D) or (B, T, 1), which values are observed: NaN are not."""
+        """(B, T, D), which values are observed: NaN are not."""
         known = self.x == self.x
         if self.observed is None:
             return known

@@ -13,7 +13,7 @@ from pyro_vae import CompiledSVI
 from pyro_vae.compiled import Compiled
 from pyro_vae.distributions import MarkovChain
 from pyro_vae.estimators import ELBO, IWAE, STL, VIMCO, DReG
-from pyro_vae.scan import scan
+from pyro_vae.scan import _Step, scan
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -307,6 +307,7 @@ def test_a_recorded_step_is_the_loops(recorded):
         (recording,) = next(iter(function._recordings.values()))
         names = [str(node.target) for node in recording.graph.graph.nodes]
         assert names.count("pyro_vae.scan.default") == (T > 1)
+    assert [len(step.products) for step in _Step.table.values()] == [2]  # of the cell, which are made once
 
 
 def test_layouts_of_the_first_step_and_the_others_may_differ():
