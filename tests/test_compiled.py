@@ -35,7 +35,7 @@ import pyro_vae.compiled
 import pyro_vae.optim
 import pyro_vae.svi
 from pyro_vae import CompiledSVI, checkpoint, evaluate, fit
-from pyro_vae.compiled import FallbackWarning
+from pyro_vae.compiled import Compiled, FallbackWarning
 from pyro_vae.svi import NonFiniteLossError
 
 ELBO = Trace_ELBO()
@@ -931,6 +931,22 @@ class TestGuards:
 
         self.assert_same_steps(step, lambda: (location_model, guide))
         assert "late" in pyro.get_param_store()
+
+
+@pytest.mark.parametrize(("factor", "known"), [(1.0, True), (3.0, False)])
+def test_what_rounding_decides_is_no_difference(factor, known, recorded):
+    """At a kink two ways of computing the same number come to different sides: here the graph's is put on the other."""
+    weight = nn.Parameter(torch.ones(()))
+    compiled = Compiled(lambda x: x * (weight > 1))
+    compiled(X)
+    ((recording,),) = compiled._recordings.values()
+    recording.compute = lambda x, *live: [factor * x]
+    if known:
+        assert torch.equal(compiled(X), X) and compiled.compiled
+    else:
+        with pytest.warns(FallbackWarning, match="other numbers"):
+            assert torch.equal(compiled(X), 0 * X)
+    assert weight == 1
 
 
 def test_a_recording_leaves_random_state_buffers_store_and_modules_as_they_were(recorded):

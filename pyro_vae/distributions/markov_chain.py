@@ -66,9 +66,7 @@ class MarkovChain(dist.TorchDistribution):
                 )
         self.initial, self.transition, self.num_steps = initial, transition, num_steps
         self.inputs, self.mask_, self.carry = inputs, mask, carry
-        self._draw: tuple[Tensor, Tensor, bool] | None = (
-            None  # with the scores of its steps, and if these have gradients
-        )
+        self._draw: tuple[Tensor, Tensor, bool] | None = None  # with its steps' scores, and if these have gradients
         shapes = [initial.batch_shape]
         shapes += [inputs.shape[:-2]] if inputs is not None else []
         shapes += [mask.shape[:-1]] if mask is not None else []
