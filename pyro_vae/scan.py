@@ -6,6 +6,7 @@ import hashlib
 import operator
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,20 +17,21 @@ from torch.utils import _pytree as pytree
 
 __all__ = ["scan"]
 
+CHUNK = 5  # steps in one compiled call
 compiler: ContextVar[Callable[[GraphModule, Sequence[Tensor]], Callable] | None] = ContextVar("compiler", default=None)
 
 
 def scan(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs: Any) -> tuple[Any, Any]:
     """``c_t, y_t = step(c_{t-1}, u_t)`` for t = 1 ... T: the last carry, and all y_t.
 
-    Where the call is recorded, as by `CompiledSVI`, the graph holds one step, compiled once for all lengths. Its
+    Where the call is recorded, as by `CompiledSVI`, the graph holds `CHUNK` steps, compiled once for all lengths. Its
     gradient is that of the recurrence ``c_t = F_t(c_{t-1}, theta)``: with g the gradient of what follows::
 
         l_t = g_t + (dF_{t+1} / dc_t)^T l_{t+1},        d theta = sum_t (dF_t / dtheta)^T l_t
 
     The first runs backwards through time; the second is one call for all steps. A step that cannot be taken apart like
     that is unrolled: its draws depend on the carry in another way than by a location and a scale, it carries whole
-    numbers, it writes into tensors that it did not make, or what varies into one that does not.
+    numbers or nothing, it writes into tensors that it did not make, or what varies into one that does not.
 
     Args:
         step: a pure function; what it draws is drawn anew at each step.
@@ -58,8 +60,8 @@ def scan(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs: Any) -
 
 
 class _NotSeparableError(Exception):
-    """The step writes into what it is given, carries whole numbers, cannot be made for all steps at once, or its draws
-    are not a function of noise that is drawn apart."""
+    """The step writes into what it is given, carries whole numbers or nothing, cannot be made for all steps at once, or
+    its draws are not a function of noise that is drawn apart."""
 
 
 def _rolled(step: Callable, carry: Any, inputs: Any) -> tuple[Any, Any]:
@@ -74,7 +76,7 @@ def _rolled(step: Callable, carry: Any, inputs: Any) -> tuple[Any, Any]:
         flat.of_y = pytree.tree_structure(y)  # type: ignore[attr-defined]
         return [*map(Tensor.contiguous, pytree.tree_leaves(c)), *pytree.tree_leaves(y)]
 
-    if not all(c.is_floating_point() for c in start):
+    if not start or not all(c.is_floating_point() for c in start):
         raise _NotSeparableError
     with disable_proxy_modes_tracing(), torch.no_grad():
         examples = [*[c.detach().clone() for c in start], *[u[0].detach().clone() for u in leaves]]
@@ -140,9 +142,9 @@ class _Step:
             self.all_steps(varying, examples[n + m :])
         except RuntimeError as error:  # of vmap, as where it writes what varies into what does not
             raise _NotSeparableError from error
-        self.compile: Any = compiler.get()
-        self.forward: Callable | None = None
-        self.adjoint: Callable | None = None
+        self.num_constants = num_constants
+        self.forward = _Recurrence(self.carried, n)
+        self.adjoint = _Recurrence(self._pulled, n, backwards=True)
 
     @classmethod
     def of(cls, one: GraphModule, n: int, m: int, examples: Sequence[Tensor]) -> _Step:
@@ -159,32 +161,64 @@ class _Step:
 
     def run(self, start: Sequence[Tensor], inputs: Sequence[Tensor], constants: Sequence[Tensor]) -> list[Tensor]:
         """The carries after each step, the noise, and the products."""
-        noises = [self.noise.forward() for _ in range(len(inputs[0]))]
-        carry, path = [*start], []
-        for given in zip(*[u.unbind() for u in inputs], noises, strict=True):
-            tensors = [*carry, *given[:-1], *given[-1], *constants]
-            if self.forward is None:
-                self.forward = self.compile(self.carried, [each.detach() for each in tensors])
-            results = self.forward(*tensors)
-            carry = results[: self.n]
-            path.append([*carry, *given[-1], *results[self.n :]])
-        return [torch.stack(each) for each in zip(*path, strict=True)]
+        noise = [torch.stack(each) for each in zip(*[self.noise.forward() for _ in inputs[0]], strict=True)]
+        results = self.forward(start, [*inputs, *noise], constants)
+        return [*results[: self.n], *noise, *results[self.n :]]
 
     def run_adjoint(self, gradients: Sequence[Tensor], fixed: Sequence[Tensor]) -> list[Tensor]:
         """l_t for the gradients g_t of all carries and results."""
-        n, over_time = self.n, self.num_saved
-        constants, found, back = fixed[over_time:], [], None
-        steps = zip(*[each.unbind() for each in (*fixed[:over_time], *gradients)], strict=True)
-        for given in reversed([*steps]):
-            of_carry = given[over_time : over_time + n]
-            at = of_carry if back is None else torch._foreach_add(of_carry, back)
-            found.append(at)
-            if len(found) < len(gradients[0]):
-                tensors = [*given[:over_time], *constants, *at, *given[over_time + n :]]
-                if self.adjoint is None:
-                    self.adjoint = self.compile(self.pull, [each.detach() for each in tensors])
-                back = self.adjoint(*tensors)
-        return [torch.stack(each) for each in zip(*found[::-1], strict=True)]
+        n, saved, constants = self.n, fixed[: self.num_saved], fixed[self.num_saved :]
+        last = [g[-1] for g in gradients[:n]]
+        following, here = [each[1:] for each in (*saved, *gradients[n:])], [g[:-1] for g in gradients[:n]]
+        found = self.adjoint(last, [*following, *here], constants)
+        return [torch.cat([each, at[None]]) for each, at in zip(found, last, strict=True)]
+
+    def _pulled(self, *tensors: Tensor) -> list[Tensor]:
+        """l_t from l_{t+1}, what the gradient needs and the gradients of y at t + 1, g_t, and constants."""
+        n, m, end = self.n, self.n + self.num_saved, len(tensors) - self.num_constants
+        later, saved, of_y, of_carry = tensors[:n], tensors[n:m], tensors[m : end - n], tensors[end - n : end]
+        pulled = self.pull(*saved, *tensors[end:], *later, *of_y)
+        return [g + p for g, p in zip(of_carry, pulled, strict=True)]
+
+
+class _Recurrence:
+    """``c_t, y_t = function(c_{t-1}, v_t, constants)`` of n carries over all t, forwards or backwards, `CHUNK` steps in
+    one compiled call."""
+
+    def __init__(self, function: Callable, n: int, *, backwards: bool = False) -> None:
+        self.function, self.n, self.backwards = function, n, backwards
+        self.compile: Any = compiler.get()
+        self.compiled: dict[int, Callable] = {}
+
+    def __call__(self, carry: Sequence[Tensor], varying: Sequence[Tensor], constants: Sequence[Tensor]) -> list[Tensor]:
+        """All c_t and y_t, (T, ...). The last chunk overlaps the one before where T is no multiple."""
+        T = len(varying[0])
+        size = min(CHUNK, T)
+        results: list[Tensor] = []
+        for begin in (*range(0, T - size, size), T - size):
+            if self.backwards:
+                begin = T - size - begin
+            before = begin + size if self.backwards else begin - 1
+            given = [each[before] for each in results[: self.n]] or carry
+            tensors = [*given, *[each[begin : begin + size] for each in varying], *constants]
+            if size not in self.compiled:
+                examples = [each.detach() for each in tensors]
+                steps = make_fx(partial(self._steps, len(constants)))(*examples)
+                self.compiled[size] = self.compile(steps, examples)
+            found = self.compiled[size](*tensors)
+            results = results or [each.new_empty(T, *each.shape[1:]) for each in found]
+            for whole, part in zip(results, found, strict=True):
+                whole[begin : begin + size] = part
+        return results
+
+    def _steps(self, num_constants: int, *tensors: Tensor) -> list[Tensor]:
+        end = len(tensors) - num_constants
+        carry, constants, found = tensors[: self.n], tensors[end:], []
+        steps = [*zip(*[each.unbind() for each in tensors[self.n : end]], strict=True)]
+        for at in reversed(steps) if self.backwards else steps:
+            found.append(self.function(*carry, *at, *constants))
+            carry = found[-1][: self.n]
+        return [torch.stack(each) for each in zip(*(found[::-1] if self.backwards else found), strict=True)]
 
 
 def _lift_constants(graph: GraphModule) -> list[Tensor]:

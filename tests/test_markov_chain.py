@@ -330,6 +330,32 @@ def test_layouts_of_the_first_step_and_the_others_may_differ():
     assert function.compiled, function.fallback_reason
 
 
+def test_a_step_that_carries_nothing_is_unrolled(recorded):
+    weight = nn.Parameter(torch.tensor(3.0))
+
+    def gradient(x):
+        _, y = scan(lambda c, u: ((), u * weight), (), x)
+        return torch.autograd.grad(y.sum(), weight)[0]
+
+    compiled = Compiled(gradient)
+    assert compiled(torch.arange(7.0)) == 21 and compiled.compiled
+
+
+@pytest.mark.parametrize("T", [2, 5, 6, 11])
+def test_chunks_of_steps_may_overlap(T, recorded, float64):
+    weight, x = nn.Parameter(torch.tensor(0.9)), torch.linspace(-1, 1, T)
+
+    def gradient(x):
+        last, y = scan(lambda c, u: ((c * weight + u).tanh(), c * u), torch.ones(()), x)
+        value = y.square().sum() + last
+        return value.detach(), torch.autograd.grad(value, weight)[0]
+
+    compiled = Compiled(gradient)
+    for found, expected in zip(compiled(x), gradient(x), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    assert compiled.compiled and _Step.table
+
+
 def test_draws_that_cannot_be_taken_apart_are_unrolled(recorded):
     def value(u):
         def step(z, u):
