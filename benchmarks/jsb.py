@@ -176,7 +176,7 @@ def figure(rows: dict[str, Any], path: Path) -> None:
     for i, name in enumerate(ROWS):
         if name in rows:
             seconds, bounds = zip(*rows[name]["curve"], strict=True)
-            label = f"{name}, {rows[name]['threads']} of 2 cores"
+            label = f"{name}, threads: {rows[name]['threads']}"
             axis.plot([each / 60 for each in seconds], bounds, color=f"C{i}", lw=1.4, label=label)
     axis.set(ylim=(6.9, 9.5), xlabel="minutes of training", ylabel="-bound, nats per frame")
     axis.set_title("JSB chorales, validation split")

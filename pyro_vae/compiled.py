@@ -63,7 +63,7 @@ class FallbackWarning(UserWarning):
 
 @contextlib.contextmanager
 def _steps_compiled() -> Iterator[None]:
-    """Each `scan` is one step in the graph."""
+    """Each `scan` is one operator in the graph, and not all its steps."""
     token = compiler.set(lambda graph, tensors: _compile(graph, tensors))
     try:
         yield

@@ -1,4 +1,4 @@
-"""`scan`: a recurrence over time, of which a recorded graph holds one step and not all of them."""
+"""`scan`: a recurrence over time, of which a recorded graph holds one operator and not all steps."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ compiler: ContextVar[Callable[[GraphModule, Sequence[Tensor]], Callable] | None]
 def scan(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs: Any) -> tuple[Any, Any]:
     """``c_t, y_t = step(c_{t-1}, u_t)`` for t = 1 ... T: the last carry, and all y_t.
 
-    Where the call is recorded, as by `CompiledSVI`, the graph holds `CHUNK` steps, compiled once for all lengths. Its
-    gradient is that of the recurrence ``c_t = F_t(c_{t-1}, theta)``: with g the gradient of what follows::
+    Where the call is recorded, as by `CompiledSVI`, steps are compiled `CHUNK` at a time, once for all lengths above that.
+    The gradient is that of the recurrence ``c_t = F_t(c_{t-1}, theta)``: with g the gradient of what follows::
 
         l_t = g_t + (dF_{t+1} / dc_t)^T l_{t+1},        d theta = sum_t (dF_t / dtheta)^T l_t
 

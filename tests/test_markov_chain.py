@@ -342,7 +342,7 @@ def test_a_step_that_carries_nothing_is_unrolled(recorded):
 
 
 @pytest.mark.parametrize("T", [2, 5, 6, 11])
-def test_chunks_of_steps_may_overlap(T, recorded, float64):
+def test_chunks_of_steps_may_overlap(T, recorded):
     weight, x = nn.Parameter(torch.tensor(0.9)), torch.linspace(-1, 1, T)
 
     def gradient(x):
