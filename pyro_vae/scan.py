@@ -24,8 +24,8 @@ compiler: ContextVar[Callable[[GraphModule, Sequence[Tensor]], Callable] | None]
 def scan(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs: Any) -> tuple[Any, Any]:
     """``c_t, y_t = step(c_{t-1}, u_t)`` for t = 1 ... T: the last carry, and all y_t.
 
-    Where the call is recorded, as by `CompiledSVI`, steps are compiled `CHUNK` at a time, once for all lengths above that.
-    The gradient is that of the recurrence ``c_t = F_t(c_{t-1}, theta)``: with g the gradient of what follows::
+    Where the call is recorded, as by `CompiledSVI`, steps are compiled `CHUNK` at a time, once for all lengths above
+    that. The gradient is that of the recurrence ``c_t = F_t(c_{t-1}, theta)``: with g the gradient of what follows::
 
         l_t = g_t + (dF_{t+1} / dc_t)^T l_{t+1},        d theta = sum_t (dF_t / dtheta)^T l_t
 
