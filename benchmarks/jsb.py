@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from pyro_vae import CompiledSVI, Run, fit, load_dataset
 from pyro_vae.guides import StateSpaceGuide
 from pyro_vae.guides.state_space import TanhCombiner
-from pyro_vae.models import DeepMarkovModel
+from pyro_vae.models import DeepMarkovModel, likelihoods
 from pyro_vae.schedules import Cosine, Exponential, Warmup
 from pyro_vae.sequences import steps_of
 
@@ -102,7 +102,7 @@ ROWS = {
 
 
 class Size(NamedTuple):
-    """latent, hidden of the encoder, batch, steps; hidden of the transition and the emission."""
+    """latent, hidden of the encoder, batch, steps; hidden of the transition and the emission; width of x."""
 
     Z: int
     rnn: int
@@ -110,6 +110,7 @@ class Size(NamedTuple):
     T: int
     transition: int
     emission: int
+    D: int = 88
 
 
 SIZES = [
@@ -117,11 +118,19 @@ SIZES = [
     Size(8, 64, 32, 250, 32, 32),
     Size(2, 32, 64, 100, 32, 32),
     Size(1, 40, 250, 25, 32, 32),
+    Size(1, 40, 250, 25, 32, 32, D=1),  # as the paper's simulated sequences: Normal, not 88 keys
 ]
 
 
 def pair(row: Row, size: Size = SIZES[0]) -> tuple[DeepMarkovModel, StateSpaceGuide]:
-    model = DeepMarkovModel((88,), size.Z, size.transition, (size.emission, size.emission), row.start)
+    model = DeepMarkovModel(
+        (size.D,),
+        size.Z,
+        size.transition,
+        (size.emission, size.emission),
+        row.start,
+        likelihood=likelihoods.Bernoulli() if size.D > 1 else likelihoods.Normal(),
+    )
     return model, StateSpaceGuide(model, row.inference, size.rnn, row.cell, TanhCombiner())
 
 
@@ -235,7 +244,7 @@ def contestant(kind: str, size: Size, channel: Any) -> None:
     one makes `CompiledSVI` record anew."""
     torch.manual_seed(0)
     model, guide = pair(Row("ST-R", "gru", "normal", {}, ""), size)
-    x = (torch.rand(size.B, size.T, 88) < 0.05).float()
+    x = (torch.rand(size.B, size.T, size.D) < 0.05).float() if size.D > 1 else torch.randn(size.B, size.T, 1)
     lengths = torch.full((size.B,), size.T)
     programs = loop(model, guide) if kind == "stock" else (model, guide)
     torch.manual_seed(0)
