@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .comparison import Comparison, compare_estimators
     from .data import Dataset, load_dataset
     from .evaluation import Evaluation, evaluate
+    from .forecasting import Forecast, forecast
     from .svi import SVI, CompiledSVI
     from .training import Run, fit, load_run
 
@@ -26,10 +27,12 @@ __all__ = [
     "CompiledSVI",
     "Dataset",
     "Evaluation",
+    "Forecast",
     "Run",
     "compare_estimators",
     "evaluate",
     "fit",
+    "forecast",
     "guides",
     "load_dataset",
     "load_run",
@@ -43,6 +46,8 @@ _MODULE_OF = {
     "load_dataset": "data",
     "Evaluation": "evaluation",
     "evaluate": "evaluation",
+    "Forecast": "forecasting",
+    "forecast": "forecasting",
     "SVI": "svi",
     "CompiledSVI": "svi",
     "Run": "training",

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+LEVELS = (0.05, 0.5, 0.95)
 MOST_SCORED = 200_000_000  # numbers that `fit` decodes to score the test split, unless told otherwise
 
 HELP = {
@@ -77,7 +78,8 @@ data:
   --data.binarize HOW  none (default), static, dynamic
   --data.label COLUMN, --data.id COLUMN      columns of a .csv that are no features
   --data.time COLUMN   a .csv of sequences, one for each id, or pieces of --data.window N steps of one series;
-                       --data.inputs [COLUMN] act on the latents
+                       --data.inputs COLUMN,COLUMN act on the latents; with --data.every D (h, MS, 2, ...)
+                       absent times are steps without values
   --data.download      fetch a named data set          --data.root DIR   where the named data sets are
   --data.split [0.8,0.1,0.1], --data.seed N  another division into train, valid and test
 
@@ -128,7 +130,7 @@ example:
     "sample": """\
 usage: pyro-vae sample RUN [OPTIONS]
 
-Draw x ~ p(x), in the data's original units.
+Draw x ~ p(x), in the data's original units; of a model with inputs x ~ p(x | u), u of training sequences.
 
   RUN                the run's directory, such as runs/latest
   --num N            how many (64)                     --mean   E[x | z] in the place of x
@@ -145,8 +147,10 @@ usage: pyro-vae forecast RUN [OPTIONS]
 What follows each sequence: mean, median and 5 % and 95 % quantiles per step, in the data's original units.
 
   RUN                the run's directory, such as runs/latest
-  --data NAME|PATH   other data than the run's         --split train|valid|test|all (test)
+  --data NAME|PATH   other data than the run's         --split train|valid|test|all (all)
   --num_steps N      steps after the last one (10)     --num_samples K   draws (1000; kept in a .npz)
+  --inputs FILE      of a model with inputs, those to come: a .csv with the columns of id, time and inputs;
+                     for data that are no .csv a .npy (N, H, C)
   --out FILE         .csv or .npz (forecast.csv)       --overwrite
   --seed N (0), --device D (auto)
 
@@ -448,8 +452,9 @@ def _fit(options: Options) -> int:
     where = _quoted(run.path)
     print("next     try:")
     print(f"  pyro-vae sample {where} --num 100 --out {where}/samples.npz")
-    if dataset.sequences and not getattr(run.model, "num_inputs", 0):
-        print(f"  pyro-vae forecast {where} --num_steps 10 --out {where}/forecast.csv")
+    if dataset.sequences and hasattr(run.model, "forecast"):
+        steps = "--inputs to_come.csv" if run.model.num_inputs else "--num_steps 10"
+        print(f"  pyro-vae forecast {where} {steps} --out {where}/forecast.csv")
     print(f"  pyro-vae encode {where} --split test --out {where}/codes.csv")
     print(f"  pyro-vae fit --config {where}/config.toml --seed 1")
     return 0
@@ -673,25 +678,41 @@ def _sample(
     dataset = _dataset(loaded, {}) if "data" in loaded.config else None
     if num_steps is not None and num_steps < 1:
         raise ValueError(f"expected --num_steps >= 1, got {num_steps}: give a positive number")
-    steps = {}
+    steps: dict[str, Any] = {}
     if hasattr(loaded.model, "forecast"):
-        _check_without_inputs(loaded, "sample")
-        if num_steps is None and (dataset is None or not dataset.sequences):
-            raise ValueError(f"expected --num_steps for {run}, a run on sequences that names no data: add it")
-        steps = {"num_steps": num_steps or int(dataset.train.kwargs["lengths"].median())}  # type: ignore[union-attr]
+        inputs = loaded.model.num_inputs
+        if (num_steps is None or inputs) and (dataset is None or not dataset.sequences):
+            wanted, how = ("data with inputs", "train it on a file") if inputs else ("--num_steps", "add it")
+            raise ValueError(f"expected {wanted} for {run}, a run on sequences that names no data: {how}")
+        T = num_steps or int(dataset.train.kwargs["lengths"].median())  # type: ignore[union-attr]
+        steps = {"u": _some_inputs(dataset, num, T, seed)} if inputs else {"num_steps": T}  # type: ignore[arg-type]
     elif num_steps is not None:
         raise ValueError(f"expected --num_steps for a run on sequences, got {run}, which is none: leave it out")
     x = sample(loaded.model, num, seed=seed, mean=mean, **steps)
-    _write_data(out, dataset, None, {"x": x if dataset is None else dataset.restore(x)})
+    arrays = {"x": x if dataset is None else dataset.restore(x)}
+    _write_data(out, dataset, None, arrays | ({"u": steps["u"]} if "u" in steps else {}))
     return 0
+
+
+def _some_inputs(dataset: Dataset, num: int, T: int, seed: int) -> Any:
+    """(num, T, C), of training sequences that are so long, drawn at random."""
+    import torch
+
+    lengths = dataset.train.kwargs["lengths"].cpu()
+    long = (lengths >= T).nonzero().flatten()
+    if not len(long):
+        raise ValueError(f"expected --num_steps <= {int(lengths.max())}, for which there are inputs, got {T}: lower it")
+    rows = torch.randint(len(long), (num,), generator=torch.Generator().manual_seed(seed))
+    return dataset.train.kwargs["u"][long[rows], :T]
 
 
 def _forecast(
     run: Path,
     data: Table,
-    split: Part = "test",
-    num_steps: int = 10,
+    split: Part = "all",
+    num_steps: int | None = None,
     num_samples: int = 1000,
+    inputs: Path | None = None,
     out: Path = Path("forecast.csv"),
     overwrite: bool = False,
     device: str = "auto",
@@ -699,38 +720,41 @@ def _forecast(
 ) -> int:
     import torch
 
-    from .evaluation import isolated
+    from .forecasting import forecast
 
-    if num_steps < 1 or num_samples < 1:
-        raise ValueError(f"expected --num_steps and --num_samples >= 1, got {num_steps} and {num_samples}: give such")
     _check_out(out, overwrite)
     loaded = _load(run, device)
     dataset = _dataset(loaded, data)
-    if not dataset.sequences:
-        raise ValueError(f"expected a run on sequences, got {run} on {dataset.name}: forecast is of what follows")
-    _check_without_inputs(loaded, "forecast")
-    part = _split(dataset, split)
-    place = next(loaded.model.parameters()).device
-    drawn = []
-    with isolated(loaded.model, loaded.guide):
-        torch.manual_seed(seed)
-        for i in range(len(part)):
-            args, kwargs = part.to(place).batch(torch.tensor([i], device=place))
-            options = {"num_steps": num_steps, "num_samples": num_samples}
-            drawn.append(loaded.model.forecast(loaded.guide, *args, **kwargs, **options)[:, 0].cpu())
-    x = dataset.restore(torch.stack(drawn, 1))  # (S, N, H, D)
-    found = {"x_mean": x.double().mean(0)}
-    found |= {f"x_{round(100 * q)}%": x.double().quantile(q, dim=0) for q in (0.05, 0.5, 0.95)}
-    _write_data(out, dataset, part, found | ({"x_draws": x} if out.suffix == ".npz" else {}), after=True)
-    return 0
-
-
-def _check_without_inputs(run: Run, command: str) -> None:
-    if getattr(run.model, "num_inputs", 0):
+    if not hasattr(loaded.model, "forecast") or not dataset.sequences:
         raise ValueError(
-            f"expected a model without inputs for {command}, got one of {run.model.num_inputs}: their future is not "
-            f"known here; in Python, run.model.{'forecast' if command == 'forecast' else '__call__'}(..., u)"
+            f"expected a run on sequences, got {run} on {dataset.name}: train one, pyro-vae fit --data table.csv "
+            "--data.id COLUMN --data.time COLUMN"
         )
+    found = forecast(
+        loaded.model,
+        loaded.guide,
+        _split(dataset, split),
+        num_steps=num_steps,
+        inputs=inputs,
+        num_samples=num_samples,
+        seed=seed,
+    )
+    _, N, H, D = found.draws.shape
+    levels = torch.tensor(LEVELS).double()
+    moments = torch.empty(1 + len(LEVELS), N, H, D, dtype=torch.double)
+    for i in range(N):
+        x = dataset.restore(found.draws[:, i]).double()
+        moments[:, i] = torch.cat([x.mean(0)[None], x.quantile(levels, dim=0)])
+    names = ["x_mean", *(f"x_{round(100 * level)}%" for level in LEVELS)]
+    arrays = dict(zip(names, moments, strict=True))
+    if out.suffix == ".npz":
+        arrays["x_draws"] = dataset.restore(found.draws)
+    _write_data(out, dataset, found.split, arrays, times=found.times, num_before=found.num_before.numpy())
+    of = f"the {split} split" if split != "all" else "the data"
+    print(f"         {H} step{'s' if H > 1 else ''} after {N:,} sequence{'s' if N > 1 else ''} of {of}")
+    if found.split.times is not None and found.times is None:
+        print("         the data's times are uneven, or too few to tell how they go on: --data.every D (h, MS, 2) does")
+    return 0
 
 
 def _encode(
@@ -928,12 +952,14 @@ def _dataset(run: Run, options: Table) -> Dataset:
     same = options.get("name_or_path", source["name_or_path"]) == source["name_or_path"]
     kept: Table = source if same else {key: source[key] for key in ("binarize", "root") if key in source}
     if str(options.get("name_or_path", "")).endswith(".csv"):
-        kept = kept | {key: source[key] for key in ("label", "id", "time", "inputs", "window") if key in source}
+        kept = kept | {
+            key: source[key] for key in ("label", "id", "time", "inputs", "window", "every") if key in source
+        }
     other = load_dataset(**{**kept, **options})
     if other.event_shape != trained.event_shape or other.sequences != trained.sequences:
         raise ValueError(
-            f"expected data of shape {tuple(trained.event_shape)}, as {run.path} was trained on, got "
-            f"{tuple(other.event_shape)} in {other.name}: name such data"
+            f"expected data of shape {_shape(trained)}, as {run.path} was trained on, got {_shape(other)} in "
+            f"{other.name}: name such data"
         )
     location, scale = trained.location, trained.scale
     if location is None or scale is None:
@@ -952,6 +978,11 @@ def _dataset(run: Run, options: Table) -> Dataset:
 
     train, valid, test = map(standardised, (other.train, other.valid, other.test))
     return replace(other, train=train, valid=valid, test=test, location=location, scale=scale)
+
+
+def _shape(dataset: Dataset) -> str:
+    columns = f" ({', '.join(dataset.columns)})" if dataset.columns else ""
+    return f"{tuple(dataset.event_shape)}{columns}{' per step' if dataset.sequences else ''}"
 
 
 def _split(dataset: Dataset, name: Part) -> Split:
@@ -984,11 +1015,17 @@ def _write(out: Path, content: bytes) -> None:
 
 
 def _write_data(
-    out: Path, dataset: Dataset | None, part: Split | None, arrays: Mapping[str, Any], after: bool = False
+    out: Path,
+    dataset: Dataset | None,
+    part: Split | None,
+    arrays: Mapping[str, Any],
+    times: Any = None,
+    num_before: Any = None,
 ) -> None:
     """Arrays with rows per datum, with ids and labels, as .npz or as a .csv of a row per datum; of sequences, per step.
 
-    `after`: the steps are those that follow each sequence.
+    With `num_before` (N,) the steps are those that follow so many of each sequence, at `times` (N, H) where they are
+    known.
     """
     import io
 
@@ -1002,30 +1039,42 @@ def _write_data(
         labels = part.labels.cpu().numpy()
         named["label"] = labels if dataset is None or dataset.classes is None else np.array(dataset.classes)[labels]
     sequences = dataset is not None and dataset.sequences
+    times = part.times if part is not None and num_before is None else times
     lengths = part.kwargs["lengths"].cpu().numpy() if sequences and part is not None else None
     if out.suffix == ".npz":
-        if lengths is not None and not after:
+        if lengths is not None and num_before is None:
             named["length"] = lengths
+        if times is not None:
+            named["time"] = times
         file = io.BytesIO()
         np.savez(file, **arrays, **{f"{name}s": values for name, values in named.items()})
         _write(out, file.getvalue())
         return
     import pandas
 
+    source = dataset.train.source or {} if dataset is not None else {}
+    columns_of = {"x": None if dataset is None else dataset.columns, "u": source.get("inputs")}
     if sequences:
         N, T = next(iter(arrays.values())).shape[:2]
         named.setdefault("id", np.arange(N))
-        steps = np.arange(T) + (lengths[:, None] if after and lengths is not None else np.zeros((N, 1), dtype=int))
-        rows = np.ones((N, T), dtype=bool) if after or lengths is None else steps < lengths[:, None]
+        steps = np.arange(T) + np.zeros((N, 1), dtype=int) + (0 if num_before is None else num_before[:, None])
+        ends = None if num_before is not None else lengths
+        rows = np.ones((N, T), dtype=bool) if ends is None else steps < ends[:, None]
         named = {name: np.broadcast_to(values[:, None], (N, T))[rows] for name, values in named.items()}
         named["step"] = steps[rows]
+        if times is not None:
+            name = source["time"]
+            while name in named:
+                name = f"time_{name}"
+            named[name] = times[rows]
         arrays = {name: array[rows] for name, array in arrays.items()}
     columns = dict(named)
     for name, array in arrays.items():
         flat = array.reshape(len(array), -1)
+        flat = flat.astype(np.float32) if flat.dtype.kind == "f" else flat  # no digits that nobody computed
         names = [f"{name}_{i}" for i in range(flat.shape[1])]
-        if dataset is not None and dataset.columns and name.split("_")[0] == "x":
-            names = [f"{column}{name[1:]}" for column in dataset.columns]
+        if own := columns_of.get(name.split("_")[0]):
+            names = [f"{column}{name[1:]}" for column in own]
         for column, values in zip(names, flat.T, strict=True):
             while column in columns:  # a feature that is called id or label
                 column = f"{name}_{column}"

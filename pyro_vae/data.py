@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .sources import NAMED, Columns, Source, column_name, find, kind_of
+from .sources.times import padded
 
 __all__ = ["Data", "Dataset", "Split", "as_data", "joined", "load_dataset"]
 
@@ -183,6 +184,7 @@ class Split(Data):
             from 0.
         source: the arguments of `load_dataset` that are not defaults, with absolute paths: it can be called again.
         latents: (N, T, Z), the true z of simulated sequences, or None; never shown to a model.
+        times: (N, T), numbers or dates (datetime64) of the steps of a `.csv` of sequences, or None.
     """
 
     name: str = "train"
@@ -190,6 +192,7 @@ class Split(Data):
     ids: np.ndarray | None = None
     source: dict[str, Any] | None = None
     latents: Tensor | None = None
+    times: np.ndarray | None = None
 
     @property
     def x(self) -> Tensor:
@@ -318,6 +321,7 @@ def joined(splits: Sequence[Split]) -> Split:
         labels=torch.cat(known("labels")) if known("labels") else None,
         ids=np.concatenate(known("ids")) if known("ids") else None,
         latents=together(known("latents")) if known("latents") else None,
+        times=np.concatenate([padded(times, T) for times in known("times")]) if known("times") else None,
         binarize=None,
         name="all",
     )
@@ -365,6 +369,7 @@ def load_dataset(
     time: str | None = None,
     inputs: Sequence[str] = (),
     window: int | None = None,
+    every: str | float | None = None,
     seed: int = 0,
 ) -> Dataset:
     """A data set by name, or from a file or folder of the user's own.
@@ -407,6 +412,10 @@ def load_dataset(
             Cells that are missing are masked. Without `id` all rows are one series, which is cut into pieces of
             `window` steps; the first of them are the training split, the last ones the test split.
         inputs: columns of a `.csv` of sequences that act on the latents, as they are: u_t acts on the step to z_t.
+        every: how far the times of a `.csv` are apart: "D", "B" (working days), "h", "15min", "MS" (first of the month)
+            and so on, as pandas writes them, or a number for times that are numbers; dates with a zone are taken in
+            UTC. Times without a row are steps without values, then; otherwise rows follow one another as they are, and
+            the description counts the gaps.
         seed: of the split's permutation and of static binarisation, and of nothing else.
 
     Raises:
@@ -431,12 +440,14 @@ def load_dataset(
         raise ValueError(f"expected seed to be a whole number from 0 to 2**32 - 1, got {seed!r}: choose such a number")
     if split is not None:
         _check_fractions(split)
+    every = None if every is None else str(every)
 
-    name, source = find(name_or_path, root, download, Columns(label, id, time, tuple(inputs), window))
+    name, source = find(name_or_path, root, download, Columns(label, id, time, tuple(inputs), window, every))
     known = isinstance(name_or_path, str) and name_or_path in NAMED
     arguments: dict[str, Any] = {"name_or_path": name_or_path if known else _absolute(name_or_path)}
     arguments |= {"binarize": binarize} if binarize != "none" else {}
-    named = {"label": label, "id": id, "time": time, "inputs": list(inputs) or None, "window": window}
+    named: dict[str, Any] = {"label": label, "id": id, "time": time, "inputs": list(inputs) or None}
+    named |= {"window": window, "every": every}
     arguments |= {key: value for key, value in named.items() if value is not None}
     arguments |= {"root": _absolute(root)} if root else {}
     arguments |= {"split": list(split)} if split else {}
@@ -494,7 +505,7 @@ def load_dataset(
         valid=make_split(1, "valid"),
         test=make_split(2, "test"),
         event_shape=x.shape[1 if source.lengths is None else 2 :],
-        description=f"{len(x):,} {source.noun or _noun(x.shape, counted is not None)}, {values}",
+        description=f"{len(x):,} {source.noun or _noun(x.shape, counted is not None)}, {values}{source.note}",
         location=location,
         scale=scale,
         columns=source.columns,
@@ -529,8 +540,9 @@ def _steps_of(source: Source, x: Tensor, counted: Tensor, rows: Tensor) -> tuple
     if source.mask is not None:
         kwargs["mask"] = steps(source.mask)
     latents = None if source.latents is None else steps(source.latents).float()
+    times = None if source.times is None else source.times[rows.numpy(), :T]
     x = x[:, :T].where(steps(counted), 0.0).contiguous()
-    return x, {"kwargs": kwargs, "latents": latents}
+    return x, {"kwargs": kwargs, "latents": latents, "times": times}
 
 
 def _scaled(source: Source) -> tuple[Tensor, str]:

@@ -40,7 +40,12 @@ class Estimate:
         return self.value
 
     def __str__(self) -> str:
-        return f"{self.value:.2f} ± {self.standard_error:.2f}"
+        return f"{self:.2f}"
+
+    def __format__(self, spec: str) -> str:
+        """The value, and its standard error where there is one, each in the form `spec`."""
+        error = "" if math.isnan(self.standard_error) else f" ± {self.standard_error:{spec or '.2f'}}"
+        return f"{self.value:{spec or '.2f'}}{error}"
 
 
 @dataclass(frozen=True)
@@ -94,10 +99,14 @@ class Evaluation:
         if self.active_units is not None:
             rows.append(f"{'active_units':>13}  {self.active_units}")
         for name, each in (self.per_step or {}).items():
-            rows.append(f"{name:>13}  {each.value:.4f} ± {each.standard_error:.4f} per step")
+            rows.append(f"{name:>13}  {each:.4f} per step")
         if self.khat.value > 0.7:
-            rows.append("khat is above 0.7: few draws carry the weight, and log p(x) may lie well above log_evidence")
-        return "\n".join([f"{self.num_data} data, {self.num_samples} draws each; nats per datum", *rows])
+            rows.append(
+                "khat is above 0.7: few draws carry the weight, and log p(x) may lie well above log_evidence; more "
+                "draws (num_samples), annealing or a guide that is closer to the posterior help"
+            )
+        count = f"{self.num_data} data" if self.num_data > 1 else "1 datum (no standard errors)"
+        return "\n".join([f"{count}, {self.num_samples} draws each; nats per datum", *rows])
 
 
 def of_steps(scores: Tensor, num_steps: Tensor) -> Estimate:

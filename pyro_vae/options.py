@@ -223,6 +223,10 @@ def check(target: Callable, arguments: Mapping[str, Any], where: str, hidden: It
     add = parser.add_class_arguments if inspect.isclass(target) else parser.add_function_arguments
     add(target, None, as_positional=False, fail_untyped=False, skip=skip)
     checked: Table = {}
+    for name, value in given.items():
+        bare = isinstance(value, str) and not value.strip().startswith("[")
+        if bare and _in_words(_annotation(target, name)) == "a list, each text":
+            given[name] = [word.strip() for word in value.split(",")]
     words = {name: value if isinstance(value, str) else json.dumps(value, default=str) for name, value in given.items()}
     try:
         parsed = parser.parse_args([f"--{name}={word}" for name, word in words.items() if name not in unknown])

@@ -64,7 +64,8 @@ def sample(model: Callable, num_samples: int, *, seed: int = 0, mean: bool = Fal
     """Draws ``x ~ p(x)``, shape ``(num_samples, *event_shape)``; with `mean`, ``E[x | z]`` at ``z ~ p(z)``.
 
     The units are the model's: ``dataset.restore`` leads back to those of a standardised table. The model gets further
-    keywords, as a model of sequences needs `num_steps`.
+    keywords, as a model of sequences needs `num_steps`; tensors among them, such as inputs u, have a row for each draw,
+    or one for all.
 
     Raises:
         ValueError: fewer than one draw, no site ``"x"``, or `mean` where p(x | z) has none in closed form.
@@ -76,12 +77,28 @@ def sample(model: Callable, num_samples: int, *, seed: int = 0, mean: bool = Fal
     """
     if num_samples < 1:
         raise ValueError(f"expected num_samples >= 1, got {num_samples}: give a positive number")
+
+    of_each = {name for name, each in kwargs.items() if isinstance(each, Tensor) and each.ndim and len(each) != 1}
+    for name in of_each:
+        if len(kwargs[name]) != num_samples:
+            raise ValueError(
+                f"expected one row of {name} for each of {num_samples} draws, or one for all, got "
+                f"{len(kwargs[name])}: give as many"
+            )
+    if isinstance(model, nn.Module):
+        device = next(iter(model.parameters()), torch.zeros(())).device
+        kwargs = {name: each.to(device) if isinstance(each, Tensor) else each for name, each in kwargs.items()}
+
+    def given(index: Tensor) -> dict[str, Any]:
+        return {name: each[index] if name in of_each else each for name, each in kwargs.items()}
+
     with isolated(model):
-        rows = _rows(_observation(_drawn(model, 1, kwargs))["value"].numel())
+        every = torch.arange(num_samples)
+        rows = _rows(_observation(_drawn(model, 1, given(every[:1])))["value"].numel())
         torch.manual_seed(seed)
         parts = []
-        for begin in range(0, num_samples, rows):
-            site = _observation(_drawn(model, min(rows, num_samples - begin), kwargs))
+        for index in every.split(rows):
+            site = _observation(_drawn(model, len(index), given(index)))
             parts.append((_mean(site) if mean else _by_datum(site, site["value"])).cpu())
     return torch.cat(parts)
 

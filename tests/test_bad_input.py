@@ -278,7 +278,11 @@ CASES = {
         r"comma-separated text.*, got something else.*: export",
         lambda: csv('a,b\n"1,2\n'),
     ),
-    "truncated csv": ("fit --data data.csv", r"2 cells in row 30.*, got 1: mend that row", lambda: csv(rows("3"))),
+    "truncated csv": (
+        "fit --data data.csv",
+        r"2 cells in line 32 of .*, got 1: mend that line",
+        lambda: csv(rows("3")),
+    ),
     "words in a csv": (
         "fit --data data.csv",
         r"numbers in column 'b'.*, got 'red'.*: name",
@@ -291,7 +295,7 @@ CASES = {
     ),
     "label without csv": (
         "fit --data data.npy --data.label kind",
-        r"a .csv file.*, got 'data.npy': leave label= out",
+        r"a .csv file.*, got 'data.npy': leave label= \(--data.label\) out",
         table,
     ),
     "truncated idx": (

@@ -528,7 +528,7 @@ def test_image_folders(tmp_path):
 
 
 names = st.text(st.characters(codec="utf-8", exclude_characters="\x00\ufeff"), min_size=1, max_size=8).filter(
-    lambda name: name.strip() and sources.files._number(name) != sources.files._number(name)
+    lambda name: name.strip() and sources.base.number(name) != sources.base.number(name)
 )
 whole_tables = hnp.arrays(np.int64, st.tuples(st.integers(10, 20), st.integers(1, 4)), elements=st.integers(0, 255))
 
@@ -749,33 +749,33 @@ MISTAKES = [
         "words in csv",
         csv_file("a,b\n1,2\n3,x\n"),
         {},
-        r"numbers in column 'b' .*got 'x' in row 1 .*label= .*id= ",
+        r"numbers in column 'b' .*got 'x' in line 3: .*label= .*id= .*time= ",
     ),
     (
         "missing cell",
         csv_file("a,b\n" + numbers + ",1\n"),
         {},
-        "got 1 missing, .*row 20 .*column 'a': fill in",
+        "got 1 missing, .*line 22, column 'a': fill in",
     ),
     (
         "absent label",
         csv_file("a,b\n" + numbers),
         {"label": "c"},
-        r"label= to be one of the columns \['a', 'b'\]",
+        r"label= \(--data.label\) to be one of the columns \['a', 'b'\]",
     ),
     (
         "absent id",
         csv_file("a,b\n" + numbers),
         {"id": "c"},
-        r"id= to be one of the columns \['a', 'b'\] .*got 'c'",
+        r"id= \(--data.id\) to be one of the columns \['a', 'b'\] .*got 'c'",
     ),
     (
         "missing label",
         csv_file("a,b\n1,2\n3,\n"),
         {"label": "b"},
-        "a label in every row of column 'b' .*row 1",
+        "a label in every row of column 'b' .*line 3",
     ),
-    ("only labels", csv_file("a\n1\n"), {"label": "a"}, "a column beside label and id .*got none"),
+    ("only labels", csv_file("a\n1\n"), {"label": "a"}, "a column to model in .*got label 'a' alone"),
     ("header only", csv_file("a,b\n"), {}, "at least 10 rows in .*got 0"),
     (
         "no header",
@@ -785,15 +785,15 @@ MISTAKES = [
     ),
     ("blank csv", csv_file("\n\n"), {}, "expected a header row .*got an empty file"),
     ("twice the same name", csv_file("a,a\n" + numbers), {}, r"distinct column names .*got \['a'\] twice"),
-    ("nameless column", csv_file(",b\n" + numbers), {}, r"got none for column 0 \(from 0\): .*pass id=''"),
-    ("ragged csv", csv_file("a,b\n1,2\n3\n"), {}, r"expected 2 cells in row 1 \(from 0\) of .*got 1: mend"),
+    ("nameless column", csv_file(",b\n" + numbers), {}, r"none for column 0 \(from 0\): .*pass id='' \(--data.id\)"),
+    ("ragged csv", csv_file("a,b\n1,2\n3\n"), {}, r"expected 2 cells in line 3 of .*got 1: mend"),
     ("binary csv", csv_file(b"a,b\n\xff\xfe"), {}, "comma-separated text in UTF-8 .*export it anew"),
     ("open quote", csv_file('a,b\n"1,2\n'), {}, "comma-separated text in UTF-8"),
     (
         "label of an array",
         array_file(ones),
         {"label": "a"},
-        "a .csv file for label='a', got .*leave label= out",
+        r"a .csv file for label='a', got .*leave label= \(--data.label\) out",
     ),
     (
         "id of digits",

@@ -10,6 +10,8 @@ from conftest import needed
 from gaussian import linear_data
 
 from pyro_vae import load_dataset
+from pyro_vae.data import joined
+from pyro_vae.sources.times import after, late, on_grid, spacing
 
 
 def test_the_papers_linear_sequences():
@@ -152,8 +154,139 @@ def test_what_is_missing_everywhere(tmp_path):
         for seed in range(40):
             load_dataset(path, id="i", time="t", seed=seed)
     rows[4][0] = ""
-    with pytest.raises(ValueError, match=r"expected an id in every row .* the first in row 4"):
+    with pytest.raises(ValueError, match=r"expected an id in every row .* the first in line 6"):
         load_dataset(write(path, ["i", "t", "v", "late"], rows), id="i", time="t")
+
+
+def test_days_without_a_row(tmp_path):
+    """They are closed up, and counted in the description; with `every` they are steps without values."""
+    days = np.arange("2024-02-20", "2024-04-20", dtype="datetime64[D]")
+    absent = {5, 6, 17}
+    rows = [[day, value] for i, (day, value) in enumerate(zip(days, range(60), strict=True)) if i not in absent]
+    path = write(tmp_path / "beds.csv", ["day", "beds"], rows)
+    closed = load_dataset(path, time="day", window=5)
+    assert closed.description.endswith(", 2 gaps in 'day' closed up (data.every makes absent times missing steps)")
+    assert "mask" not in closed.train.kwargs
+    dataset = load_dataset(path, time="day", window=5, every="D")
+    assert dataset.description.endswith(", 3 times without a row")
+    parts = (dataset.train, dataset.valid, dataset.test)
+    seen = torch.cat([split.kwargs["mask"].flatten() for split in parts])
+    assert set((~seen).nonzero().flatten().tolist()) == absent and len(seen) == 60
+    x = torch.cat([dataset.restore(split.x.double()).flatten() for split in parts])
+    torch.testing.assert_close(x[seen], torch.arange(60.0).double()[seen], rtol=1e-5, atol=1e-4)
+    assert np.array_equal(np.concatenate([split.times.flatten() for split in parts]), days.astype("datetime64[us]"))
+    again = load_dataset(**dataset.train.source)
+    assert again.train.source["every"] == "D" and torch.equal(again.train.kwargs["mask"], dataset.train.kwargs["mask"])
+
+
+def test_times_of_sequences_of_different_lengths(tmp_path):
+    rows = [[f"n{i}", 2 * t + i, t / 7] for i in range(12) for t in range(3 + i % 4) if (i, t) != (5, 1)]
+    path = write(tmp_path / "x.csv", ["i", "t", "v"], rows[::-1])
+    every = load_dataset(path, id="i", time="t", every="2")
+    for split in (every.train, every.valid, every.test, joined([every.train, every.valid, every.test])):
+        for name, times, T in zip(split.ids, split.times, split.kwargs["lengths"], strict=True):
+            i = int(name[1:])
+            assert np.array_equal(times[:T], 2 * np.arange(3 + i % 4) + i) and np.isnan(times[T:]).all()
+
+
+@pytest.mark.parametrize(
+    ("times", "every", "then"),
+    [
+        (["2024-01-31", "2024-02-29", "2024-03-31"], "ME", ["2024-04-30", "2024-05-31"]),
+        (["2023-11-01", "2023-12-01", "2024-01-01"], "MS", ["2024-02-01", "2024-03-01"]),
+        (["2024-05-02", "2024-05-03", "2024-05-06", "2024-05-07", "2024-05-08", "2024-05-09", "2024-05-10"], "B",
+         ["2024-05-13", "2024-05-14"]),
+        (["2024-01-01T23:30", "2024-01-01T23:45", "2024-01-02T00:00"], "15min",
+         ["2024-01-02T00:15", "2024-01-02T00:30"]),
+        ([1990.0, 1990.5, 1991.0], "0.5", [1991.5, 1992.0]),
+    ],
+)  # fmt: skip
+def test_how_times_go_on(times, every, then):
+    kind = float if isinstance(times[0], float) else "datetime64[us]"
+    times, then = np.array(times, kind), np.array(then, kind)
+    assert spacing([times, times[:2]]) == every
+    assert np.array_equal(after(times[-1], every, 2), then)
+    grid, places = on_grid(np.delete(times, 1), every, "")
+    assert np.array_equal(grid, times) and places.tolist() == [0, *range(2, len(times))]
+    assert spacing([np.delete(times, 1)]) != every
+    assert late([times]) == 0 and late([np.delete(times, 1)]) <= 1
+
+
+def test_times_that_do_not_tell_how_they_go_on():
+    days = np.array(["2024-01-01", "2024-01-02", "2024-01-05", "2024-01-06"], "datetime64[us]")
+    assert spacing([days]) is None and spacing([days[:1]]) is None and spacing([np.array([0.0, 1.0, 3.0])]) is None
+    assert spacing([days[:2]]) == "1D"
+    hours = np.array([f"2024-01-0{d}T{h:02}" for d in (2, 3) for h in range(8, 16)], "datetime64[us]")
+    assert spacing([hours]) is None
+    weeks = 7 * np.arange(6) * np.timedelta64(1, "D")
+    assert spacing([np.datetime64(f"2024-01-0{d}", "us") + weeks for d in (7, 8)]) == "7D"
+
+
+@pytest.mark.parametrize(
+    ("every", "said"),
+    [
+        ("ms", "expected at most 100 steps for each row of .*x.csv, got 4,665,600,001 from 2024-01-01 to 2024-02-24"),
+        ("0D", "expected a step of dates as every= .*, got '0D'"),
+        ("-1D", "expected a step of dates as every= .*, got '-1D'"),
+        ("1", "expected a step of dates as every= .*, got '1'"),
+        ("fortnight", "expected a step of dates as every= .*, got 'fortnight'"),
+        ("2D", "expected times every 2D from 2024-01-01 on in .*x.csv, got 2024-01-02"),
+        ("MS", "expected times every MS from 2024-01-01 on in .*x.csv, got 2024-01-02"),
+    ],
+)
+def test_steps_that_dates_do_not_have(every, said, tmp_path):
+    days = np.arange("2024-01-01", "2024-02-25", dtype="datetime64[D]")
+    path = write(tmp_path / "x.csv", ["day", "beds"], [[day, i] for i, day in enumerate(days)])
+    with pytest.raises(ValueError, match=said):
+        load_dataset(path, time="day", window=3, every=every)
+
+
+def test_what_is_wrong_with_a_series(tmp_path):
+    path = write(tmp_path / "x.csv", ["t", "half", "v"], [[t, t // 2, t / 7] for t in range(60)])
+    with pytest.raises(ValueError, match=r"'0' twice, the second in line 3: name the column of ids with id="):
+        load_dataset(path, time="half", window=3)
+    with pytest.raises(
+        ValueError, match=r"at least 10 sequences .* got 5: a window= \(--data.window\) of at most 6 of"
+    ):
+        load_dataset(path, time="t", window=12)
+    assert len(load_dataset(path, time="t", window=6).train) == 8
+
+
+def test_zones(tmp_path):
+    """One at all times, which are UTC then, or none."""
+    rows = [[f"2024-10-27T0{h}:00+0{2 - (h > 2)}:00", h] for h in range(1, 7)]
+    rows = [[f"n{i}", *row] for i in range(10) for row in rows]
+    path = write(tmp_path / "x.csv", ["i", "t", "v"], rows)
+    with pytest.raises(ValueError, match="expected times every 2h from 2024-10-26 23:00:00 on in .* for 'n"):
+        load_dataset(path, id="i", time="t", every="2h")
+    assert load_dataset(path, id="i", time="t").train.times[0, 0] == np.datetime64("2024-10-26T23:00")
+    rows[7][1] = "2024-10-27T02:00"
+    with pytest.raises(ValueError, match="expected a zone at all times or at none in column 't'"):
+        load_dataset(write(path, ["i", "t", "v"], rows), id="i", time="t")
+
+
+def test_working_days_have_no_gaps(tmp_path):
+    days = np.busday_offset("2024-01-01", np.arange(100))
+    path = write(tmp_path / "x.csv", ["day", "price"], [[day, i] for i, day in enumerate(days)])
+    assert "gap" not in load_dataset(path, time="day", window=5).description
+    path = write(tmp_path / "x.csv", ["day", "price"], [[day, i] for i, day in enumerate(days) if i != 50])
+    assert "gaps in 'day'" in load_dataset(path, time="day", window=5).description
+
+
+def test_a_date_that_is_no_feature(tmp_path):
+    rows = [[f"2024-01-{t + 1:02}", t] for t in range(20)]
+    path = write(tmp_path / "x.csv", ["day", "beds"], rows)
+    with pytest.raises(ValueError, match=r"'2024-01-01' in line 2: .* of dates with time= \(--data.time\)"):
+        load_dataset(path)
+    with pytest.raises(ValueError, match=r"expected a row for each step in .* got the header alone"):
+        load_dataset(write(tmp_path / "y.csv", ["day", "beds"], []), time="day", window=3)
+    (tmp_path / "z.csv").write_text("a,b\n\n1,2\n\n3\n")
+    with pytest.raises(ValueError, match=r"expected 2 cells in line 5 of .* got 1"):
+        load_dataset(tmp_path / "z.csv")
+    rows = [[i, t, t, "" if (i, t) == (3, 2) else 1] for i in range(12) for t in range(4)]
+    path = write(tmp_path / "u.csv", ["i", "t", "v", "dose"], rows)
+    with pytest.raises(ValueError, match=r"got 1 missing, the first in line 16, column 'dose'"):
+        load_dataset(path, id="i", time="t", inputs=["dose"])
 
 
 def test_an_npz_of_sequences(tmp_path):
@@ -199,12 +332,28 @@ def test_what_is_wrong_with_an_npz(arrays, said, tmp_path):
         ({"time": "t"}, "neither"),
         ({"time": "t", "id": "i", "window": 3}, "both"),
         ({"time": "t", "window": 0}, "window >= 1"),
-        ({"time": "no"}, "expected time= to be one of the columns"),
-        ({"id": "i", "inputs": ["v"]}, "expected time= beside inputs="),
-        ({"window": 3}, "expected time= beside window="),
-        ({"time": "t", "id": "i", "label": "v"}, "expected no time= beside label="),
+        ({"time": "no"}, r"expected time= \(--data.time\) to be one of the columns"),
+        ({"id": "i", "inputs": ["v"]}, r"expected time= \(--data.time\) beside inputs="),
+        ({"window": 3}, r"expected time= \(--data.time\) beside window="),
+        ({"every": "1"}, r"expected time= \(--data.time\) beside every="),
+        ({"time": "t", "id": "i", "label": "v"}, r"expected no time= \(--data.time\) beside label="),
         ({"time": "i", "window": 3}, "numbers or ISO dates in column 'i'"),
-        ({"time": "twice", "id": "i"}, "distinct times"),
+        ({"time": "twice", "id": "i"}, "distinct times in .*, got '0' twice for 'n0', the second in line 14: mend"),
+        (
+            {"time": "t", "id": "i", "inputs": ["twice", "v", "w"]},
+            "a column to model .* id 'i', time 't', inputs 'twice'",
+        ),
+        ({"time": "t", "id": "i", "every": 5}, "expected times every 5 from 0 on in .* for 'n0', got 12"),
+        ({"time": "t", "id": "i", "every": "D"}, "expected a step of numbers as every= .* got 'D'"),
+        ({"time": "t", "id": "i", "every": "0"}, "expected a step of numbers as every= .* got '0'"),
+        (
+            {"time": "t", "id": "i", "every": "0.001"},
+            "expected at most 100 steps for each row of .*, got 48,001 from 0",
+        ),
+        (
+            {"time": "t", "id": "i", "every": "6", "inputs": ["v"]},
+            "inputs at every time of .* for 'n0', got no row at 6",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_csv(options, said, tmp_path):

@@ -3,14 +3,19 @@
 import csv
 import json
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
 from conftest import needed
 
-from pyro_vae import load_dataset, load_run
+from pyro_vae import forecast, load_dataset, load_run
 from pyro_vae.cli import main
+from pyro_vae.data import joined
+from pyro_vae.guides import StateSpaceGuide
+from pyro_vae.models import DeepMarkovModel, likelihoods
+from pyro_vae.prediction import sample
 from pyro_vae.report import independent_baseline
 
 TINY = [
@@ -82,47 +87,197 @@ def test_draws_and_codes_of_steps(here):
     assert codes["z_draws"].shape[0] == 2 and codes["lengths"].shape == (3,)
 
 
-def test_a_forecast_follows_each_sequence(here):
-    command("forecast runs/latest --num_steps 4 --num_samples 200 --overwrite")
-    with (here / "forecast.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    test = load_dataset("beds.csv", id="hospital", time="day").test
+def read(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_forecast_follows_each_sequence(here, capsys):
+    """Every one of the data, unless a split is named; its times go on where they ended."""
+    command("forecast runs/latest --split test --num_steps 4 --num_samples 200 --overwrite")
+    assert "4 steps after 3 sequences of the test split" in capsys.readouterr().out
+    rows = read("forecast.csv")
+    dataset = load_dataset("beds.csv", id="hospital", time="day")
+    test = dataset.test
     expected = [(i, str(int(T) + t)) for i, T in zip(test.ids, test.kwargs["lengths"], strict=True) for t in range(4)]
     assert [(row["id"], row["step"]) for row in rows] == expected
+    assert all(float(row["day"]) == float(row["step"]) for row in rows)
     for row in rows:
         assert float(row["beds_5%"]) < float(row["beds_50%"]) < float(row["beds_95%"])
         assert 20 < float(row["beds_mean"]) < 80
-    assert (
-        main(
-            [
-                "forecast",
-                "runs/latest",
-                "--num_steps",
-                "4",
-                "--num_samples",
-                "200",
-                "--out",
-                "forecast.npz",
-                "--overwrite",
-            ]
-        )
-        == 0
-    )
-    assert np.load(here / "forecast.npz")["x_draws"].shape == (200, 3, 4, 2)
+        assert len(row["beds_mean"]) < 12  # no digits that nobody computed
+    command("forecast runs/latest --num_samples 20 --out forecast.npz --overwrite")
+    assert "10 steps after 30 sequences of the data" in capsys.readouterr().out
+    found = np.load(here / "forecast.npz")
+    assert found["x_draws"].shape == (20, 30, 10, 2)
+    ids = [name for split in (dataset.train, dataset.valid, dataset.test) for name in split.ids]
+    assert found["ids"].tolist() == ids and found["times"].shape == (30, 10)
 
 
-def test_inputs_of_a_table(here, capsys):
-    """A column that acts on the latents; what is to come of it is not known to the commands."""
-    arguments = [*DATA, "--data.inputs", '["staff"]', *TINY, "--out", "driven"]
-    (here / "full.csv").write_text(
-        (here / "beds.csv").read_text().replace(",\n", ",0.5\n").replace(",\r\n", ",0.5\r\n")
+def test_the_forecast_is_the_models_own(here):
+    run = load_run("runs/latest")
+    test = load_dataset("beds.csv", id="hospital", time="day").test
+    found = forecast(run.model, run.guide, test, num_steps=3, num_samples=50, seed=3)
+    torch.manual_seed(3)
+    expected = run.model.forecast(run.guide, test.x, **test.kwargs, num_steps=3, num_samples=50)
+    torch.testing.assert_close(found.draws, expected, rtol=0, atol=0)
+    assert found.split is test
+
+
+def test_a_series_in_pieces_is_forecast_from_its_end(here, capsys):
+    """With its last `window` steps in view, whatever the last piece has; absent days are steps, if asked for."""
+    days = np.arange("2024-01-01", "2024-04-13", dtype="datetime64[D]")
+    with open("series.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["day", "level"])
+        rows.writerows([day, math.sin(t / 3) + t / 50] for t, day in enumerate(days) if t != 40)
+    line = "fit --data series.csv --data.time day --data.window 8 --out series --overwrite"
+    assert main([*line.split(), *TINY]) == 0
+    out = capsys.readouterr().out
+    assert "1 gap in 'day' closed up" in out and "± nan" not in out
+    command("forecast series --num_steps 2 --overwrite")
+    out = capsys.readouterr().out
+    assert "2 steps after 1 sequence of the data" in out and "--data.every D (h, MS, 2) does" in out
+    assert [row["step"] for row in read("forecast.csv")] == ["102", "103"] and "day" not in read("forecast.csv")[0]
+    command("forecast series --num_steps 2 --overwrite --data.every D")
+    assert [row["day"] for row in read("forecast.csv")] == ["2024-04-13", "2024-04-14"]
+
+    run, dataset = load_run("series"), load_dataset("series.csv", time="day", window=8, every="D")
+    whole = joined([dataset.train, dataset.valid, dataset.test])
+    found = forecast(run.model, run.guide, whole, num_steps=2, num_samples=30)
+    assert whole.kwargs["lengths"][-1] == 7 and found.split.kwargs["lengths"].tolist() == [8]
+    together = torch.cat([x[:T] for x, T in zip(whole.x, whole.kwargs["lengths"], strict=True)])
+    torch.testing.assert_close(found.split.x[0], together[-8:], rtol=0, atol=0)
+    assert found.split.times[0, -1] == np.datetime64("2024-04-12")
+
+
+@pytest.fixture(scope="module")
+def driven(folder):
+    """A run whose staff acts on its beds."""
+    with (folder / "beds.csv").open() as file:
+        rows = [{**row, "staff": row["staff"] or "0.5"} for row in csv.DictReader(file)]
+    with (folder / "full.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        line = "fit --data full.csv --data.id hospital --data.time day --data.inputs staff --data.every 1 --out driven"
+        assert main([*line.split(), *TINY]) == 0
+    return load_run(folder / "driven")
+
+
+def plan(path, *lines):
+    path.write_text("\n".join(["hospital,day,staff,beds", *lines, ""]))
+
+
+def test_a_forecast_with_inputs_to_come(here, driven, capsys):
+    """A table of them chooses the sequences, in any order; what they are is what moves the forecast."""
+    assert driven.model.num_inputs == 1
+    dataset = load_dataset("full.csv", id="hospital", time="day", inputs=["staff"])
+    whole = joined([dataset.train, dataset.valid, dataset.test])
+    T = dict(zip(whole.ids.tolist(), whole.kwargs["lengths"].tolist(), strict=True))
+    to_come = {"h07": [1.0, 2.0, 3.0], "h02": [-1.0, 0.0, 4.0]}
+    rows = [f"{i},{T[i] + t},{u}," for i, us in to_come.items() for t, u in enumerate(us)]
+    plan(here / "plan.csv", *rows[::-1])
+    command("forecast driven --inputs plan.csv --num_samples 40 --overwrite")
+    assert "3 steps after 2 sequences of the data" in capsys.readouterr().out
+    rows = read("forecast.csv")
+    assert {row["id"] for row in rows} == {"h02", "h07"}
+    assert all(float(row["day"]) == float(row["step"]) for row in rows)
+
+    found = forecast(driven.model, driven.guide, whole, inputs="plan.csv", num_steps=2, num_samples=40)
+    u = torch.tensor([to_come[name][:2] for name in found.split.ids])[..., None]
+    part, rows = found.split, [whole.ids.tolist().index(name) for name in found.split.ids]
+    torch.manual_seed(0)
+    expected = driven.model.forecast(
+        driven.guide, whole.x[rows], whole.kwargs["u"][rows], u, lengths=whole.kwargs["lengths"][rows], num_samples=40
     )
-    arguments[1] = "full.csv"
-    assert main(["fit", *arguments]) == 0
-    assert load_run("driven").model.num_inputs == 1
-    for command in ("sample", "forecast"):
-        assert main([command, "driven", "--out", "x.npz"]) == 2
-        assert f"expected a model without inputs for {command}" in capsys.readouterr().err
+    torch.testing.assert_close(found.draws, expected, rtol=0, atol=0)
+    assert torch.equal(part.x, whole.x[rows])
+
+
+def test_inputs_to_come_of_arrays(tmp_path):
+    """In the split's order, where there is no table."""
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "x.npz", x=rng.normal(size=(20, 6, 2)), u=rng.normal(size=(20, 6, 1)))
+    test = load_dataset(tmp_path / "x.npz").test
+    torch.manual_seed(0)
+    model = DeepMarkovModel((2,), 2, 5, likelihood=likelihoods.Normal(), num_inputs=1)
+    guide = StateSpaceGuide(model, hidden=5)
+    u = rng.normal(size=(2, 4, 1))
+    np.save(tmp_path / "u.npy", u)
+    found = forecast(model, guide, test, inputs=tmp_path / "u.npy", num_samples=7)
+    torch.manual_seed(0)
+    given = (test.x, test.kwargs["u"], torch.tensor(u).float())
+    expected = model.forecast(guide, *given, lengths=test.kwargs["lengths"], num_samples=7)
+    torch.testing.assert_close(found.draws, expected, rtol=0, atol=0)
+    assert found.times is None
+    np.save(tmp_path / "u.npy", u[:1])
+    with pytest.raises(ValueError, match=r"finite numbers of shape \(2, H, 1\) in .*u.npy, got shape \(1, 4, 1\)"):
+        forecast(model, guide, test, inputs=tmp_path / "u.npy")
+    np.save(tmp_path / "u.npy", np.where(u > 0, u, np.nan))
+    with pytest.raises(ValueError, match=r"finite numbers of shape"):
+        forecast(model, guide, test, inputs=tmp_path / "u.npy")
+
+
+def test_draws_with_a_row_of_inputs_each_or_one_for_all():
+    torch.manual_seed(0)
+    model = DeepMarkovModel((2,), 2, 5, likelihood=likelihoods.Normal(), num_inputs=1)
+    u = torch.randn(1, 4, 1)
+    torch.testing.assert_close(sample(model, 3, u=u), sample(model, 3, u=u.expand(3, -1, -1)), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="expected one row of u for each of 3 draws, or one for all, got 2"):
+        sample(model, 3, u=u.expand(2, -1, -1))
+
+
+@pytest.mark.parametrize(
+    ("lines", "options", "said"),
+    [
+        ((), "", "expected a row for each step in plan.csv, got the header alone"),
+        (("h02,0,1,",), "", r"expected times after \d+ for 'h02' in plan.csv, got 0: leave out what has been"),
+        (("h02,40,1,",), "", r"expected a row for 'h02' at \d+ in plan.csv, got 40: give one every 1"),
+        (
+            ("h02,40,1,", "h03,40,1,", "h03,41,1,"),
+            "",
+            "expected as many rows for each id in plan.csv, got 1 for 'h02' and 2",
+        ),
+        (
+            ("h02,40,1,", "nowhere,40,1,"),
+            "",
+            "expected ids of the split 'all', such as 'h00', in plan.csv, got 'nowhere'",
+        ),
+        (("h02,2024-01-01,1,",), "", "expected times in plan.csv as in the data, got 2024-01-01"),
+        (
+            ("h02,40,,",),
+            "",
+            "expected inputs in every row of plan.csv, got 1 missing, the first in line 2, column 'staff'",
+        ),
+        (("h02,{T},1,",), "--num_steps 2", "expected inputs of 2 steps in plan.csv, got 1"),
+        (None, "", r"expected inputs= \(--inputs\), a file of the inputs of each step to come"),
+        (None, "--inputs absent.csv", "expected to read and write at absent.csv"),
+        (None, "--inputs scores.json", r"expected id= \(--data.id\) to be one of the columns .* of scores.json"),
+    ],
+)
+def test_what_is_wrong_with_inputs_to_come(lines, options, said, here, driven, capsys):
+    (here / "scores.json").write_text('{"a": 1}')
+    if lines is not None:
+        T = sum(row["hospital"] == "h02" for row in read("beds.csv"))
+        plan(here / "plan.csv", *(line.format(T=T) for line in lines))
+        options += " --inputs plan.csv"
+    assert main(["forecast", "driven", "--overwrite", *options.split()]) == 2
+    assert re.search(said, capsys.readouterr().err)
+
+
+def test_draws_with_inputs(here, driven):
+    """x ~ p(x | u), u of training sequences that are long enough; both are in the table."""
+    command("sample driven --num 5 --num_steps 6 --out draws.csv --overwrite")
+    rows = read("draws.csv")
+    assert len(rows) == 30 and set(rows[0]) == {"id", "step", "beds", "staff"}
+    train = load_dataset("full.csv", id="hospital", time="day", inputs=["staff"]).train
+    known = {tuple(np.float32(u[:6, 0]).tolist()) for u in train.kwargs["u"].numpy()}
+    for i in range(5):
+        assert tuple(float(np.float32(row["staff"])) for row in rows[6 * i : 6 * i + 6]) in known
+    assert main(["sample", "driven", "--num_steps", "99", "--overwrite"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -134,11 +289,22 @@ def test_inputs_of_a_table(here, capsys):
         ),
         ("fit --model DeepMarkovModel", "expected another model for digits"),
         ("fit --data beds.csv --data.time day", "neither"),
-        ("forecast runs/latest --num_steps 0", "expected --num_steps and --num_samples >= 1"),
+        ("forecast runs/latest --overwrite --num_steps 0", "expected num_steps >= 1, got 0"),
+        ("forecast runs/latest --overwrite --num_samples 0", "expected num_samples >= 1, got 0"),
+        (
+            "forecast runs/latest --overwrite --inputs beds.csv",
+            "expected no inputs= (--inputs) for a model without inputs",
+        ),
+        (
+            "evaluate runs/latest --data wide.csv",
+            "(2,) (beds, staff) per step, as runs/latest was trained on, got (3,) (beds, staff, more)",
+        ),
         ("forecast runs/latest --out x.txt", "expected --out to end in .npz or .csv"),
     ],
 )
 def test_bad_input(line, said, here, capsys):
+    with open("beds.csv") as source, open("wide.csv", "w", newline="") as file:
+        csv.writer(file).writerows([[*row, i or "more"] for i, row in enumerate(csv.reader(source))])
     assert main(line.split()) == 2
     assert said in capsys.readouterr().err
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from ..data import Dataset
 from ..evaluation import Estimate, Evaluation, isolated, of_steps
 from ..log_weights import samples
-from .charts import signed
+from .charts import counted
 
 __all__ = ["independent_baseline", "noun_of", "observation_of", "summary_sentence", "trace_of"]
 
@@ -34,28 +35,22 @@ def summary_sentence(model: Callable, evaluation: Evaluation, dataset: Dataset) 
     baseline = independent_baseline(model, dataset)
     discrete = observation_of(model).support.is_discrete
     score = evaluation.log_evidence
-    start = f"On {evaluation.num_data:,} {noun}s that it has never seen, this model "
+    start = f"On {counted(evaluation.num_data, noun)} that it has never seen, this model "
     if evaluation.per_step is not None and dataset.sequences:
         score, noun = evaluation.per_step["log_evidence"], "step"
-    if discrete:
-        sentence = f"{start}needs at most {-score.value:.1f} ± {score.standard_error:.1f} nats per {noun}"
-    else:
-        sentence = (
-            f"{start}reaches a log-density of at least {signed(score.value)} ± {score.standard_error:.1f} "
-            f"nats per {noun}"
-        )
+    kind, better = ("needs at most", "fewer") if discrete else ("reaches a log-density of at least", "higher")
+
+    def told(estimate: Estimate) -> str:
+        value = -estimate.value if discrete else estimate.value
+        return f"{replace(estimate, value=value):.1f}".replace("-", "−")
+
+    sentence = f"{start}{kind} {told(score)} nats per {noun}"
     if baseline is None:
-        return f"{sentence} ({'fewer' if discrete else 'higher'} is better)."
-    if discrete:
-        sentence += (
-            f", where knowing how each {part} is distributed, and nothing more, needs {-baseline.value:.1f} "
-            f"± {baseline.standard_error:.1f} (fewer is better)"
-        )
-    else:
-        sentence += (
-            f", where knowing how each {part} is distributed, and nothing more, reaches "
-            f"{signed(baseline.value)} ± {baseline.standard_error:.1f} (higher is better)"
-        )
+        return f"{sentence} ({better} is better)."
+    sentence += (
+        f", where knowing how each {part} is distributed, and nothing more, {kind.split()[0]} {told(baseline)} "
+        f"({better} is better)"
+    )
     return sentence + ("." if score.value > baseline.value else ": it has not learned more than that yet.")
 
 

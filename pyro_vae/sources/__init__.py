@@ -9,11 +9,11 @@ from functools import partial
 from pathlib import Path
 
 from .base import Columns, Source, column_name, kind_of
-from .files import OF_STEPS, checked, read_csv, read_images, read_npy, read_npz, read_pt
+from .files import OF_STEPS, checked, read_csv, read_future, read_images, read_npy, read_npz, read_pt
 from .images import digits, freyfaces, mnist
 from .sequences import polyphonic, simulated, sp500
 
-__all__ = ["NAMED", "Columns", "Source", "column_name", "find", "holds_sequences", "kind_of"]
+__all__ = ["NAMED", "Columns", "Source", "column_name", "find", "holds_sequences", "kind_of", "read_future", "read_npy"]
 
 _SEQUENCES: dict[str, Callable[[Path, bool], Source]] = {
     "jsb_chorales": polyphonic("jsb_chorales", "chorales of four voices, in quarter notes"),
@@ -62,7 +62,9 @@ def find(
     text = os.fspath(name_or_path)
     for option, column in columns._asdict().items():
         if column and (text in NAMED or Path(text).suffix.lower() != ".csv"):
-            raise ValueError(f"expected a .csv file for {option}={column!r}, got {text!r}: leave {option}= out")
+            raise ValueError(
+                f"expected a .csv file for {option}={column!r}, got {text!r}: leave {option}= (--data.{option}) out"
+            )
     if text in NAMED:
         root = Path(root or os.environ.get("PYRO_VAE_DATA") or "~/.cache/pyro_vae").expanduser()
         return text, NAMED[text](root, download)

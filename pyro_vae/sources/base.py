@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import shutil
 import tempfile
@@ -23,18 +24,20 @@ __all__ = [
     "download_file",
     "first_line",
     "kind_of",
+    "number",
     "temporary_sibling",
 ]
 
 
 class Columns(NamedTuple):
-    """Which columns of a .csv are no features, and how many steps a piece of one series has."""
+    """Which columns of a .csv are no features, how many steps a piece of one series has, how far times are apart."""
 
     label: str | None = None
     id: str | None = None
     time: str | None = None
     inputs: tuple[str, ...] = ()
     window: int | None = None
+    every: str | None = None
 
 
 @dataclass(eq=False)
@@ -50,14 +53,17 @@ class Source:
     inputs: Tensor | None = None  # (N, T, C)
     mask: Tensor | None = None  # (N, T, D), False where a value is missing
     latents: Tensor | None = None  # (N, T, Z), the truth of simulated ones
+    times: np.ndarray | None = None  # (N, T), numbers or dates, NaN or NaT after the end
     in_time: bool = False  # the first rows are the training split, the last ones the test split
     as_they_are: bool = False  # real values that are not standardised
     sizes: tuple[int, int, int] | None = None  # the data set's own split of x[order]
     order: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     peak: int = 1  # the value that stands for probability 1
     eight_bit: bool = False
+    lines: np.ndarray | None = None  # (N,), of a table's rows in their file
     noun: str = ""
     values: str = ""
+    note: str = ""  # what was done to the data that one may not expect
 
 
 def download_file(url: str, path: Path, sha256: str | None = None) -> None:
@@ -90,6 +96,14 @@ def download_failed(what: str, folder: Path, problem: object) -> str:
 
 def column_name(j: int, columns: tuple[str, ...] | None) -> str:
     return f"{j} (from 0)" if columns is None else repr(columns[j])
+
+
+def number(cell: str) -> float:
+    """The cell's value; NaN where it is missing or no number."""
+    try:
+        return math.nan if "_" in cell else float(cell)
+    except ValueError:
+        return math.nan
 
 
 def kind_of(value: object) -> str:

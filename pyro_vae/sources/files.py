@@ -6,18 +6,19 @@ import csv
 import math
 import pickle
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .base import Columns, Source, column_name, first_line, kind_of
+from .base import Columns, Source, column_name, first_line, kind_of, number
+from .times import late, on_grid, padded, read_times, written
 
-__all__ = ["OF_STEPS", "checked", "read_csv", "read_images", "read_npy", "read_npz", "read_pt"]
+__all__ = ["OF_STEPS", "checked", "read_csv", "read_future", "read_images", "read_npy", "read_npz", "read_pt"]
 
 OF_STEPS = ("lengths", "u", "mask")  # the arrays that make x of a .npz sequences
 
@@ -104,129 +105,200 @@ def read_pt(path: Path) -> Source:
     return Source(x, codes)
 
 
+class _Table(NamedTuple):
+    """A .csv: its columns, and the line of the file that each row is on."""
+
+    path: Path
+    cells: dict[str, Sequence[str]]
+    lines: np.ndarray
+
+
 def read_csv(path: Path, columns: Columns) -> Source:
+    table = _table(path)
+    label, id, time, inputs, window, _ = columns
+    named = [("label", label), ("id", id), ("time", time), *(("inputs", name) for name in inputs)]
+    _check_columns(table, named)
+    for option, wanted in (("inputs", "time"), ("window", "time"), ("every", "time"), ("label", "no time")):
+        if getattr(columns, option) and (time is None) == (option != "label"):
+            raise ValueError(
+                f"expected {wanted}= (--data.time) beside {option}= of {path}: sequences are told by their times"
+            )
+    if time is not None and (id is None) == (window is None):
+        raise ValueError(
+            f"expected id= (--data.id, a sequence for each) or window= (--data.window, one series in pieces of so many "
+            f"steps) beside time= of {path}, got {'neither' if id is None else 'both'}: give one"
+        )
+    if window is not None and window < 1:
+        raise ValueError(f"expected window >= 1, got {window}: give how many steps a piece has")
+
+    apart = {name for _, name in named}
+    features = [name for name in table.cells if name not in apart]
+    if not features:
+        taken = ", ".join(f"{option} {name!r}" for option, name in named if name is not None)
+        raise ValueError(f"expected a column to model in {path}, got {taken or 'none'} alone: add a numeric column")
+    x = _numbers(table, features)
+    ids = None if id is None else np.array(table.cells[id], dtype=str)
+    if time is not None:
+        return _in_time(table, x, features, ids, columns)
+    labels, classes = (None, None) if label is None else _csv_labels(table, label)
+    return Source(torch.from_numpy(x), labels, ids, tuple(features), classes, lines=table.lines)
+
+
+def read_future(path: Path, columns: Columns) -> Source:
+    """The inputs of steps to come, as the x of sequences."""
+    table = _table(path)
+    named = [("id", columns.id), ("time", columns.time), *(("inputs", name) for name in columns.inputs)]
+    _check_columns(table, named)
+    u = _inputs(table, columns.inputs)
+    ids = None if columns.id is None else np.array(table.cells[columns.id], dtype=str)
+    return _in_time(table, u, columns.inputs, ids, Columns(id=columns.id, time=columns.time))
+
+
+def _table(path: Path) -> _Table:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            header, *rows = [row for row in csv.reader(file, strict=True) if row] or [[]]
+            reader = csv.reader(file, strict=True)
+            read = [(row, reader.line_num) for row in reader if row]
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(
             f"expected comma-separated text in UTF-8 in {path}, got something else ({first_line(error)}): "
             "export it anew as CSV"
         ) from error
+    header, *rows = [row for row, _ in read] or [[]]
+    _, *lines = [line for _, line in read] or [0]
     _check_header(path, header)
-    for i, row in enumerate(rows):
+    for row, line in zip(rows, lines, strict=True):
         if len(row) != len(header):
-            raise ValueError(
-                f"expected {len(header)} cells in row {i} (from 0) of {path}, got {len(row)}: mend that row"
-            )
-    label, id, time, inputs, window = columns
-    named = [("label", label), ("id", id), ("time", time), *(("inputs", name) for name in inputs)]
+            raise ValueError(f"expected {len(header)} cells in line {line} of {path}, got {len(row)}: mend that line")
+    columns = zip(*rows, strict=True) if rows else [()] * len(header)
+    return _Table(path, dict(zip(header, columns, strict=True)), np.array(lines, dtype=int))
+
+
+def _check_columns(table: _Table, named: Sequence[tuple[str, str | None]]) -> None:
     for option, name in named:
-        if name is not None and name not in header:
+        if name is not None and name not in table.cells:
             raise ValueError(
-                f"expected {option}= to be one of the columns {header} of {path}, got {name!r}: correct it"
+                f"expected {option}= (--data.{option}) to be one of the columns {list(table.cells)} of {table.path}, "
+                f"got {name!r}: correct it"
             )
-    for option, given, wanted in (("inputs", inputs, "time"), ("window", window, "time"), ("label", label, "no time")):
-        if given and (time is None) == (option != "label"):
-            raise ValueError(f"expected {wanted}= beside {option}= of {path}: sequences are told by their times")
-    if time is not None and (id is None) == (window is None):
-        raise ValueError(
-            f"expected id= (a sequence for each) or window= (one series, in pieces of so many steps) beside time= of "
-            f"{path}, got {'neither' if id is None else 'both'}: give one"
-        )
-    if window is not None and window < 1:
-        raise ValueError(f"expected window >= 1, got {window}: give how many steps a piece has")
-
-    cells = dict(zip(header, zip(*rows, strict=True), strict=True)) if rows else {name: () for name in header}
-    apart = {name for _, name in named}
-    features = [name for name in header if name not in apart]
-    if not features:
-        raise ValueError(f"expected a column beside label and id in {path}, got none: add a numeric column")
-    x = _numbers(path, header, cells, features)
-    ids = None if id is None else np.array(cells[id], dtype=str)
-    if time is not None:
-        u = _numbers(path, header, cells, list(inputs)) if inputs else None
-        return _in_time(path, x, u, ids, time, cells[time], window, tuple(features))
-    labels, classes = (None, None) if label is None else _csv_labels(path, label, cells[label])
-    return Source(torch.from_numpy(x), labels, ids, tuple(features), classes)
 
 
-def _numbers(path: Path, header: list[str], cells: Mapping[str, Sequence[str]], names: Sequence[str]) -> np.ndarray:
+def _numbers(table: _Table, names: Sequence[str]) -> np.ndarray:
     """The values of columns, (rows, columns), NaN where one is missing."""
+    path, cells, _ = table
     x = np.empty((len(cells[names[0]]), len(names)))
     for j, name in enumerate(names):
         if not name.strip():
             raise ValueError(
-                f"expected a name for every column of {path}, got none for column {header.index(name)} (from "
-                f"0): name it in the header, or pass id={name!r} if it only numbers the rows"
+                f"expected a name for every column of {path}, got none for column {list(cells).index(name)} (from "
+                f"0): name it in the header, or pass id={name!r} (--data.id) if it only numbers the rows"
             )
         for i, cell in enumerate(cells[name]):
-            x[i, j] = _number(cell)
+            x[i, j] = number(cell)
             if _is_word(cell):
                 words = [column for column in names[j:] if any(map(_is_word, cells[column]))]
                 also = f" (also in {', '.join(map(repr, words[1:]))})" if words[1:] else ""
                 raise ValueError(
-                    f"expected numbers in column {name!r} of {path}, got {cell!r} in row {i} (from 0){also}: name the "
-                    "column of labels with label= (--data.label) and that of ids with id= (--data.id), or drop it"
+                    f"expected numbers in column {name!r} of {path}, got {cell!r} in line {table.lines[i]}{also}: name "
+                    "the column of labels with label= (--data.label), that of ids with id= (--data.id), of dates with "
+                    "time= (--data.time), or drop it"
                 )
     return x
 
 
-def _in_time(
-    path: Path,
-    x: np.ndarray,
-    u: np.ndarray | None,
-    ids: np.ndarray | None,
-    time: str,
-    cells: Sequence[str],
-    window: int | None,
-    columns: tuple[str, ...],
-) -> Source:
-    """Rows put in order of their times: a sequence for each id, or one series in pieces."""
-    times = np.array([_number(cell) for cell in cells])
-    if np.isnan(times).any():
-        try:
-            read = [datetime.fromisoformat(cell.strip()) for cell in cells]
-            times = np.array([(time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp() for time in read])
-        except ValueError as error:
-            raise ValueError(
-                f"expected numbers or ISO dates in column {time!r} of {path}, got others ({first_line(error)}): write "
-                "them as 2006-09-26 or 2006-09-26 12:00"
-            ) from None
-    if u is not None and not np.isfinite(u).all():
-        raise ValueError(f"expected inputs in every row of {path}, got {int((~np.isfinite(u)).sum())} missing: fill in")
-    names = np.zeros(len(x), dtype=str) if ids is None else ids
+def _in_time(table: _Table, x: np.ndarray, features: Sequence[str], ids: np.ndarray | None, columns: Columns) -> Source:
+    """Rows put in order of their times: a sequence for each id, or one series, in pieces of `window` steps if given."""
+    _, _, time, inputs, window, every = columns
+    assert time is not None
+    times = read_times(table.path, time, table.cells[time])
+    parts = _in_order(table, times, ids, time)
+    at = [times[part] for part in parts]
+    note = ""
+    if every is not None:
+        filled = [_filled(table, times, part, ids, columns) for part in parts]
+        at, parts = [each for each, _ in filled], [part for _, part in filled]
+        if absent := sum(int((part < 0).sum()) for part in parts):
+            note = f", {absent:,} time{'s' if absent > 1 else ''} without a row"
+    elif count := late(at):
+        gaps = f"{count:,} gap{'s' if count > 1 else ''}"
+        note = f", {gaps} in {time!r} closed up (data.every makes absent times missing steps)"
+    if window is not None:
+        parts = [part[begin : begin + window] for part in parts for begin in range(0, len(part), window)]
+        at = [each[begin : begin + window] for each in at for begin in range(0, len(each), window)]
+
+    def steps(values: np.ndarray, fill: float) -> Tensor:
+        pieces = [torch.from_numpy(np.where((part < 0)[:, None], np.nan, values[part])) for part in parts]
+        return torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True, padding_value=fill)
+
+    values, lengths = steps(x, math.nan), torch.tensor([len(part) for part in parts])
+    mask = values.isfinite()
+    return Source(
+        values.where(mask, 0.0),
+        ids=None if ids is None else np.array([ids[part[0]] for part in parts]),
+        columns=tuple(features),
+        lengths=lengths,
+        inputs=steps(_inputs(table, inputs), 0.0) if inputs else None,
+        mask=None if int(mask.all(-1).sum()) == int(lengths.sum()) else mask,
+        times=padded(at, int(lengths.max())),
+        in_time=window is not None,
+        note=note,
+    )
+
+
+def _in_order(table: _Table, times: np.ndarray, ids: np.ndarray | None, time: str) -> list[np.ndarray]:
+    """The rows of each id, in the order of their times."""
+    path, cells, lines = table
+    if not len(times):
+        raise ValueError(f"expected a row for each step in {path}, got the header alone: add rows")
+    names = np.zeros(len(times), dtype=str) if ids is None else ids
     nameless = [i for i, name in enumerate(names) if ids is not None and _is_missing(name)]
     if nameless:
         raise ValueError(
-            f"expected an id in every row of {path}, got {len(nameless)} missing, the first in row {nameless[0]} (from "
-            "0): fill in or drop these rows"
+            f"expected an id in every row of {path}, got {len(nameless)} missing, the first in line "
+            f"{lines[nameless[0]]}: fill in or drop these rows"
         )
     parts = [np.flatnonzero(names == name) for name in dict.fromkeys(names.tolist())]
     parts = [part[np.argsort(times[part], kind="stable")] for part in parts]
     for part in parts:
-        if (np.diff(times[part]) == 0).any():
-            row = part[1:][np.diff(times[part]) == 0][0]
-            raise ValueError(f"expected distinct times in {path}, got {cells[row]!r} twice (row {row} from 0): mend it")
-    if window is not None:
-        (order,) = parts
-        parts = [order[begin : begin + window] for begin in range(0, len(order), window)]
-    lengths = torch.tensor([len(part) for part in parts])
+        again = part[1:][times[part][1:] == times[part][:-1]]
+        if len(again):
+            whose = "" if ids is None else f" for {str(ids[again[0]])!r}"
+            mend = "name the column of ids with id= (--data.id)" if ids is None else "mend that line"
+            raise ValueError(
+                f"expected distinct times in {path}, got {cells[time][again[0]]!r} twice{whose}, the second in line "
+                f"{lines[again[0]]}: {mend}"
+            )
+    return parts
 
-    def padded(values: np.ndarray) -> Tensor:
-        pieces = [torch.from_numpy(np.ascontiguousarray(values[part])) for part in parts]
-        return torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True)
 
-    mask = padded(np.isfinite(x))
-    return Source(
-        padded(np.nan_to_num(x)),
-        ids=None if ids is None else np.array([ids[part[0]] for part in parts]),
-        columns=columns,
-        lengths=lengths,
-        inputs=None if u is None else padded(u),
-        mask=None if np.isfinite(x).all() else mask,
-        in_time=window is not None,
-    )
+def _filled(
+    table: _Table, times: np.ndarray, rows: np.ndarray, ids: np.ndarray | None, columns: Columns
+) -> tuple[np.ndarray, np.ndarray]:
+    """All times of a sequence, `every` so many, and the rows at them, -1 where there is none."""
+    assert columns.every is not None
+    where = f"{table.path}{'' if ids is None else f' for {str(ids[rows[0]])!r}'}"
+    grid, places = on_grid(times[rows], columns.every, where)
+    found = np.full(len(grid), -1)
+    found[places] = rows
+    if columns.inputs and (found < 0).any():
+        raise ValueError(
+            f"expected inputs at every time of {where}, got no row at {written(grid[found < 0][0])}: add rows with "
+            "inputs, whose other cells may be empty"
+        )
+    return grid, found
+
+
+def _inputs(table: _Table, names: Sequence[str]) -> np.ndarray:
+    """The values of columns without which no step can be taken, (rows, columns)."""
+    u = _numbers(table, names)
+    missing = np.argwhere(~np.isfinite(u))
+    if len(missing):
+        row, column = missing[0]
+        raise ValueError(
+            f"expected inputs in every row of {table.path}, got {len(missing)} missing, the first in line "
+            f"{table.lines[row]}, column {names[column]!r}: fill in"
+        )
+    return u
 
 
 def _check_header(path: Path, header: list[str]) -> None:
@@ -235,8 +307,8 @@ def _check_header(path: Path, header: list[str]) -> None:
     repeated = sorted({name for name in header if header.count(name) > 1})
     if repeated:
         raise ValueError(f"expected distinct column names in the header of {path}, got {repeated} twice: rename them")
-    numbers = [_number(name) for name in header]
-    if not any(math.isnan(number) for number in numbers) and any(number % 1 for number in numbers):
+    numbers = [number(name) for name in header]
+    if not any(math.isnan(each) for each in numbers) and any(each % 1 for each in numbers):
         raise ValueError(f"expected a header row in {path}, got the numbers {header[:3]}...: write the names first")
 
 
@@ -245,25 +317,18 @@ def _is_missing(cell: str) -> bool:
 
 
 def _is_word(cell: str) -> bool:
-    return math.isnan(_number(cell)) and not _is_missing(cell)
+    return math.isnan(number(cell)) and not _is_missing(cell)
 
 
-def _number(cell: str) -> float:
-    """The cell's value; NaN where it is missing or no number."""
-    try:
-        return math.nan if "_" in cell else float(cell)
-    except ValueError:
-        return math.nan
-
-
-def _csv_labels(path: Path, name: str, cells: Sequence[str]) -> tuple[Tensor, tuple[str, ...] | None]:
+def _csv_labels(table: _Table, name: str) -> tuple[Tensor, tuple[str, ...] | None]:
+    path, cells = table.path, table.cells[name]
     missing = [i for i, cell in enumerate(cells) if _is_missing(cell)]
     if missing:
         raise ValueError(
             f"expected a label in every row of column {name!r} of {path}, got {len(missing)} missing, the "
-            f"first in row {missing[0]} (from 0): fill in or drop these rows"
+            f"first in line {table.lines[missing[0]]}: fill in or drop these rows"
         )
-    numbers = np.array([_number(cell) for cell in cells])
+    numbers = np.array([number(cell) for cell in cells])
     return _labels(np.array(cells, dtype=str) if np.isnan(numbers).any() else numbers, path)
 
 
@@ -368,9 +433,10 @@ def checked(source: Source, where: Path) -> Source:
     if bad.any():
         row, *place = (int(i) for i in bad.nonzero()[0])
         column = f"column {column_name(place[0], source.columns)}" if x.ndim == 2 else f"position {tuple(place)}"
+        where_row = f"row {row} (from 0)" if source.lines is None else f"line {source.lines[row]}"
         raise ValueError(
             f"expected finite float32 values in {where}, got {int(bad.sum())} missing, NaN, infinite or too "
-            f"large, the first in row {row} (from 0), {column}: fill in or drop these rows"
+            f"large, the first in {where_row}, {column}: fill in or drop these rows"
         )
     return replace(source, x=x)
 
@@ -379,7 +445,10 @@ def _checked_sequences(source: Source, where: Path) -> Source:
     x, lengths, mask = source.x, source.lengths, source.mask
     assert lengths is not None
     if len(x) < 10:
-        raise ValueError(f"expected at least 10 sequences in {where}, to split them, got {len(x)}: add data")
+        steps = int(lengths.sum())
+        shorter = f"a window= (--data.window) of at most {steps // 10} of its {steps} steps, or "
+        pieces = shorter if source.in_time and steps >= 10 else ""
+        raise ValueError(f"expected at least 10 sequences in {where}, to split them, got {len(x)}: {pieces}more data")
     if source.labels is not None and source.labels.shape != (len(x),):
         raise ValueError(
             f"expected labels of shape ({len(x)},) in {where}, got {tuple(source.labels.shape)}: give one per sequence"

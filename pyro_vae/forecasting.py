@@ -1,0 +1,214 @@
+"""What follows the sequences of a data set: draws of the steps to come, and their times."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .data import Split
+from .evaluation import MAX_ELEMENTS, isolated
+from .sources import Columns, read_future, read_npy
+from .sources.times import after, spacing, written
+
+__all__ = ["Forecast", "forecast"]
+
+NUM_STEPS = 10
+
+
+@dataclass(frozen=True, eq=False)
+class Forecast:
+    """Draws of what follows N sequences.
+
+    Attributes:
+        split: the sequences themselves: those of the data, or the end of the one series that they are pieces of, which
+            is not for scores.
+        num_before: (N,), how many steps each sequence has, the whole of a series.
+        draws: x of the H steps after these, (K, N, H, D), in the units that the model sees.
+        times: of the H steps, (N, H), in the kind of `split.times`; None where they cannot be told.
+    """
+
+    split: Split
+    num_before: Tensor
+    draws: Tensor
+    times: np.ndarray | None
+
+
+def forecast(
+    model: Any,
+    guide: Callable,
+    split: Split,
+    *,
+    num_steps: int | None = None,
+    inputs: str | os.PathLike[str] | None = None,
+    num_samples: int = 1000,
+    seed: int = 0,
+) -> Forecast:
+    """Draws of what follows each sequence of a split: z at its last step by the guide, then the model's own steps.
+
+    The pieces of one series (`window` of `load_dataset`) are taken as the one sequence that they are, of which the last
+    `window` steps are seen. ``dataset.restore(found.draws)`` is in the original units.
+
+    Args:
+        model: a `StateSpaceModel`.
+        num_steps: H; by default as many as there are inputs to come, or 10.
+        inputs: of a model with inputs, the file of those to come. A `.csv` with the columns of id, time and inputs that
+            the data were read with: sequences that have rows in it are forecast, as many steps for each, from the first
+            one after the sequence's last; for other data a `.npy` of shape (N, H, C), in the split's order.
+        num_samples: K.
+
+    Raises:
+        ValueError: inputs to come that a model needs or does not take; columns, ids, times or shapes that do not go on
+            from the split.
+
+    Example:
+        >>> from pyro_vae import load_dataset
+        >>> from pyro_vae.guides import StateSpaceGuide
+        >>> from pyro_vae.models import DeepMarkovModel, likelihoods
+        >>> swings = load_dataset("stochastic_volatility")
+        >>> model = DeepMarkovModel((1,), 2, 5, likelihood=likelihoods.Normal())
+        >>> forecast(model, StateSpaceGuide(model), swings.test, num_steps=3, num_samples=20).draws.shape
+        torch.Size([20, 50, 3, 1])
+    """
+    for name, count in (("num_steps", num_steps), ("num_samples", num_samples)):
+        if count is not None and count < 1:
+            raise ValueError(f"expected {name} >= 1, got {count}: give a positive number")
+    C = model.num_inputs
+    if C and inputs is None:
+        raise ValueError(
+            "expected inputs= (--inputs), a file of the inputs of each step to come, for a model with inputs, got "
+            "none: name it"
+        )
+    if inputs is not None and not C:
+        raise ValueError(
+            f"expected no inputs= (--inputs) for a model without inputs, got {str(inputs)!r}: leave it out"
+        )
+    source = split.source or {}
+    num_before, every = split.kwargs["lengths"].cpu(), source.get("every")
+    if split.times is not None:
+        of_each = [times[:T] for times, T in zip(split.times, num_before.tolist(), strict=True)]
+        every = every or spacing([np.concatenate(of_each)] if "window" in source else of_each)
+    if "window" in source:
+        split, num_before = _end(split, source["window"]), num_before.sum()[None]
+    u = times = None
+    H = num_steps or NUM_STEPS
+    if inputs is not None:
+        rows, u, times = _to_come(Path(inputs), split, every)
+        split, num_before = _rows(split, rows), num_before[rows]
+        H = num_steps or u.shape[1]
+        if u.shape[1] < H:
+            raise ValueError(
+                f"expected inputs of {H} steps in {inputs}, got {u.shape[1]}: add rows, or lower num_steps"
+            )
+        u, times = u[:, :H], None if times is None else times[:, :H]
+    elif split.times is not None and every is not None:
+        times = np.stack([after(last, every, H) for last in _last(split)])
+
+    device = next((p.device for p in model.parameters()), split.device)
+    N, T, D = split.x.shape
+    draws = torch.empty(num_samples, N, H, D, dtype=split.x.dtype)
+    most = max(1, MAX_ELEMENTS // (num_samples * (T + H) * max(D, model.latent_dim)))
+    with isolated(model, guide):
+        torch.manual_seed(seed)
+        for index in torch.arange(N).split(most):
+            args, kwargs = split.batch(index)
+            given = {name: value.to(device) for name, value in kwargs.items()}
+            to_come: dict[str, Any] = {"num_steps": H} if u is None else {"u_future": u[index].to(device)}
+            found = model.forecast(guide, *(a.to(device) for a in args), num_samples=num_samples, **given, **to_come)
+            draws[:, index] = found.cpu()
+    return Forecast(split, num_before, draws, times)
+
+
+def _end(split: Split, num_steps: int) -> Split:
+    """The last steps of a series that is cut into pieces, as one sequence."""
+    lengths = split.kwargs["lengths"].cpu()
+    there = torch.arange(split.x.shape[1]) < lengths[:, None]
+    total = min(num_steps, int(lengths.sum()))
+
+    def end(steps: Tensor) -> Tensor:
+        return steps[there.to(steps.device)][-total:][None]
+
+    return replace(
+        split,
+        args=(end(split.x),),
+        kwargs={name: end(v) if v.ndim > 1 else v.new_tensor([total]) for name, v in split.kwargs.items()},
+        log_jacobian=math.nan,  # only its pieces' are known
+        labels=None,
+        ids=None,
+        latents=None,
+        times=None if split.times is None else split.times[there.numpy()][-total:][None],
+    )
+
+
+def _rows(split: Split, rows: list[int]) -> Split:
+    of_each = isinstance(split.log_jacobian, Tensor)
+    return replace(
+        split,
+        args=tuple(each[rows] for each in split.args),
+        kwargs={name: each[rows] for name, each in split.kwargs.items()},
+        log_jacobian=split.log_jacobian[rows] if of_each else split.log_jacobian,  # type: ignore[index]
+        labels=None if split.labels is None else split.labels[rows],
+        ids=None if split.ids is None else split.ids[rows],
+        latents=None if split.latents is None else split.latents[rows],
+        times=None if split.times is None else split.times[rows],
+    )
+
+
+def _last(split: Split) -> np.ndarray:
+    """(N,), the time of each sequence's last step."""
+    assert split.times is not None
+    return split.times[np.arange(len(split)), split.kwargs["lengths"].cpu().numpy() - 1]
+
+
+def _to_come(path: Path, split: Split, every: str | None) -> tuple[list[int], Tensor, np.ndarray | None]:
+    """Which sequences the file has inputs for, these (N, H, C), and their times (N, H), if it has any."""
+    source = split.source or {}
+    if split.times is None:
+        u, C = read_npy(path).x, split.kwargs["u"].shape[-1] if "u" in split.kwargs else 0
+        if u.ndim != 3 or u.shape[::2] != (len(split), C) or not bool(u.float().isfinite().all()):
+            raise ValueError(
+                f"expected finite numbers of shape ({len(split)}, H, {C}) in {path}, got shape {tuple(u.shape)}: "
+                f"inputs of the steps after each sequence of the split {split.name!r}"
+            )
+        return list(range(len(split))), u.float(), None
+    found = read_future(path, Columns(id=source.get("id"), time=source["time"], inputs=tuple(source["inputs"])))
+    assert found.lengths is not None and found.times is not None
+    if found.times.dtype != split.times.dtype:
+        raise ValueError(f"expected times in {path} as in the data, got {written(found.times[0, 0])}: write them alike")
+    row_of = {str(id): i for i, id in enumerate([""] if split.ids is None else split.ids)}
+    names = [""] if found.ids is None else [str(id) for id in found.ids]
+    if unknown := [name for name in names if name not in row_of]:
+        raise ValueError(
+            f"expected ids of the split {split.name!r}, such as {min(row_of)!r}, in {path}, got {unknown[0]!r}: "
+            "correct it, or name another --split"
+        )
+    lengths, rows, last = found.lengths.tolist(), [row_of[name] for name in names], _last(split)
+    H = lengths[0]
+    if min(lengths) != max(lengths):
+        i = next(i for i, length in enumerate(lengths) if length != H)
+        raise ValueError(
+            f"expected as many rows for each id in {path}, got {H} for {names[0]!r} and {lengths[i]} for {names[i]!r}: "
+            "make them even"
+        )
+    for name, row, times in zip(names, rows, found.times, strict=True):
+        whose = f" for {name!r}" if name else ""
+        if times[0] <= last[row]:
+            raise ValueError(
+                f"expected times after {written(last[row])}{whose} in {path}, got {written(times[0])}: leave out what "
+                "has been"
+            )
+        expected = times[:H] if every is None else after(last[row], every, H)
+        far = np.abs(expected - times[:H]) > 1e-6 * np.abs(expected[0] - last[row])
+        if far.any():
+            raise ValueError(
+                f"expected a row{whose} at {written(expected[far][0])} in {path}, got {written(times[:H][far][0])}: "
+                f"give one every {every} from the end of the data on"
+            )
+    return rows, found.x[:, :H].float(), found.times[:, :H]

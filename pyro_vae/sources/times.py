@@ -1,0 +1,151 @@
+"""Times of a table's rows, numbers or dates: whether they are even, and how they go on."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .base import first_line, number
+
+__all__ = ["after", "late", "on_grid", "padded", "read_times", "spacing", "written"]
+
+STEPS = "such as D, B (working days), h, 15min or MS (first of the month), or a number, as the times are"
+MOST_FILLED = 100  # steps of a grid for each time that there is
+LOOKED_AT = 20  # sequences of times that spacings are guessed from
+
+
+def read_times(path: Path, column: str, cells: Sequence[str]) -> np.ndarray:
+    """(rows,), float64 where all are numbers, else datetime64[us], those with a zone in UTC."""
+    numbers = np.array([number(cell) for cell in cells])
+    if not np.isnan(numbers).any():
+        return numbers
+    try:
+        dates = [datetime.fromisoformat(cell.strip()) for cell in cells]
+    except ValueError as error:
+        raise ValueError(
+            f"expected numbers or ISO dates in column {column!r} of {path}, got others ({first_line(error)}): write "
+            "them as 2006-09-26 or 2006-09-26 12:00"
+        ) from None
+    zoned = [date.tzinfo is not None for date in dates]
+    if any(zoned) and not all(zoned):
+        raise ValueError(f"expected a zone at all times or at none in column {column!r} of {path}, got both: mend them")
+    plain = [date.astimezone(UTC).replace(tzinfo=None) if date.tzinfo else date for date in dates]
+    return np.array(plain, dtype="datetime64[us]")
+
+
+def on_grid(times: np.ndarray, every: str, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """All times from the first to the last, `every` so many, and the place of each of `times` among them.
+
+    Raises:
+        ValueError: a time between two of the grid, or many more steps than times.
+    """
+    step = _step(every, times)
+    count = (times[-1] - times[0]) / step + 1
+    if count > MOST_FILLED * len(times):
+        raise ValueError(
+            f"expected at most {MOST_FILLED} steps for each row of {where}, got {count:,.0f} from {written(times[0])} "
+            f"to {written(times[-1])} every {every}: name a longer step with every= (--data.every)"
+        )
+    if isinstance(step, float):
+        places = np.round((times - times[0]) / step).astype(int)
+        grid = times[0] + step * np.arange(places[-1] + 1)
+        near = np.abs(grid[places] - times) <= 1e-6 * step
+    else:
+        grid = _dates(times[0], every, end=times[-1])
+        places = np.searchsorted(grid, times)
+        near = np.isin(times, grid)
+    if not near.all():
+        raise ValueError(
+            f"expected times every {every} from {written(times[0])} on in {where}, got {written(times[~near][0])}: "
+            f"name their step with every= (--data.every), {STEPS}"
+        )
+    return grid, places
+
+
+def after(last: Any, every: str, count: int) -> np.ndarray:
+    """The `count` times after `last`, which is one of the grid."""
+    step = _step(every, np.array([last]))
+    if isinstance(step, float):
+        return last + step * np.arange(1, count + 1)
+    return _dates(last, every, periods=count + 1)[1:]
+
+
+def spacing(sequences: Sequence[np.ndarray]) -> str | None:
+    """The `every` of sequences of times that are all even; None where they are not, or are too few to tell."""
+    several = [times for times in sequences if len(times) > 1]
+    guesses = dict.fromkeys(guess for times in several[:LOOKED_AT] for guess in _guesses(times))
+    return next((guess for guess in guesses if all(_is_even(times, guess) for times in several)), None)
+
+
+def padded(sequences: Sequence[np.ndarray], width: int) -> np.ndarray:
+    """(N, width), NaN or NaT after each one's end."""
+    nothing = np.datetime64("NaT") if sequences[0].dtype.kind == "M" else np.nan
+    return np.stack([np.pad(times, (0, width - len(times)), constant_values=nothing) for times in sequences])
+
+
+def late(sequences: Sequence[np.ndarray]) -> int:
+    """How many steps are more than one and a half times as long as the median of their sequence; 0 where all are even,
+    as working days are."""
+    steps = [np.diff(times).astype(float) for times in sequences if len(times) > 1]
+    found = sum(int((each > 1.5 * np.median(each)).sum()) for each in steps)
+    return 0 if found == 0 or spacing(sequences) is not None else found
+
+
+def written(time: Any) -> str:
+    """A time as in a table: a date without midnight, a whole number without a point."""
+    if isinstance(time, np.datetime64):
+        return str(time.astype("datetime64[s]")).replace("T", " ").removesuffix(" 00:00:00")
+    return repr(float(time)).removesuffix(".0")
+
+
+def _guesses(times: np.ndarray) -> list[str]:
+    shortest = np.diff(times).min()
+    if times.dtype.kind == "f":
+        return [repr(float(shortest))]
+    import pandas
+
+    days, rest = divmod(shortest, np.timedelta64(1, "D"))
+    found = [f"{days}D" if not rest else pandas.tseries.frequencies.to_offset(pandas.Timedelta(shortest))]
+    if len(times) > 2:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # pandas 3 tells that its next one returns an offset
+            found.insert(0, pandas.infer_freq(pandas.DatetimeIndex(times)))
+    return [getattr(each, "freqstr", each) for each in found if each is not None]
+
+
+def _is_even(times: np.ndarray, every: str) -> bool:
+    try:
+        grid, _ = on_grid(times, every, "")
+    except ValueError:
+        return False
+    return len(grid) == len(times)
+
+
+def _step(every: str, times: np.ndarray) -> Any:
+    """The step of numbers, or of dates about how long it is."""
+    step, dated = number(every), times.dtype.kind == "M"
+    if dated and np.isnan(step):
+        two = _dates(times[0], every, periods=2)
+        step = two[1] - two[0]
+    elif dated:
+        step = 0.0
+    if not step > np.zeros((), np.asarray(step).dtype):
+        kind = "dates" if dated else "numbers"
+        raise ValueError(f"expected a step of {kind} as every= (--data.every), got {every!r}: name one, {STEPS}")
+    return step
+
+
+def _dates(first: Any, every: str, **options: Any) -> np.ndarray:
+    import pandas
+
+    try:
+        return pandas.date_range(first, freq=every, **options).to_numpy("datetime64[us]")
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(
+            f"expected a step of dates as every= (--data.every), got {every!r}: name one, {STEPS}"
+        ) from None
