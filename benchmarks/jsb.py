@@ -10,11 +10,12 @@ many epochs as fit into its `--minutes`, compilation counted, and keeps the weig
 test split is scored once. The figure has the validation bounds.
 
 ``--time`` measures steps in alternation: `CompiledSVI` and Pyro's `SVI` on a loop with a site for each step, whose
-encoder is torch's own RNN, of the same modules.
+encoder is torch's own RNN, of the same modules; with ``--kept_memory`` both after `keep_freed_memory`.
 
     python benchmarks/jsb.py                    # rows that are recorded are kept
     python benchmarks/jsb.py --rows ST-R --minutes 30
     python benchmarks/jsb.py --time
+    python benchmarks/jsb.py --time --kept_memory
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from pyro.optim import ClippedAdam
 from torch import Tensor, nn
 
 from pyro_vae import CompiledSVI, Run, fit, load_dataset
+from pyro_vae.compiled import keep_freed_memory
 from pyro_vae.guides import StateSpaceGuide
 from pyro_vae.guides.state_space import TanhCombiner
 from pyro_vae.models import DeepMarkovModel, likelihoods
@@ -239,9 +241,11 @@ def loop(model: DeepMarkovModel, guide: StateSpaceGuide) -> tuple[Callable, Call
     return per_step, per_step_guide
 
 
-def contestant(kind: str, size: Size, channel: Any) -> None:
+def contestant(kind: str, size: Size, kept_memory: bool, channel: Any) -> None:
     """So many steps when it is told, in a process with a parameter store of its own: what another SVI does to a shared
     one makes `CompiledSVI` record anew."""
+    if kept_memory:
+        assert keep_freed_memory(), "expected glibc"
     torch.manual_seed(0)
     model, guide = pair(Row("ST-R", "gru", "normal", {}, ""), size)
     x = (torch.rand(size.B, size.T, size.D) < 0.05).float() if size.D > 1 else torch.randn(size.B, size.T, 1)
@@ -261,13 +265,13 @@ def contestant(kind: str, size: Size, channel: Any) -> None:
     channel.send(getattr(svi, "compiled", False))
 
 
-def timed(size: Size, repetitions: int = 7) -> dict[str, Any]:
+def timed(size: Size, kept_memory: bool, repetitions: int = 7) -> dict[str, Any]:
     """Seconds of a step, medians, in alternation; and that both are the same objective."""
     context = multiprocessing.get_context("spawn")
     channels, losses, first = {}, {}, {}
     for kind in ("stock", "compiled"):
         channels[kind], other = context.Pipe()
-        context.Process(target=contestant, args=(kind, size, other), daemon=True).start()
+        context.Process(target=contestant, args=(kind, size, kept_memory, other), daemon=True).start()
         losses[kind] = channels[kind].recv()
 
     def seconds_of(kind: str, steps: int) -> Any:
@@ -301,12 +305,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num_samples", type=int, default=2000)
     parser.add_argument("--time", action="store_true")
+    parser.add_argument("--kept_memory", action="store_true", help="time both with keep_freed_memory()")
     parser.add_argument("--root", default=None, help="folder of the data (default: PYRO_VAE_DATA)")
     parser.add_argument("--out", type=Path, default=Path("runs/jsb"))
     arguments = parser.parse_args()
     if arguments.time:
-        sizes = [timed(size) for size in SIZES]
-        record(HERE / "jsb_time.json", {"sizes": sizes})
+        sizes = [timed(size, arguments.kept_memory) for size in SIZES]
+        record(HERE / f"jsb_time{'_kept_memory' if arguments.kept_memory else ''}.json", {"sizes": sizes})
         for each in sizes:
             print(f"{tuple(each['size'].values())}: {each['ratio']:.1f}")
         return

@@ -410,6 +410,10 @@ def _fit(options: Options) -> int:
         raise ValueError(f"expected --evaluate.num_samples >= 1, got {num_samples}: give a positive number")
     device = training.select_device(settings.get("device") or "auto")
 
+    if device.type == "cpu":
+        from .compiled import keep_freed_memory
+
+        keep_freed_memory()
     dataset = load_dataset(**source)
     print(f"data     {dataset.name}: {dataset.description}")
     sizes = ", ".join(f"{split.name} {len(split):,}" for split in (dataset.train, dataset.valid, dataset.test))

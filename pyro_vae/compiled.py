@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import itertools
 import operator
@@ -34,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .guards import Entry, Guards, NotStaticError, Scalar, python_state, restore, stable
 from .scan import compiler
 
-__all__ = ["Compiled", "FallbackWarning", "get_random_state", "set_random_state"]
+__all__ = ["Compiled", "FallbackWarning", "get_random_state", "keep_freed_memory", "set_random_state"]
 
 MAX_VARIANTS = 16
 MAX_SEEN_ONCE = 64
@@ -55,6 +56,23 @@ PURE_HANDLERS = (
     poutine.mask_messenger.MaskMessenger,
     poutine.scale_messenger.ScaleMessenger,
 )
+
+
+def keep_freed_memory() -> bool:
+    """Have the C library keep what tensors on the CPU free, up to 32 MB each, for those of the next step.
+
+    Otherwise it hands pages back to the system after each step, and the next one waits for as many new ones. It is for
+    the whole process and for good; `pyro-vae fit` calls it, a library would not. Returns whether there is such a
+    setting: it is glibc's ``mallopt``.
+
+    Example:
+        >>> import sys
+        >>> keep_freed_memory() or sys.platform != "linux"
+        True
+    """
+    trim_threshold, mmap_threshold = -1, -3  # of glibc's malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    return mallopt is not None and bool(mallopt(trim_threshold, 2**31 - 1)) and bool(mallopt(mmap_threshold, 2**25))
 
 
 class FallbackWarning(UserWarning):

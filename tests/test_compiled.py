@@ -8,6 +8,8 @@ import functools
 import inspect
 import math
 import random
+import subprocess
+import sys
 import types
 import warnings
 
@@ -1521,3 +1523,30 @@ class TestWhatIsReadOutOfSight:
         CompiledSVI(location_model, location_guide, pyro.optim.Adam({}), Trace_ELBO(), None, 0, 0)
         names = list(inspect.signature(pyro.infer.SVI).parameters)[:-1]
         assert list(inspect.signature(CompiledSVI).parameters)[: len(names)] == names
+
+
+FAULTS = """
+import resource, sys, torch
+from pyro_vae.compiled import keep_freed_memory
+
+if sys.argv[1] == "keep" and not keep_freed_memory():
+    sys.exit(3)
+faults = []
+for _ in range(12):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    kept = [torch.ones(4_000_000) for _ in range(8)]
+    del kept
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(max(faults[6:]))
+"""
+
+
+def test_kept_memory_is_used_again():
+    """128 MB of tensors that come and go ask for fresh pages each time, and then no more."""
+    found = {}
+    for kind in ("keep", "leave"):
+        done = subprocess.run([sys.executable, "-c", FAULTS, kind], capture_output=True, text=True)
+        if done.returncode == 3:
+            pytest.skip("expected glibc, found another C library")
+        found[kind] = int(done.stdout)
+    assert found["keep"] < 100 < found["leave"]
