@@ -448,6 +448,7 @@ def _fit(options: Options) -> int:
     print(f"scoring  {len(dataset.test):,} data with {num_samples:,} draws each", flush=True)
     scores = evaluate(run.model, run.guide, dataset.test, num_samples=num_samples, **scoring)
     print(f"run      {run.path}\n\ntest split: {scores}\n", flush=True)
+    from .models import StateSpaceModel
     from .report import summary_sentence, write_report
 
     print(f"{summary_sentence(run.model, scores, dataset)}\n", flush=True)
@@ -456,7 +457,7 @@ def _fit(options: Options) -> int:
     where = _quoted(run.path)
     print("next     try:")
     print(f"  pyro-vae sample {where} --num 100 --out {where}/samples.npz")
-    if dataset.sequences and hasattr(run.model, "forecast"):
+    if isinstance(run.model, StateSpaceModel):
         steps = "--inputs to_come.csv" if run.model.num_inputs else "--num_steps 10"
         print(f"  pyro-vae forecast {where} {steps} --out {where}/forecast.csv")
     print(f"  pyro-vae encode {where} --split test --out {where}/codes.csv")
@@ -684,7 +685,7 @@ def _sample(
         raise ValueError(f"expected --num_steps >= 1, got {num_steps}: give a positive number")
     steps: dict[str, Any] = {}
     if hasattr(loaded.model, "forecast"):
-        inputs = loaded.model.num_inputs
+        inputs = getattr(loaded.model, "num_inputs", 0)
         if (num_steps is None or inputs) and (dataset is None or not dataset.sequences):
             wanted, how = ("data with inputs", "train it on a file") if inputs else ("--num_steps", "add it")
             raise ValueError(f"expected {wanted} for {run}, a run on sequences that names no data: {how}")
@@ -725,14 +726,15 @@ def _forecast(
     import torch
 
     from .forecasting import forecast
+    from .models import StateSpaceModel
 
     _check_out(out, overwrite)
     loaded = _load(run, device)
     dataset = _dataset(loaded, data)
-    if not hasattr(loaded.model, "forecast") or not dataset.sequences:
+    if not isinstance(loaded.model, StateSpaceModel) or not dataset.sequences:
         raise ValueError(
-            f"expected a run on sequences, got {run} on {dataset.name}: train one, pyro-vae fit --data table.csv "
-            "--data.id COLUMN --data.time COLUMN"
+            f"expected a run of a StateSpaceModel on sequences, got {run} on {dataset.name}: train one, "
+            "pyro-vae fit --data table.csv --data.id COLUMN --data.time COLUMN"
         )
     found = forecast(
         loaded.model,
