@@ -10,7 +10,8 @@ many epochs as fit into its `--minutes`, compilation counted, and keeps the weig
 test split is scored once. The figure has the validation bounds.
 
 ``--time`` measures steps in alternation: `CompiledSVI` and Pyro's `SVI` on a loop with a site for each step, whose
-encoder is torch's own RNN, of the same modules; with ``--kept_memory`` both after `keep_freed_memory`.
+encoder is torch's own RNN, of the same modules, and what of either goes into matrix products; with ``--kept_memory``
+both after `keep_freed_memory`.
 
     python benchmarks/jsb.py                    # rows that are recorded are kept
     python benchmarks/jsb.py --rows ST-R --minutes 30
@@ -262,7 +263,16 @@ def contestant(kind: str, size: Size, kept_memory: bool, channel: Any) -> None:
             svi.step(x, lengths=lengths)
             seconds.append(time.perf_counter() - began)
         channel.send(seconds)
-    channel.send(getattr(svi, "compiled", False))
+    channel.send((getattr(svi, "compiled", False), products(lambda: svi.step(x, lengths=lengths))))
+
+
+def products(step: Callable[[], Any], steps: int = 10) -> float:
+    """Seconds that a step spends in matrix products."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for _ in range(steps):
+            step()
+    found = [e.self_cpu_time_total for e in profile.key_averages() if e.key in ("aten::mm", "aten::addmm", "aten::bmm")]
+    return sum(found) / steps / 1e6
 
 
 def timed(size: Size, kept_memory: bool, repetitions: int = 7) -> dict[str, Any]:
@@ -286,13 +296,16 @@ def timed(size: Size, kept_memory: bool, repetitions: int = 7) -> dict[str, Any]
         for kind in channels:
             seconds[kind] += seconds_of(kind, 2 if kind == "stock" else 6)
     found = {kind: statistics.median(times) for kind, times in seconds.items()}
+    (_, stock_products), (compiled, compiled_products) = (seconds_of(kind, 0) for kind in channels)
     return {
         "size": size._asdict(),
         "stock_seconds": found["stock"],
         "compiled_seconds": found["compiled"],
         "ratio": found["stock"] / found["compiled"],
         "first_steps_seconds": first["compiled"],
-        "compiled": [seconds_of(kind, 0) for kind in channels][1],
+        "stock_products_seconds": stock_products,
+        "compiled_products_seconds": compiled_products,
+        "compiled": compiled,
         "losses": losses,
     }
 

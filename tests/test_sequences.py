@@ -256,6 +256,14 @@ def test_what_feeds_back_cannot_dream(estimator):
         estimator.differentiable_loss(model, guide_of(model), batch()[0])
 
 
+def test_what_is_ragged_cannot_dream():
+    model = StateSpaceModel(Initial(Z), GatedTransition(Z), Emission(Z, D, likelihoods.Normal()))
+    given = model, guide_of(model), batch()[0]
+    assert WakeSleep().differentiable_loss(*given).isfinite()
+    with pytest.raises(ValueError, match="for sequences with lengths or a mask, use another estimator"):
+        WakeSleep().differentiable_loss(*given, lengths=torch.full((B,), T - 1))
+
+
 @pytest.mark.parametrize("num_inputs", [0, C])
 def test_sequences_for_arviz(num_inputs):
     model = autoregressive(num_inputs)

@@ -99,7 +99,8 @@ def _with_dreamt(dream: poutine.Trace, args: Any, kwargs: Any) -> tuple[Any, Any
         if not places or observed.shape != site["value"].shape:
             raise ValueError(
                 f'expected the values of the observed site "{name}" to be an argument of the model as it is, got '
-                "others, so that a dream cannot be put in their place: transform the data beforehand"
+                "others, so that a dream cannot be put in their place: transform the data beforehand, or, for "
+                "sequences with lengths or a mask, use another estimator"
             )
         for i in places:
             leaves[i] = site["value"].reshape(leaves[i].shape).to(leaves[i].dtype)
