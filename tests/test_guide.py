@@ -422,7 +422,7 @@ def test_global_sites_in_a_plate_have_parameters_each(recorded):
     torch.testing.assert_close(poutine.trace(guide).get_trace(y).nodes["mean"]["fn"].mean, 0.8 * y[0], atol=0.1, rtol=0)
 
 
-@pytest.mark.parametrize("encoder", [nn.Identity(), PerMember()], ids=["of all members", "of each"])
+@pytest.mark.parametrize("encoder", [nn.Identity, PerMember], ids=["of all members", "of each"])
 def test_plates_in_pyros_own_order(encoder):
     """Dimensions from the right as they are entered: members lie to the left of the data."""
 
@@ -435,7 +435,7 @@ def test_plates_in_pyros_own_order(encoder):
 
     torch.manual_seed(0)
     x = torch.randn(2, 3, dtype=torch.float64)
-    guide = AmortizedGuide(model, encoder, example=((x,), {})).double()
+    guide = AmortizedGuide(model, encoder(), example=((x,), {})).double()
     trace = poutine.trace(guide).get_trace(x)
     assert trace.nodes["group"]["value"].shape == (2,) and trace.nodes["member"]["value"].shape == (3, 2)
     means = trace.nodes["member"]["fn"].mean
