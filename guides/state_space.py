@@ -17,7 +17,7 @@ from ..config import Configured
 from ..distributions import MarkovChain
 from ..nn import Declared, bind, positive
 from ..scan import scan
-from ..sequences import Carried, Steps, steps_of
+from ..sequences import Carried, Steps, all_there, steps_of
 from .families import DiagonalNormal, Family
 
 __all__ = ["Combiner", "LinearCombiner", "StateSpaceGuide", "TanhCombiner"]
@@ -185,7 +185,7 @@ class StateSpaceGuide(Configured, PyroModule):
 
         Networks that read backwards begin at the end of each window. Without `lengths` all steps are there.
         """
-        lengths = torch.full((len(x),), x.shape[1], device=x.device) if lengths is None else lengths
+        lengths = all_there(x, lengths, mask)
         steps, rows = steps_of(x, lengths, mask), torch.arange(len(x), device=x.device)
         with poutine.block():
             z = self(x, u, lengths=lengths, mask=mask, carried=carried)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -11,12 +12,13 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.nn import PyroModule
+from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from ..config import Configured
-from ..distributions import MarkovChain, WithMissing
+from ..distributions import MarkovChain, WithMissing, check_masks
 from ..nn import MLP, positive
-from ..sequences import Carried, Steps, steps_of
+from ..sequences import Carried, Steps, all_there, steps_of
 from .likelihoods import Likelihood
 from .transitions import Emission, FirstStep, GatedTransition, Initial
 
@@ -30,7 +32,7 @@ class Filtered(NamedTuple):
 
     Attributes:
         z: (K, B, T, Z), particles of each step given x up to and with it; log_weights: (K, B, T), normalised.
-        predicted: (B, T, D), E[x_t | x_<t].
+        predicted: (B, T, D), E[x_t | x_<t]; NaN where the emission has no mean.
         per_step: (B, T), ln p(x_t | x_<t) in nats, 0 at steps without observations.
         ess: (B, T), effective numbers of particles, before resampling.
     """
@@ -114,12 +116,11 @@ class StateSpaceModel(Configured, PyroModule):
             return self._generated(int(B), int(T), u if u is None else u.expand(B, -1, -1))  # type: ignore[arg-type]
         (B, T, _), steps = x.shape, steps_of(x, lengths, mask)
         v = self._inputs(steps, u, carried)
-        every = () if v is None else (v,)
         first = () if v is None else (v[:, 0],)
         with pyro.plate("data", B):
             initial = self.initial(*first) if carried is None else self.transition(carried.z, *first)
             z = pyro.sample("z", MarkovChain(initial, self.transition, T, v, steps.there))
-            p, observed = self.emission(z, *every), steps.observed
+            p, observed = self.emission(z, *_beside(z, v)), steps.observed
             x = steps.x
             if observed is not None and observed.dim() == 3:
                 x, p = torch.where(observed, x, torch.nan), WithMissing(p)
@@ -141,7 +142,7 @@ class StateSpaceModel(Configured, PyroModule):
         """What the parts get beside z at the step after x (..., D)."""
         parts = [x] if self.feedback else []
         if u is not None:
-            parts.append(u.expand(*x.shape[:-1], -1) if parts else u)
+            parts.append(u.expand(*x.shape[:-1], -1))
         return (torch.cat(parts, -1),) if parts else ()
 
     def _generated(self, B: int, T: int, u: Tensor | None) -> Tensor:
@@ -150,19 +151,21 @@ class StateSpaceModel(Configured, PyroModule):
         none = like.new_zeros(B, self.event_dim)
         u = like.new_zeros(B, T, 0) if u is None else u
         drawn: list[Tensor] = []
+        turns = itertools.cycle(range(T - 1))  # a path that is scored again has the x that it was drawn with
 
         def transition(z: Tensor, both: Tensor, x: Tensor) -> tuple[Any, Tensor]:
             """From x_{t-2}, u_{t-1} and u_t."""
             before, now = (each if self.num_inputs else None for each in both.chunk(2, -1))
-            x = self.emission(z, *self._next(x, before)).sample() if self.feedback else x
-            drawn.append(x)
-            return self.transition(z, *self._next(x, now)), x
+            turn = next(turns)
+            if turn == len(drawn):
+                drawn.append(self.emission(z, *self._next(x, before)).sample())
+            return self.transition(z, *self._next(drawn[turn], now)), drawn[turn]
 
         with pyro.plate("data", B):
             initial = self.initial(*self._next(none, u[:, 0] if self.num_inputs else None))
             if not self.feedback:
                 z = pyro.sample("z", MarkovChain(initial, self.transition, T, u if self.num_inputs else None))
-                return pyro.sample("x", self.emission(z, *([u] if self.num_inputs else [])).to_event(1))
+                return pyro.sample("x", self.emission(z, *_beside(z, u if self.num_inputs else None)).to_event(1))
             both = torch.cat([torch.cat([u[:, :1], u[:, :-1]], 1), u], -1)
             z = pyro.sample("z", MarkovChain(initial, transition, T, both, carry=none))
             if len(drawn) != T - 1:
@@ -191,7 +194,8 @@ class StateSpaceModel(Configured, PyroModule):
 
         Particles are drawn anew, by systematic resampling, where their effective number is below half of them. Where
         none could have given x_t, its log-density is -inf and all weigh alike again. Without inputs from the future
-        nothing of the future is used; its cost is `num_particles` times that of a draw.
+        nothing of the future is used; its cost is `num_particles` times that of a draw. Without `lengths` all steps of
+        x are there, the last ones too where they are not observed.
 
         Example:
             >>> model = StateSpaceModel(Initial(2), GatedTransition(2), Emission(2, 5))
@@ -200,18 +204,18 @@ class StateSpaceModel(Configured, PyroModule):
         """
         self._check(x, u, None, None)
         K, (B, T, _) = positive("num_particles", num_particles), x.shape
-        steps = steps_of(x, lengths, mask)
+        steps = steps_of(x, all_there(x, lengths, mask), mask)
         v = self._inputs(steps, u)
         equal = -math.log(K)
-        log_w = x.new_full((K, B), equal)
         found: list[tuple[Tensor, ...]] = []
-        z = x.new_empty(K, B, self.latent_dim)
+        z = self.initial(*(() if v is None else (v[:, 0],))).expand([K, B]).sample()
+        log_w, unknown = z.new_full((K, B), equal), z.new_full((B, self.event_dim), torch.nan)
         for t in range(T):
-            inputs = () if v is None else (v[:, t],)
-            p = self.initial(*inputs).expand([K, B]) if t == 0 else self.transition(z, *inputs)
-            z = p.sample()
+            inputs = _beside(z, None if v is None else v[:, t])
+            z = self.transition(z, *inputs).sample() if t else z
             emission = self.emission(z, *inputs)
-            predicted = (log_w.exp()[..., None] * emission.mean).sum(0)
+            mean = _mean(emission)
+            predicted = unknown if mean is None else (log_w.exp()[..., None] * mean).sum(0)
             log_p = self._observed(emission, steps, t)
             per_step = (log_w + log_p).logsumexp(0)
             log_w = torch.where(per_step.isneginf(), equal, log_w + log_p - per_step)
@@ -224,8 +228,21 @@ class StateSpaceModel(Configured, PyroModule):
         return Filtered(z.mT, log_w, predicted.mT, per_step, ess)
 
     @torch.no_grad()
-    def smooth(self, guide: Callable, x: Tensor, *args: Tensor, num_samples: int = 100, **kwargs: Any) -> Tensor:
-        """Draws of q(z | x), (S, B, T, Z), with the guide's other arguments: u, lengths, mask."""
+    def smooth(
+        self,
+        guide: Callable,
+        x: Tensor,
+        *args: Tensor,
+        num_samples: int = 100,
+        lengths: Tensor | None = None,
+        mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Draws of q(z | x), (S, B, T, Z), with the guide's other arguments, such as u.
+
+        Without `lengths` all steps of x are there, the last ones too where they are not observed.
+        """
+        kwargs |= _options(all_there(x, lengths, mask), mask)
         with pyro.plate("_draws", positive("num_samples", num_samples), dim=-2):
             trace = poutine.trace(guide).get_trace(x, *args, **kwargs)
         z = trace.nodes["z"]["value"]
@@ -249,13 +266,20 @@ class StateSpaceModel(Configured, PyroModule):
         Its exponential is unbiased. Draws of whole sequences serve as long as the guide is good; where sequences are
         long the filter's particles, which are drawn anew on the way, are the better ones.
 
+        Raises:
+            ValueError: a guide with latent sites beside z, or that counts steps which are not there.
+
         Example:
             >>> model = StateSpaceModel(Initial(2), GatedTransition(2), Emission(2, 5))
             >>> model.log_evidence(torch.ones(3, 7, 5), num_samples=20).shape
             torch.Size([3])
         """
         if guide is None:
-            return self.filter(x, u, lengths=lengths, mask=mask, num_particles=num_samples).log_evidence
+            most = max(1, MAX_ELEMENTS // max(1, num_samples * x.shape[1] * max(self.event_dim, self.latent_dim)))
+            given = {name: each for name, each in (("u", u), *_options(lengths, mask).items()) if each is not None}
+            parts = zip(x.split(most), *(each.split(most) for each in given.values()), strict=True)
+            of_rows = (dict(zip(("x", *given), part, strict=True)) for part in parts)
+            return torch.cat([self.filter(**rows, num_particles=num_samples).log_evidence for rows in of_rows])
         args, kwargs = _given(x, u), _options(lengths, mask)
         most = max(1, MAX_ELEMENTS // max(1, x[..., 0].numel() * max(self.event_dim, self.latent_dim)))
         log_weights = []
@@ -263,6 +287,7 @@ class StateSpaceModel(Configured, PyroModule):
             with pyro.plate("_draws", len(K), dim=-2):
                 q = poutine.trace(guide).get_trace(*args, **kwargs)
                 p = poutine.trace(poutine.replay(self, trace=q)).get_trace(*args, **kwargs)
+            _check_guide(p, q)
             for trace in (p, q):
                 trace.compute_log_prob()
             of_z = p.nodes["z"]["log_prob"] - q.nodes["z"]["log_prob"]
@@ -307,10 +332,11 @@ class StateSpaceModel(Configured, PyroModule):
                 "each step to come"
             )
         H = positive("num_steps", num_steps if u_future is None else u_future.shape[1])  # type: ignore[arg-type]
-        if lengths is None and mask is not None:
-            lengths = torch.full((len(x),), x.shape[1], device=x.device)
-        if lengths is not None and bool((lengths < 1).any() | (lengths > x.shape[1]).any()):
-            raise ValueError(f"expected lengths from 1 to {x.shape[1]}, got {lengths.tolist()}: the steps of x")
+        lengths = all_there(x, lengths, mask)
+        if lengths is not None and bool((lengths < 1).any()):
+            raise ValueError(
+                f"expected lengths from 1 to {x.shape[1]}, got {lengths.tolist()}: a forecast goes on from x"
+            )
         z = self.smooth(guide, *_given(x, u), num_samples=num_samples, **_options(lengths, mask))
         steps, rows = steps_of(x, lengths, mask), torch.arange(len(x), device=x.device)
         z, latest = z[:, rows, steps.last], steps.seen[rows, steps.last].expand(num_samples, -1, -1)
@@ -347,8 +373,8 @@ class StateSpaceModel(Configured, PyroModule):
         """
         self._check(x, u, None, None)
         S, (B, T, _) = positive("num_samples", num_samples), x.shape
+        lengths = all_there(x, lengths, mask)
         v = self._inputs(steps_of(x, lengths, mask), u)
-        given = [() if v is None else (v[:, t],) for t in range(T)]
         if getattr(guide, "causal", False):
             z = self.smooth(guide, *_given(x, u), num_samples=S, **_options(lengths, mask)).unbind(2)
         else:
@@ -359,9 +385,10 @@ class StateSpaceModel(Configured, PyroModule):
                 parts = _given(x[:, :t], None if u is None else u[:, :t])
                 found.append(self.smooth(guide, *parts, num_samples=S, **options)[:, :, -1])
             z = tuple(found)
-        states = [self.initial(*given[0]).expand([S, B])]
-        states += [self.transition(before, *inputs) for before, inputs in zip(z, given[1:], strict=False)]
-        drawn = [self.emission(p.sample(), *inputs).sample() for p, inputs in zip(states, given, strict=True)]
+        given = [None] * T if v is None else v.unbind(1)
+        states = [self.initial(*(() if v is None else (v[:, 0],))).expand([S, B]).sample()]
+        states += [self.transition(z_t, *_beside(z_t, v_t)).sample() for z_t, v_t in zip(z, given[1:], strict=False)]
+        drawn = [self.emission(z_t, *_beside(z_t, v_t)).sample() for z_t, v_t in zip(states, given, strict=True)]
         return torch.stack(drawn, 2)
 
     @torch.no_grad()
@@ -375,15 +402,16 @@ class StateSpaceModel(Configured, PyroModule):
         lengths: Tensor | None = None,
         num_samples: int = 100,
     ) -> Tensor:
-        """Draws (S, B, T, D) of x where it is not observed, by the guide and the emission; x elsewhere.
+        """Draws (S, B, T, D) of x where it is not observed or NaN, by the guide and the emission; x elsewhere.
 
         Without `lengths` all steps are there, the last ones too where they are not observed.
         """
-        lengths = torch.full((len(x),), x.shape[1], device=x.device) if lengths is None else lengths
+        lengths = all_there(x, lengths, mask)
         z = self.smooth(guide, *_given(x, u), num_samples=num_samples, mask=mask, lengths=lengths)
         v = self._inputs(steps_of(x, lengths, mask), u)
-        drawn = self.emission(z, *(() if v is None else (v,))).sample()
-        return torch.where(mask.bool() if mask.dim() == 3 else mask.bool()[..., None], x, drawn)
+        drawn = self.emission(z, *_beside(z, v)).sample()
+        seen = mask.bool() if mask.dim() == 3 else mask.bool()[..., None]
+        return torch.where(seen & (x == x), x, drawn)
 
     def prediction_error(
         self,
@@ -397,14 +425,22 @@ class StateSpaceModel(Configured, PyroModule):
     ) -> Tensor:
         """``sum_{t > 1} |x_t - E[x_t | z_t = E[z_t | z_{t-1}]]|^2`` of what is observed, (..., B).
 
-        z is (..., B, T, Z), the other arguments are the model's own.
+        z is (..., B, T, Z), the other arguments are the model's own. What is carried foretells the first step, too.
+
+        Raises:
+            ValueError: an emission without a mean.
         """
         steps = steps_of(x, lengths, mask)
         v = self._inputs(steps, u, carried)
-        inputs = () if v is None else (v[:, 1:],)
-        predicted = self.emission(self.transition(z[..., :-1, :], *inputs).mean, *inputs).mean
-        squares = (steps.seen[:, 1:] - predicted).square()
-        return torch.where(steps.counted[:, 1:], squares, 0.0).sum((-2, -1))
+        begin, before = 1, z[..., :-1, :]
+        if carried is not None:
+            begin, before = 0, torch.cat([carried.z.expand(*z.shape[:-2], -1)[..., None, :], before], -2)
+        inputs = _beside(before, None if v is None else v[:, begin:])
+        predicted = _mean(self.emission(self.transition(before, *inputs).mean, *inputs))
+        if predicted is None:
+            raise ValueError("expected an emission with a mean, got one without: its errors of prediction are unknown")
+        squares = (steps.seen[:, begin:] - predicted).square()
+        return torch.where(steps.counted[:, begin:], squares, 0.0).sum((-2, -1))
 
     def _observed(self, emission: Any, steps: Steps, t: int) -> Tensor:
         """``ln p(x_t | z_t)`` of what is observed, (K, B)."""
@@ -495,9 +531,31 @@ def _options(lengths: Tensor | None, mask: Tensor | None) -> dict[str, Tensor]:
     return {name: value for name, value in (("lengths", lengths), ("mask", mask)) if value is not None}
 
 
+def _beside(z: Tensor, v: Tensor | None) -> tuple[Tensor, ...]:
+    """What the parts get beside z, of its batch shape."""
+    return () if v is None else (v.expand(*z.shape[:-1], -1),)
+
+
+def _mean(emission: Any) -> Tensor | None:
+    try:
+        return emission.mean
+    except NotImplementedError:
+        return None
+
+
+def _check_guide(p: poutine.Trace, q: poutine.Trace) -> None:
+    if others := [name for name in prune_subsample_sites(q).stochastic_nodes if name != "z"]:
+        raise ValueError(
+            f'expected a guide with the latent site "z" alone, got {others} beside: use pyro_vae.evaluate, which '
+            "counts all sites"
+        )
+    check_masks("z", p.nodes["z"], q.nodes["z"])
+
+
 def _systematic(log_w: Tensor) -> Tensor:
     """Ancestors (K, B) for normalised log-weights (K, B): K points, equally spaced from a random start."""
     K, B = log_w.shape
-    points = (torch.rand(B, dtype=log_w.dtype, device=log_w.device)[:, None] + torch.arange(K).to(log_w)) / K
-    ends = log_w.exp().cumsum(0).mT.contiguous()
-    return torch.searchsorted(ends, points.contiguous()).clamp(max=K - 1).mT
+    start = torch.rand(B, dtype=log_w.dtype, device=log_w.device).double()
+    points = (start[:, None] + torch.arange(K, device=log_w.device)) / K
+    ends = log_w.double().exp().cumsum(0).mT.contiguous()
+    return torch.searchsorted(ends / ends[:, -1:], points.contiguous(), right=True).clamp(max=K - 1).mT

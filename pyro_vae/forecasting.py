@@ -30,7 +30,7 @@ class Forecast:
     Attributes:
         split: the sequences themselves: those of the data, or the end of the one series that they are pieces of, which
             is not for scores.
-        num_before: (N,), how many steps each sequence has, the whole of a series.
+        num_before: (N,), how many steps each sequence has in the split, a series in all its pieces.
         draws: x of the H steps after these, (K, N, H, D), in the units that the model sees.
         times: of the H steps, (N, H), in the kind of `split.times`; None where they cannot be told.
     """

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from .compiled import preserved
+from .distributions import check_masks
 
 __all__ = [
     "LogWeights",
@@ -103,7 +104,11 @@ def _structure(model_trace: poutine.Trace, guide_trace: poutine.Trace, plate: st
 
 def _check_latents(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
     for name, site in samples(model_trace):
-        if site["is_observed"] or name in guide_trace.nodes:
+        if site["is_observed"]:
+            continue
+        if name in guide_trace.nodes:
+            if not is_point(guide_trace.nodes[name]["fn"]):
+                check_masks(name, site, guide_trace.nodes[name])
             continue
         if site["infer"].get("enumerate"):
             raise ValueError(

@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Carried", "Steps", "latent_rmse", "steps_of", "windows"]
+__all__ = ["Carried", "Steps", "all_there", "latent_rmse", "steps_of", "windows"]
 
 
 class Steps(NamedTuple):
     """Of sequences x (B, T, D).
 
     Attributes:
-        x: values that are not observed are those of the sequence's first observed step.
+        x: values that are not observed are the first one that is, of the same column in the sequence, or else in the
+            batch; 0 in a column without any.
         there: (B, T), False after a sequence's end; None where all have T steps.
         observed: (B, T) or (B, T, D), False at values that count nothing; None where all count.
     """
@@ -90,16 +91,37 @@ def steps_of(x: Tensor, lengths: Tensor | None = None, mask: Tensor | None = Non
     if lengths is None and mask is None:
         return Steps(x, None, None)
     seen = torch.ones(B, T, dtype=torch.bool, device=x.device) if mask is None else mask.bool()
-    frames = seen if seen.dim() == 2 else seen.any(-1)
     if lengths is None:
+        frames = seen if seen.dim() == 2 else seen.any(-1)
         there = frames.flip(1).cumsum(1).flip(1) > 0
     else:
         there = torch.arange(T, device=x.device) < lengths[:, None]
     observed = seen & (there if seen.dim() == 2 else there[..., None])
-    first = (frames & there).to(torch.uint8).argmax(1)
-    something = x[torch.arange(B, device=x.device), first][:, None]
-    something = torch.where(something.isfinite(), something, 0.0)  # of a sequence without any observation
-    return Steps(x.where(observed if observed.dim() == 3 else observed[..., None], something), there, observed)
+    counted = observed if observed.dim() == 3 else observed[..., None]
+    own, of_any = _first(x, counted), _first(x.flatten(0, 1), counted.flatten(0, 1))
+    something = torch.where(counted.any(1, keepdim=True), own, of_any)
+    something = torch.where(counted.any((0, 1)) & something.isfinite(), something, torch.zeros_like(something))
+    return Steps(x.where(counted, something), there, observed)
+
+
+def _first(x: Tensor, counted: Tensor) -> Tensor:
+    """(..., 1, D), of each column of x (..., T, D) the first value that counts."""
+    at = counted.to(torch.uint8).argmax(-2, keepdim=True)
+    return x.gather(-2, at.expand(*x.shape[:-2], 1, x.shape[-1]))
+
+
+def all_there(x: Tensor, lengths: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """`lengths`, and where they are not told but a mask is, all steps of x (B, T, D): the last ones may be missing.
+
+    Raises:
+        ValueError: lengths that x does not have.
+    """
+    B, T, _ = x.shape
+    if lengths is None:
+        return None if mask is None else torch.full((B,), T, device=x.device)
+    if bool((lengths < 0).any() | (lengths > T).any()):
+        raise ValueError(f"expected lengths from 0 to {T}, got {lengths.tolist()}: the steps of x")
+    return lengths
 
 
 def windows(

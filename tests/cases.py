@@ -15,9 +15,9 @@ from pyro import poutine
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from pyro_vae.guides import AmortizedGuide, families
+from pyro_vae.guides import AmortizedGuide, StateSpaceGuide, families
 from pyro_vae.log_weights import samples
-from pyro_vae.models import VAE, LinearVAE, likelihoods, priors
+from pyro_vae.models import VAE, DeepMarkovModel, LinearVAE, likelihoods, priors
 from pyro_vae.nn import MLP, ConvolutionalDecoder, ConvolutionalEncoder
 
 
@@ -104,6 +104,18 @@ class TwoSites(PyroModule):
 def two_sites() -> tuple[Any, Any]:
     model = TwoSites()
     return model, AmortizedGuide(model, encoder=MLP((8,)))
+
+
+class FiveSteps(DeepMarkovModel):
+    """Sequences of one length, so that draws are asked for as of any model."""
+
+    def forward(self, x: Tensor | None = None, *, num_data: int | None = None) -> Tensor:  # type: ignore[override]
+        return super().forward(x, num_data=num_data, num_steps=5 if x is None else None)
+
+
+def five_steps() -> tuple[Any, Any]:
+    model = FiveSteps((3,), 2, 5, (4,), likelihood=likelihoods.Normal())
+    return model, StateSpaceGuide(model, hidden=4)
 
 
 def real() -> Tensor:
@@ -210,6 +222,7 @@ CASES = [
         lambda: (model := VAE((4,), latent_dim=2), AmortizedGuide(model, family=families.DiagonalNormal())),
         lambda: torch.rand(20, 4).round(),
     ),
+    Case("sequences", five_steps, lambda: torch.randn(20, 5, 3)),
     Case("two_sites", two_sites, lambda: torch.randn(20, 4)),
     Case("two_site_prior", mixed, lambda: torch.rand(20, 4).round()),
     Case("vamp_prior", vamp, lambda: torch.rand(20, 4).round()),

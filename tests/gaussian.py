@@ -76,6 +76,58 @@ def walk(T):
         return model, Linear(T, *parts, noise.view(1, 1), torch.zeros(1), torch.eye(1))
 
 
+class Driven:
+    """A linear model of one number whose parts read x_{t-1} and u_t, with weights that all differ."""
+
+    def __init__(self, scale=0.5):
+        torch.manual_seed(3)
+        self.scale = scale
+        self.emit = nn.Linear(3, 1)
+        self.model = StateSpaceModel(
+            Initial(1, 2, scale), LinearTransition(1, 2, scale), _Emission(self.emit, scale), num_inputs=1, feedback=1
+        )
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.copy_(0.6 * torch.randn_like(parameter))
+
+    def next_state(self, z, x, u):
+        return self.model.transition.mean.function(torch.stack([z, x, u], -1)).squeeze(-1)
+
+    def emitted(self, z, x, u):
+        return self.emit(torch.stack([z, x, u], -1)).squeeze(-1)
+
+    def joint(self, u, seen):
+        """Of (z_1 ... z_T, x_1 ... x_T) for inputs u (T,) of one sequence, of which x is observed where seen (T,): what
+        is not acts as 0."""
+        T, start = len(u), self.model.initial
+        first, step, emit = start.inputs.weight[0], self.model.transition.mean.function, self.emit
+        F, c = torch.zeros(2 * T, 2 * T), torch.zeros(2 * T)
+        for t in range(T):
+            c[t] = start.mean[0] + first[1] * u[0] if t == 0 else step.bias[0] + step.weight[0, 2] * u[t]
+            c[T + t] = emit.bias[0] + emit.weight[0, 2] * u[t]
+            F[T + t, t] = emit.weight[0, 0]
+            if t:
+                F[t, t - 1] = step.weight[0, 0]
+                F[t, T + t - 1], F[T + t, T + t - 1] = seen[t - 1] * step.weight[0, 1], seen[t - 1] * emit.weight[0, 1]
+        inverse = torch.linalg.inv(torch.eye(2 * T) - F)
+        return inverse @ c, self.scale**2 * inverse @ inverse.mT
+
+
+class _Emission(nn.Module):
+    def __init__(self, linear, scale):
+        super().__init__()
+        self.linear, self.scale = linear, scale
+
+    def forward(self, z, v):
+        return dist.Normal(self.linear(torch.cat([z, v], -1)), self.scale).to_event(1)
+
+
+def given(mean, covariance, known, values):
+    """Mean and covariance of a normal vector given some of its entries."""
+    gain = covariance[:, known] @ torch.linalg.inv(covariance[known][:, known])
+    return mean + gain @ (values - mean[known]), covariance - gain @ covariance[known]
+
+
 def linear_data():
     """The data of arXiv 1609.09869's linear model, by the seed of its code."""
     state = np.random.RandomState(1)
@@ -92,12 +144,12 @@ def linear_data():
 class Half(nn.Module):
     """x_t ~ N(z_t / 2, scale^2)."""
 
-    def __init__(self, scale):
+    def __init__(self, scale, weight=0.5):
         super().__init__()
-        self.scale = scale
+        self.scale, self.weight = scale, weight
 
     def forward(self, z):
-        return dist.Normal(0.5 * z, self.scale).to_event(1)
+        return dist.Normal(self.weight * z, self.scale).to_event(1)
 
 
 def krishnan():

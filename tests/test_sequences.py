@@ -1,5 +1,6 @@
 """What state-space models are used for: predictions, windows, feedback, presets; exact answers."""
 
+import dataclasses
 import tempfile
 from functools import partial
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from gaussian import Half, Linear, krishnan, linear_data, walk
+from gaussian import Driven, Half, Linear, given, krishnan, linear_data, walk
 from grid import Grid
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
@@ -18,12 +19,13 @@ from pyro_vae import evaluate, fit, load_dataset
 from pyro_vae.data import Data, Dataset, Split
 from pyro_vae.estimators import ELBO, PredictionPenalty, ReweightedWakeSleep, WakeSleep
 from pyro_vae.guides import AmortizedGuide, StateSpaceGuide
-from pyro_vae.models import VAE, DeepMarkovModel, StateSpaceModel, likelihoods
+from pyro_vae.log_weights import log_weights
+from pyro_vae.models import VAE, DeepMarkovModel, StateSpaceModel, likelihoods, state_space
 from pyro_vae.models.transitions import Emission, GatedTransition, Initial, LinearTransition, NormalTransition
 from pyro_vae.prediction import decode, sample, to_arviz
 from pyro_vae.report.sequences import Sequences
 from pyro_vae.schedules import Cosine
-from pyro_vae.sequences import latent_rmse, steps_of, windows
+from pyro_vae.sequences import Carried, latent_rmse, steps_of, windows
 
 pytestmark = pytest.mark.usefixtures("float64")
 Z, D, C, T, B = 2, 3, 2, 5, 4
@@ -145,6 +147,120 @@ def test_a_prediction_of_one_step_is_kalmans(causal):
         torch.testing.assert_close(drawn[:, :, t, 0].var(0), variance.expand(3), rtol=0.05, atol=0)
 
 
+def with_gaps():
+    """x, u, which x are observed, and lengths: gaps at both ends and within, and ends in between."""
+    torch.manual_seed(4)
+    mask = torch.tensor([[0, 1, 0, 1, 0], [1, 1, 0, 1, 1], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]]).bool()
+    x = torch.randn(4, 5, 1).where(mask[..., None], torch.nan)
+    return x, torch.randn(4, 5, 1), mask, torch.tensor([5, 3, 2, 4])
+
+
+@pytest.mark.parametrize("with_lengths", [False, True])
+@torch.no_grad()
+def test_the_filter_with_inputs_gaps_and_feedback_is_exact(with_lengths):
+    """What it says of z and of the next x, and the evidence; without lengths the chain goes on over a last gap."""
+    driven = Driven()
+    x, u, mask, lengths = with_gaps()
+    lengths = lengths if with_lengths else None
+    torch.manual_seed(0)
+    found = driven.model.filter(x, u, mask=mask, lengths=lengths, num_particles=100_000)
+    for i, n in enumerate([5] * 4 if lengths is None else lengths.tolist()):
+        seen = mask[i, :n]
+        joint = driven.joint(u[i, :n, 0], seen)
+        evidence = 0.0
+        for t in range(n):
+            known = seen.clone()
+            known[t:] = False
+            at = n + known.nonzero()[:, 0]
+            mean, covariance = given(*joint, at, x[i, :n, 0][known])
+            assert float(found.predicted[i, t, 0]) == pytest.approx(float(mean[n + t]), abs=0.02)
+            if seen[t]:
+                p = dist.Normal(mean[n + t], covariance[n + t, n + t].sqrt())
+                evidence = evidence + p.log_prob(x[i, t, 0])
+                mean, _ = given(*joint, torch.cat([at, torch.tensor([n + t])]), x[i, : t + 1, 0][seen[: t + 1]])
+            assert float(found.mean[i, t, 0]) == pytest.approx(float(mean[t]), abs=0.02)
+        assert float(found.log_evidence[i]) == pytest.approx(float(evidence), abs=0.02)
+
+
+@torch.no_grad()
+def test_queries_read_the_inputs_and_the_values_of_their_own_step():
+    """Of a model almost without noise, z being known: one-step predictions, forecasts, imputations, in closed form."""
+    driven, path = Driven(scale=1e-7), torch.randn(4, 5)
+    model = driven.model
+    (x, u, mask, lengths), future = with_gaps(), torch.randn(4, 2, 1)
+    lengths = lengths.clamp(min=2)
+
+    def guide(x, u, **kwargs):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(path[:, : x.shape[1], None]).to_event(2))
+
+    seen = torch.where(mask, x[..., 0], 0.0)
+    ahead = model.predict_one_step(guide, x, u, mask=mask, lengths=lengths, num_samples=1)[0, ..., 0]
+    filled = model.impute(guide, x, u, mask=mask, lengths=lengths, num_samples=1)[0, ..., 0]
+    later = model.forecast(guide, x, u, future, mask=mask, lengths=lengths, num_samples=1)[0, ..., 0]
+    trailing = model.forecast(guide, x, u, future, mask=mask, num_samples=1)[0, ..., 0]
+    for i, n in enumerate(lengths.tolist()):
+        for t in range(1, n):
+            z = driven.next_state(path[i, t - 1], seen[i, t - 1], u[i, t, 0])
+            assert float(ahead[i, t]) == pytest.approx(float(driven.emitted(z, seen[i, t - 1], u[i, t, 0])), abs=1e-5)
+            own = x[i, t, 0] if mask[i, t] else driven.emitted(path[i, t], seen[i, t - 1], u[i, t, 0])
+            assert float(filled[i, t]) == pytest.approx(float(own), abs=1e-5)
+        for drawn, end in ((later, n), (trailing, 5)):
+            z, before = path[i, end - 1], seen[i, end - 1]
+            for t in range(2):
+                z = driven.next_state(z, before, future[i, t, 0])
+                before = driven.emitted(z, before, future[i, t, 0])
+                assert float(drawn[i, t]) == pytest.approx(float(before), abs=1e-5)
+
+
+def test_a_gap_at_the_end_is_no_end():
+    """A guide is told so by every query."""
+    model, told = autoregressive(C), []
+
+    def guide(x, u, lengths=None, mask=None):
+        told.append(lengths.tolist())
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(len(x), x.shape[1], Z), 1.0).to_event(2))
+
+    (x, u), mask = batch(), torch.arange(T) < torch.tensor([[3]] * B)
+    guide.causal = True
+    model.smooth(guide, x, u, mask=mask)
+    model.predict_one_step(guide, x, u, mask=mask)
+    model.impute(guide, x, u, mask=mask)
+    model.forecast(guide, x, u, torch.zeros(B, 1, C), mask=mask)
+    assert told == [[T] * B] * 4
+    with pytest.raises(ValueError, match="expected lengths from 0 to 5, got"):
+        model.smooth(guide, x, u, lengths=torch.tensor([5, 6, 1, 1]))
+
+
+def test_a_guide_that_counts_what_is_not_there_is_refused():
+    """It would pay for z after a sequence's end, and the bound be none; masked, or where all is there, it is taken."""
+    model, lengths = DeepMarkovModel((D,), 2, 5, (4,), likelihood=likelihoods.Normal()), torch.tensor([5, 2, 3, 5])
+    x = batch()[0]
+
+    def guide(x, lengths=None, masked=False):
+        q = dist.Normal(torch.zeros(len(x), x.shape[1], 2), 0.5)
+        q = q.mask(steps_of(x, lengths).there[..., None]) if masked else q
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", q.to_event(2))
+
+    for bound in (
+        lambda guide, **kwargs: ELBO().loss(model, guide, x, **kwargs),
+        lambda guide, **kwargs: model.log_evidence(x, guide=guide, **kwargs),
+        lambda guide, **kwargs: evaluate(model, guide, (x, kwargs), num_samples=5, progress=False),
+    ):
+        with pytest.raises(ValueError, match='expected latent site "z" masked in model and guide alike'):
+            bound(guide, lengths=lengths)
+        bound(partial(guide, masked=True), lengths=lengths)
+        bound(guide)
+    with pytest.raises(ValueError, match="in the guide alone: give the model's MarkovChain that mask"):
+        ELBO().loss(lambda x, **kwargs: model(x), guide_of(model), x, lengths=lengths)
+    with pytest.raises(ValueError, match='expected latent site "z" without a mask'):
+        AmortizedGuide(model)(x, lengths=lengths)
+    with pytest.raises(ValueError, match="use pyro_vae.evaluate, which counts all sites"):
+        model.log_evidence(x, guide=pyro.infer.autoguide.AutoNormal(model))
+
+
 @pytest.mark.parametrize("inference", ["ST-L", "ST-LR"])
 def test_predictions_do_not_see_ahead(inference):
     model = DeepMarkovModel((D,), 2, 5, (4,), likelihood=likelihoods.Normal(), num_inputs=C, autoregressive=True)
@@ -178,7 +294,7 @@ class _Flat(dist.TorchDistribution):
         return self.joint.log_prob(value.flatten(-2))
 
 
-def test_the_evidence_by_a_guide_is_exact_where_the_guide_is():
+def test_the_evidence_by_a_guide_is_exact_where_the_guide_is(monkeypatch):
     model, exact = walk(6)
     x = exact.of_x.sample([3]).unflatten(1, (6, 1))
 
@@ -188,6 +304,13 @@ def test_the_evidence_by_a_guide_is_exact_where_the_guide_is():
 
     found = model.log_evidence(x, guide=guide, num_samples=7)
     torch.testing.assert_close(found, exact.log_evidence(x), rtol=0, atol=1e-8)
+    with monkeypatch.context() as patched:  # two draws at a time, and one sequence
+        patched.setattr(state_space, "MAX_ELEMENTS", 2 * 18)
+        torch.testing.assert_close(model.log_evidence(x, guide=guide, num_samples=7), found, rtol=0, atol=1e-8)
+        each = model.log_evidence(x, lengths=torch.tensor([6, 2, 6]), num_samples=20_000)
+    shorter = walk(2)[1].log_evidence(x[1:2, :2])
+    torch.testing.assert_close(each[[0, 2]], found[[0, 2]], rtol=0, atol=0.05)
+    torch.testing.assert_close(each[1:2], shorter, rtol=0, atol=0.05)
     torch.manual_seed(0)
     approximate = guide_of(model)
     bounds = model.log_evidence(x.repeat(200, 1, 1), guide=approximate, num_samples=500).exp().view(200, 3)
@@ -298,6 +421,25 @@ def test_a_sequence_without_observations():
     assert all(bool(torch.isfinite(p.grad).all()) for p in model.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("entries", [False, True])
+def test_what_is_not_observed_need_not_be_possible(entries):
+    """-999 of a Bernoulli, in gaps, in a sequence and a column without observations, with Pyro's validation."""
+    model, x = DeepMarkovModel((D,), 2, 5, (4,)), (batch()[0] > 0).double()
+    guide, mask = guide_of(model), torch.rand(B, T, D) < 0.5
+    mask[1], mask[:, 0], mask[2, :, 1] = False, False, False
+    mask = mask if entries else mask[..., 0]
+    found = []
+    for value in (0.0, -999.0):
+        torch.manual_seed(0)
+        given = x.where(mask if entries else mask[..., None], torch.tensor(value))
+        found.append(Trace_ELBO().loss(model, guide, given, mask=mask))
+    assert found[0] == found[1]
+    steps = steps_of(x.where(x > 2, torch.nan), mask=torch.zeros(B, T, dtype=torch.bool))
+    assert bool((steps.x == 0).all())
+    for args, kwargs in windows(3, given, lengths=torch.tensor([5, 2, 3, 5]), mask=mask):
+        assert Trace_ELBO().loss(model, guide, *args, **kwargs) > 0
+
+
 def tutorial_loop(model, guide, x):
     """Pyro's tutorial's model, a site for each step, from the same modules."""
 
@@ -343,14 +485,25 @@ def test_the_papers_model():
         StateSpaceModel(Initial(2, 1), LinearTransition(2, 1), Emission(2, 3, num_inputs=1), feedback=1)
 
 
+def papers_linear():
+    one = torch.eye(1)
+    return Linear(25, one, torch.tensor([0.05]), 10 * one, 0.5 * one, torch.zeros(1), 20 * one, torch.zeros(1), one)
+
+
+def mean_field_bound(exact, x):
+    """The best bound of steps without z_{t-1}, nats per step: q has the diagonal of the posterior's precision."""
+    covariance = exact.smoothed(x)[1]
+    gap = 0.5 * (torch.linalg.inv(covariance).diagonal().log().sum() + covariance.logdet())
+    return float(exact.log_evidence(x).mean() - gap) / exact.T
+
+
 def test_the_exact_evidence_of_the_linear_model():
     """3.0741 nats per step on the validation split: the data, and the dense joint, are those of the paper."""
-    x = linear_data()[1][0]
-    one = torch.eye(1)
-    exact = Linear(25, one, torch.tensor([0.05]), 10 * one, 0.5 * one, torch.zeros(1), 20 * one, torch.zeros(1), one)
-    assert float(exact.log_evidence(x).mean()) / 25 == pytest.approx(-3.0741, abs=5e-5)
-    mean, _ = exact.smoothed(x)
-    assert latent_rmse(mean[None], linear_data()[1][1]) == pytest.approx(3.687, abs=5e-4)
+    exact, (train, valid) = papers_linear(), linear_data()
+    assert float(exact.log_evidence(valid[0]).mean()) / 25 == pytest.approx(-3.0741, abs=5e-5)
+    assert mean_field_bound(exact, train[0]) == pytest.approx(-3.2685, abs=5e-5)
+    mean, _ = exact.smoothed(valid[0])
+    assert latent_rmse(mean[None], valid[1]) == pytest.approx(3.687, abs=5e-4)
 
 
 def ragged(lengths):
@@ -449,11 +602,124 @@ def test_a_penalty_on_predictions():
     for a, b, c in zip(penalised[1], plain[1], own, strict=True):
         if a is not None:
             torch.testing.assert_close(a, b + (0.0 if c is None else c), rtol=1e-8, atol=1e-10)
-    several = PredictionPenalty(0.5, num_particles=3)
-    assert several.loss(model, guide, x, u, lengths=lengths) > 0
     vae = VAE((4,), latent_dim=2)
     with pytest.raises(ValueError, match="expected a StateSpaceModel for PredictionPenalty"):
         PredictionPenalty(0.5).differentiable_loss(vae, AmortizedGuide(vae), torch.ones(20, 4).double())
+
+
+@pytest.mark.parametrize("vectorize", [False, True])
+def test_a_penalty_is_the_mean_over_the_draws_and_scales_with_the_data(vectorize, monkeypatch):
+    model = autoregressive(C)
+    (x, u), lengths, drawn = batch(), torch.tensor([5, 2, 3, 5]), []
+    guide, plain = guide_of(model), type(model).prediction_error
+
+    def noted(self, z, *args, **kwargs):
+        drawn.append(z.expand(-1, B, T, Z) if z.dim() == 4 else z[None])
+        return plain(self, z, *args, **kwargs)
+
+    monkeypatch.setattr(StateSpaceModel, "prediction_error", noted)
+    penalty = PredictionPenalty(0.5, num_particles=3, vectorize_particles=vectorize)
+    torch.manual_seed(0)
+    weights = log_weights(model, guide, (x, u), {"lengths": lengths}, 3, vectorize=vectorize)
+    extra = penalty.extra(dataclasses.replace(weights, scale=10.0), model, guide, (x, u), {"lengths": lengths})
+    z = torch.cat(drawn)
+    assert z.shape == (3, B, T, Z)
+    total = sum(plain(model, each, x, u, lengths=lengths).sum() for each in z)
+    torch.testing.assert_close(extra, -0.5 * 10 * total / 3, rtol=1e-10, atol=0)
+
+
+def test_errors_of_prediction_in_windows_are_those_of_the_whole():
+    model = autoregressive(C)
+    (x, u), z, lengths, begin = batch(), torch.randn(7, B, T, Z), torch.tensor([5, 2, 3, 5]), 0
+    whole, parts, carried = model.prediction_error(z, x, u, lengths=lengths), 0.0, None
+    for args, kwargs in windows(2, x, u, lengths=lengths):
+        end = begin + args[0].shape[1]
+        parts = parts + model.prediction_error(z[..., begin:end, :], *args, **kwargs, carried=carried)
+        carried, begin = Carried(z[..., end - 1, :], x[:, end - 1]), end
+    torch.testing.assert_close(parts, whole, rtol=1e-10, atol=0)
+
+
+class Squashed(nn.Module):
+    """A distribution without a mean."""
+
+    def forward(self, z):
+        p = dist.TransformedDistribution(dist.Normal(z, 1.0), [torch.distributions.SigmoidTransform()])
+        return p.to_event(1)
+
+
+def test_an_emission_without_a_mean():
+    """Its evidence is known, its predictions are not."""
+    model = StateSpaceModel(Initial(1), NormalTransition(lambda z: z, 1, 0.1), Squashed())
+    x = torch.rand(2, 3, 1)
+    found = model.filter(x, num_particles=20_000)
+    assert bool(found.predicted.isnan().all())
+    normal = StateSpaceModel(Initial(1), NormalTransition(lambda z: z, 1, 0.1), Half(1.0, weight=1.0))
+    there = normal.filter(x.logit(), num_particles=20_000).log_evidence
+    expected = there - (x * (1 - x)).log().sum((1, 2))
+    torch.testing.assert_close(found.log_evidence, expected, rtol=0, atol=0.05)
+    with pytest.raises(ValueError, match="expected an emission with a mean"):
+        PredictionPenalty(1.0).differentiable_loss(model, guide_of(model), x)
+
+
+def test_whole_numbers_are_weighed_as_numbers_are():
+    """A filter of x of any type."""
+    model = DeepMarkovModel((D,), 2, 5, (4,), likelihood=likelihoods.Poisson())
+    found = []
+    for dtype in (torch.float64, torch.int64, torch.bool):
+        torch.manual_seed(0)
+        found.append(model.filter((batch()[0] > 0).to(dtype), num_particles=500).log_evidence)
+    assert found[0].dtype == torch.float64
+    for each in found[1:]:
+        torch.testing.assert_close(each, found[0], rtol=0, atol=0)
+
+
+def test_functions_of_state_and_inputs_get_both_of_one_shape():
+    """As a user writes them, at any number of draws."""
+    readout, move = nn.Linear(Z + C, D), nn.Linear(Z + C, Z)
+
+    class Readout(nn.Module):
+        def forward(self, z, u):
+            return dist.Normal(readout(torch.cat([z, u], -1)), 1.0).to_event(1)
+
+    transition = NormalTransition(lambda z, u: move(torch.cat([z, u], -1)), Z)
+    model = StateSpaceModel(Initial(Z, C), transition, Readout(), num_inputs=C)
+    guide, (x, u) = guide_of(model), batch()
+    for loss in (ELBO(3), TraceMeanField_ELBO(num_particles=3, vectorize_particles=True)):
+        assert 0 < loss.loss(model, guide, x, u) < 1e4
+    assert model.filter(x, u, num_particles=3).z.shape == (3, B, T, Z)
+    assert model.forecast(guide, x, u, u, num_samples=3).shape == (3, B, T, D)
+    assert model.predict_one_step(guide, x, u, num_samples=3).shape == (3, B, T, D)
+    mask = torch.rand(B, T) < 0.5
+    assert model.impute(guide, x, u, mask=mask, num_samples=3).shape == (3, B, T, D)
+    assert model.prediction_error(torch.randn(3, B, T, Z), x, u).shape == (3, B)
+    assert model.log_evidence(x, u, guide=guide, num_samples=3).shape == (B,)
+    assert model(u=u).shape == (B, T, D)
+
+
+def test_draws_are_scored_with_the_values_that_they_were_drawn_with():
+    """Where x_{t-1} acts on z_t: with gradients, though they were drawn without."""
+    model = autoregressive(C)
+    _, u = batch()
+    with torch.no_grad():
+        trace = poutine.trace(model).get_trace(u=u)
+    x, z = (trace.nodes[name]["value"] for name in ("x", "z"))
+    expected = poutine.trace(poutine.condition(model, {"z": z})).get_trace(x, u).log_prob_sum()
+    torch.testing.assert_close(trace.log_prob_sum(), expected, rtol=1e-10, atol=0)
+    assert expected.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_particles_of_no_weight_have_no_offspring(dtype):
+    """And the others within one of K w."""
+    torch.manual_seed(0)
+    K = 100_000
+    log_w = torch.randn(K, 5, dtype=dtype)
+    log_w[-2:] = -torch.inf
+    log_w = log_w.log_softmax(0)
+    for _ in range(20):
+        counts = torch.stack([each.bincount(minlength=K) for each in state_space._systematic(log_w).mT], -1)
+        assert int(counts[-2:].sum()) == 0
+        assert float((counts - K * log_w.double().exp()).abs().max()) < 1.01
 
 
 def test_the_exact_evidence_of_the_nonlinear_model():
@@ -494,20 +760,20 @@ def trained(model, inference, data, epochs=100, **options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("inference", "exact"), [("ST-R", 3.0741), ("ST-LR", 3.0741), ("MF-LR", 3.27)])
-def test_trained_guides_come_to_the_exact_values(inference, exact):
-    """On the linear model: the evidence where q can be the posterior; no less than the best mean-field bound where not.
+@pytest.mark.parametrize("inference", ["ST-R", "ST-LR", "MF-LR"])
+def test_trained_guides_come_to_the_exact_values(inference):
+    """On the linear model: the evidence where q can be the posterior; the best mean-field bound where not.
 
     Recorded in float32 by benchmarks/nonlinear_ssm.py.
     """
+    exact, (x, _) = papers_linear(), linear_data()[1]
+    best = mean_field_bound(exact, x) if inference == "MF-LR" else float(exact.log_evidence(x).mean()) / 25
     torch.set_default_dtype(torch.float32)
     dataset = load_dataset("linear_sequences")
     model = krishnan()
     guide = trained(model, inference, dataset.train)
     found = evaluate(model, guide, dataset.valid, num_samples=20, progress=False).per_step["elbo"]
-    assert -found.value == pytest.approx(exact, abs=0.01)
-    if inference == "MF-LR":
-        assert -found.value > 3.2685 - 0.01  # that of the training split
+    assert best - 0.01 < found.value < best + 4 * found.standard_error_draws
 
 
 @pytest.mark.slow

@@ -77,16 +77,17 @@ def test_the_joint_density_is_the_dense_gaussians():
 @pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
 @pytest.mark.parametrize("inference", CODES)
 def test_who_sees_what(inference, cell):
-    """L: x up to t; R: x from t on; ST: z_{t-1} too."""
-    _, guide = pair(inference, cell=cell)
-    x = batch()[0].requires_grad_()
-    h = torch.cat([guide.encoded(steps_of(x), None, direction) for direction in guide.cells], -1)
+    """L: x and u up to t; R: from t on; ST: z_{t-1} too."""
+    _, guide = pair(inference, cell=cell, num_inputs=C)
+    x, u = (each.requires_grad_() for each in batch())
+    h = torch.cat([guide.encoded(steps_of(x), u, direction) for direction in guide.cells], -1)
     z = torch.randn(B, Z, requires_grad=True)
     for t in range(T):
         q = guide.step(z, h[:, t])
         total = q.base_dist.loc.sin().sum() + q.base_dist.scale.sum()
-        of_x, of_z = torch.autograd.grad(total, [x, z], retain_graph=True, allow_unused=True)
+        of_x, of_u, of_z = torch.autograd.grad(total, [x, u, z], retain_graph=True, allow_unused=True)
         seen = of_x.abs().sum((0, 2)) > 0
+        assert torch.equal(of_u.abs().sum((0, 2)) > 0, seen)
         directions = inference.split("-")[1]
         expected = [("L" in directions and s < t) or ("R" in directions and s > t) or s == t for s in range(T)]
         assert seen.tolist() == expected
@@ -289,6 +290,10 @@ def test_what_is_missing_is_drawn_and_the_rest_kept():
     drawn = model.impute(guide, x.where(mask, torch.nan), mask=mask, num_samples=50)
     assert drawn.shape == (50, B, T, D) and bool((drawn == x)[:, mask].all()) and bool(torch.isfinite(drawn).all())
     assert bool((drawn.std(0)[~mask] > 0).all())
+    marked = x.clone()
+    marked[0, 1] = torch.nan  # which is missing, whatever the mask says
+    drawn = model.impute(guide, marked, mask=torch.ones(B, T, D, dtype=torch.bool), num_samples=3)
+    assert bool(drawn.isfinite().all()) and bool((drawn == x).all(-1)[:, 1:].all())
     seen = []
 
     def spied(*args, **kwargs):

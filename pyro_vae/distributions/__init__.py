@@ -1,7 +1,7 @@
 """What models and guides are both made of: flow transforms, and distributions that Pyro lacks."""
 
 from .autoregressive import autoregressive, coupling
-from .markov_chain import MarkovChain
+from .markov_chain import MarkovChain, check_masks
 from .missing import WithMissing
 from .transforms import (
     GatedAffineTransform,
@@ -20,5 +20,6 @@ __all__ = [
     "SylvesterTransform",
     "WithMissing",
     "autoregressive",
+    "check_masks",
     "coupling",
 ]

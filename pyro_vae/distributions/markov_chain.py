@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyro.distributions as dist
@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from ..scan import scan
 
-__all__ = ["MarkovChain"]
+__all__ = ["MarkovChain", "check_masks"]
 
 
 class MarkovChain(dist.TorchDistribution):
@@ -118,12 +118,18 @@ class MarkovChain(dist.TorchDistribution):
         return path
 
     def log_prob(self, value: Tensor) -> Tensor:
-        drawn, each, with_gradient = self._draw or (None, None, False)
-        if drawn is not value or each is None or (torch.is_grad_enabled() and not with_gradient):
+        drawn, each = self._own_draw()
+        if drawn is not value or each is None:
             each = self.log_prob_of_steps(value)
         if self.mask_ is not None:
             each = torch.where(self.mask_, each, 0.0)
         return each.sum(-1)
+
+    def _own_draw(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """The last draw and its steps' scores, if they have the gradients that are asked for."""
+        if self._draw is None or (torch.is_grad_enabled() and not self._draw[2]):
+            return None, None
+        return self._draw[:2]
 
     def log_prob_of_steps(self, value: Tensor) -> Tensor:
         """``ln p(z_t | z_{t-1}, u_t)`` of each step, (*batch, T), masked ones too."""
@@ -155,7 +161,10 @@ class MarkovChain(dist.TorchDistribution):
         return first, later.movedim(0, -1)
 
     def _next(self, z: Tensor, u: Tensor | None, carry: Any) -> tuple[Any, Any]:
-        given = (z,) if self.inputs is None else (z, u)
+        given: tuple[Tensor, ...] = (z,)
+        if self.inputs is not None and u is not None:
+            batch = z.shape[: z.dim() - len(self.initial.event_shape)]
+            given = z, u.expand(torch.broadcast_shapes(batch, u.shape[:-1]) + u.shape[-1:])
         return (self.transition(*given), ()) if self.carry is None else self.transition(*given, carry)
 
     def _carry(self, shape: torch.Size) -> Any:
@@ -170,6 +179,25 @@ class MarkovChain(dist.TorchDistribution):
         return u.expand(shape + u.shape[-2:]).movedim(-2, 0)
 
 
+def check_masks(name: str, p: Mapping[str, Any], q: Mapping[str, Any]) -> None:
+    """Raise where one of a latent site's two forms leaves out steps of a chain, and the other counts them."""
+    for one, its, other, site in (("model", p, "guide", q), ("guide", q, "model", p)):
+        if getattr(its["fn"], "mask_", None) is not None and not _leaves_out(site):
+            raise ValueError(
+                f'expected latent site "{name}" masked in model and guide alike, got steps that are not there in the '
+                f"{one} alone: give the {other}'s MarkovChain that mask, or its distribution by .mask()"
+            )
+
+
+def _leaves_out(site: Mapping[str, Any]) -> bool:
+    p = site["fn"]
+    while p is not None:
+        if isinstance(p, dist.MaskedDistribution) or getattr(p, "mask_", None) is not None:
+            return True
+        p = getattr(p, "base_dist", None)
+    return isinstance(site["mask"], Tensor)
+
+
 def _drawn(p: Any) -> Tensor:
     return p.rsample() if p.has_rsample else p.sample()
 
@@ -181,7 +209,8 @@ def _kl_of_chains(q: MarkovChain, p: MarkovChain) -> Tensor:
         raise NotImplementedError("the steps of a recurrent chain are not known apart from its carry")
     if not q.has_rsample:
         raise NotImplementedError("without a path to differentiate, the divergence lacks the score of its draw")
-    z = q._draw[0] if q._draw is not None else q.rsample()
+    z, _ = q._own_draw()
+    z = q.rsample() if z is None else z
     time = z.dim() - len(q.event_shape)
     first = kl_divergence(q.initial, p.initial)
     if q.num_steps > 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..log_weights import LogWeights
@@ -45,5 +46,6 @@ class PredictionPenalty(ELBO):
     def extra(self, weights: LogWeights, model: Callable, guide: Callable, args: Any, kwargs: Any) -> Tensor:
         if not hasattr(model, "prediction_error") or "z" not in weights.sites:
             raise ValueError(f"expected a StateSpaceModel for PredictionPenalty, got {type(model).__name__}: use ELBO")
-        error = model.prediction_error(weights.sites["z"].value, *args, **kwargs)
-        return -self.weight * weights.scale * error.flatten(0, -2).mean(0).sum()
+        draws = [call.q.nodes["z"]["value"] for call in weights.calls]
+        errors = torch.stack([model.prediction_error(z, *args, **kwargs) for z in draws])
+        return -self.weight * weights.scale * errors.flatten(0, -2).mean(0).sum()
