@@ -256,17 +256,19 @@ def contestant(kind: str, size: Size, kept_memory: bool, channel: Any) -> None:
     channel.send(TraceMeanField_ELBO().loss(*programs, x, lengths=lengths))
     maker: Any = SVI if kind == "stock" else CompiledSVI
     svi = maker(*programs, ClippedAdam({"lr": 1e-5, "clip_norm": 10.0}), TraceMeanField_ELBO())
+    step = partial(svi.step, x, lengths=lengths)
     while steps := channel.recv():
         seconds = []
         for _ in range(steps):
             began = time.perf_counter()
-            svi.step(x, lengths=lengths)
+            step()
             seconds.append(time.perf_counter() - began)
         channel.send(seconds)
-    channel.send((getattr(svi, "compiled", False), products(lambda: svi.step(x, lengths=lengths))))
+    channel.send((getattr(svi, "compiled", False), products(step, 1 if kind == "stock" else 10)))
+    channel.recv()  # as an end beside the other's last steps would take their time
 
 
-def products(step: Callable[[], Any], steps: int = 10) -> float:
+def products(step: Callable[[], Any], steps: int) -> float:
     """Seconds that a step spends in matrix products."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         for _ in range(steps):
@@ -297,6 +299,8 @@ def timed(size: Size, kept_memory: bool, repetitions: int = 7) -> dict[str, Any]
             seconds[kind] += seconds_of(kind, 2 if kind == "stock" else 6)
     found = {kind: statistics.median(times) for kind, times in seconds.items()}
     (_, stock_products), (compiled, compiled_products) = (seconds_of(kind, 0) for kind in channels)
+    for channel in channels.values():
+        channel.send(None)
     return {
         "size": size._asdict(),
         "stock_seconds": found["stock"],
