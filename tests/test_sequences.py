@@ -150,7 +150,7 @@ def test_a_prediction_of_one_step_is_kalmans(causal):
 def with_gaps():
     """x, u, which x are observed, and lengths: gaps at both ends and within, and ends in between."""
     torch.manual_seed(4)
-    mask = torch.tensor([[0, 1, 0, 1, 0], [1, 1, 0, 1, 1], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]]).bool()
+    mask = torch.tensor([[0, 1, 0, 1, 0], [1, 0, 1, 1, 1], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]]).bool()
     x = torch.randn(4, 5, 1).where(mask[..., None], torch.nan)
     return x, torch.randn(4, 5, 1), mask, torch.tensor([5, 3, 2, 4])
 
