@@ -17,6 +17,8 @@ from torch.distributions import biject_to, constraints
 from torch.distributions.constraints import MixtureSameFamilyConstraint
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
+from ..distributions import is_masked
+
 __all__ = ["Call", "Calls", "Latent", "Plate", "check_static", "data_plate", "latents", "untouched"]
 
 MAX_CALLS = 100  # signatures that are kept
@@ -108,8 +110,7 @@ class Latent:
             self.support = self.support.base_constraint
         self.plates = _plates(site)
         scale = math.prod(plate.full_size / plate.size for plate in self.plates)
-        left_out = site["mask"] if site["mask"] is not None else getattr(site["fn"], "mask_", None)
-        if left_out is not None or not math.isclose(float(site["scale"]), scale, rel_tol=1e-5):
+        if is_masked(site) or not math.isclose(float(site["scale"]), scale, rel_tol=1e-5):
             raise ValueError(
                 f'expected latent site "{name}" without a mask or a scale of its own, which q would lack: mask what is '
                 "observed alone, and scale model and guide together, as by pyro_vae.svi.latent_scale"

@@ -116,9 +116,8 @@ class StateSpaceModel(Configured, PyroModule):
             return self._generated(int(B), int(T), u if u is None else u.expand(B, -1, -1))  # type: ignore[arg-type]
         (B, T, _), steps = x.shape, steps_of(x, lengths, mask)
         v = self._inputs(steps, u, carried)
-        first = () if v is None else (v[:, 0],)
         with pyro.plate("data", B):
-            initial = self.initial(*first) if carried is None else self.transition(carried.z, *first)
+            initial = self.initial(*_at(v, 0)) if carried is None else self.transition(carried.z, *_at(v, 0))
             z = pyro.sample("z", MarkovChain(initial, self.transition, T, v, steps.there))
             p, observed = self.emission(z, *_beside(z, v)), steps.observed
             x = steps.x
@@ -208,7 +207,7 @@ class StateSpaceModel(Configured, PyroModule):
         v = self._inputs(steps, u)
         equal = -math.log(K)
         found: list[tuple[Tensor, ...]] = []
-        z = self.initial(*(() if v is None else (v[:, 0],))).expand([K, B]).sample()
+        z = self.initial(*_at(v, 0)).expand([K, B]).sample()
         log_w, unknown = z.new_full((K, B), equal), z.new_full((B, self.event_dim), torch.nan)
         for t in range(T):
             inputs = _beside(z, None if v is None else v[:, t])
@@ -386,7 +385,7 @@ class StateSpaceModel(Configured, PyroModule):
                 found.append(self.smooth(guide, *parts, num_samples=S, **options)[:, :, -1])
             z = tuple(found)
         given = [None] * T if v is None else v.unbind(1)
-        states = [self.initial(*(() if v is None else (v[:, 0],))).expand([S, B]).sample()]
+        states = [self.initial(*_at(v, 0)).expand([S, B]).sample()]
         states += [self.transition(z_t, *_beside(z_t, v_t)).sample() for z_t, v_t in zip(z, given[1:], strict=False)]
         drawn = [self.emission(z_t, *_beside(z_t, v_t)).sample() for z_t, v_t in zip(states, given, strict=True)]
         return torch.stack(drawn, 2)
@@ -529,6 +528,10 @@ def _given(x: Tensor, u: Tensor | None) -> tuple[Tensor, ...]:
 
 def _options(lengths: Tensor | None, mask: Tensor | None) -> dict[str, Tensor]:
     return {name: value for name, value in (("lengths", lengths), ("mask", mask)) if value is not None}
+
+
+def _at(v: Tensor | None, t: int) -> tuple[Tensor, ...]:
+    return () if v is None else (v[:, t],)
 
 
 def _beside(z: Tensor, v: Tensor | None) -> tuple[Tensor, ...]:

@@ -120,7 +120,8 @@ class Data:
         self, index: Tensor, generator: torch.Generator | None = None
     ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
         """`batch`; of sequences, where `lengths` (N,) are among the tensors by keyword, without the steps after the
-        longest. They end at one of at most four numbers of steps, so that compiled shapes stay few.
+        longest: what is as long as x on dimension 1 is cut like it. They end at one of at most four numbers of steps,
+        so that compiled shapes stay few.
         """
         args, kwargs = self.batch(index, generator)
         if self._ends is None:

@@ -767,6 +767,10 @@ def masked(x):
         pyro.sample("z", dist.Normal(x.new_zeros(len(x)), 1.0))
 
 
+def masked_law(x):
+    pyro.sample("z", dist.Normal(x.new_zeros(len(x), 1), 1.0).mask(x[:, :1] > 0).to_event(1))
+
+
 def scaled(x):
     with poutine.scale(scale=0.1):
         pyro.sample("z", dist.Normal(x.new_zeros(len(x)), 1.0))
@@ -789,6 +793,7 @@ def square(x):
 
 REFUSED = {
     "mask": (data_plate(masked), 'expected latent site "z" without a mask'),
+    "mask of the law": (data_plate(masked_law), 'expected latent site "z" without a mask'),
     "scale": (data_plate(scaled), 'expected latent site "z" without a mask or a scale of its own'),
     "learned support": (data_plate(learned_support), 'expected latent site "u" with one fixed support for all'),
     "angles": (data_plate(angle), 'latent site "u" over the real numbers or a subset, got angles'),

@@ -1,7 +1,7 @@
 """What models and guides are both made of: flow transforms, and distributions that Pyro lacks."""
 
 from .autoregressive import autoregressive, coupling
-from .markov_chain import MarkovChain, check_masks
+from .markov_chain import MarkovChain, check_masks, is_masked
 from .missing import WithMissing
 from .transforms import (
     GatedAffineTransform,
@@ -22,4 +22,5 @@ __all__ = [
     "autoregressive",
     "check_masks",
     "coupling",
+    "is_masked",
 ]

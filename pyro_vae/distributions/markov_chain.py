@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from ..scan import scan
 
-__all__ = ["MarkovChain", "check_masks"]
+__all__ = ["MarkovChain", "check_masks", "is_masked"]
 
 
 class MarkovChain(dist.TorchDistribution):
@@ -182,20 +182,21 @@ class MarkovChain(dist.TorchDistribution):
 def check_masks(name: str, p: Mapping[str, Any], q: Mapping[str, Any]) -> None:
     """Raise where one of a latent site's two forms leaves out steps of a chain, and the other counts them."""
     for one, its, other, site in (("model", p, "guide", q), ("guide", q, "model", p)):
-        if getattr(its["fn"], "mask_", None) is not None and not _leaves_out(site):
+        if getattr(its["fn"], "mask_", None) is not None and not is_masked(site):
             raise ValueError(
                 f'expected latent site "{name}" masked in model and guide alike, got steps that are not there in the '
                 f"{one} alone: give the {other}'s MarkovChain that mask, or its distribution by .mask()"
             )
 
 
-def _leaves_out(site: Mapping[str, Any]) -> bool:
+def is_masked(site: Mapping[str, Any]) -> bool:
+    """Whether parts of a sample site count nothing: by a mask of its chain, by ``.mask()`` or by `poutine.mask`."""
     p = site["fn"]
     while p is not None:
         if isinstance(p, dist.MaskedDistribution) or getattr(p, "mask_", None) is not None:
             return True
         p = getattr(p, "base_dist", None)
-    return isinstance(site["mask"], Tensor)
+    return site["mask"] is not None and site["mask"] is not True
 
 
 def _drawn(p: Any) -> Tensor:
