@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import operator
+import platform
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from torch.utils import _pytree as pytree
 __all__ = ["scan"]
 
 CHUNK = 5  # steps in one compiled call
+LARGE = 2**18  # elements of a matrix that is packed for its products with all steps
 compiler: ContextVar[Callable[[GraphModule, Sequence[Tensor]], Callable] | None] = ContextVar("compiler", default=None)
 
 
@@ -122,7 +125,8 @@ class _Step:
     `noise` gives its noise. `carried` is a function of (carry, inputs, noise, constants): the next carry, and its
     products with constant matrices, which are most of the work. `full` is one of (carry, inputs, noise, products,
     constants): carry, y and what the gradient needs, for all steps at once. `pull` is that gradient, of the carry: a
-    function of what it needs, constants, and the gradients of carry and y.
+    function of what it needs, constants, and the gradients of carry and y. `carried` and `pull` take `matrices` of the
+    constants packed, once for all steps.
     """
 
     table: dict[str, _Step] = {}
@@ -142,7 +146,8 @@ class _Step:
             self.all_steps(varying, examples[n + m :])
         except RuntimeError as error:  # of vmap, as where it writes what varies into what does not
             raise _NotSeparableError from error
-        self.num_constants = num_constants
+        self.matrices = _with_packed_products(self.carried, len(given) - num_constants, examples[n + m :])
+        self.matrices_of_pull = _with_packed_products(self.pull, self.num_saved, examples[n + m :])
         self.forward = _Recurrence(self.carried, n)
         self.adjoint = _Recurrence(self._pulled, n, backwards=True)
 
@@ -162,7 +167,7 @@ class _Step:
     def run(self, start: Sequence[Tensor], inputs: Sequence[Tensor], constants: Sequence[Tensor]) -> list[Tensor]:
         """The carries after each step, the noise, and the products."""
         noise = [torch.stack(each) for each in zip(*[self.noise.forward() for _ in inputs[0]], strict=True)]
-        results = self.forward(start, [*inputs, *noise], constants)
+        results = self.forward(start, [*inputs, *noise], [*constants, *map(_packed, self.matrices(*constants))])
         return [*results[: self.n], *noise, *results[self.n :]]
 
     def run_adjoint(self, gradients: Sequence[Tensor], fixed: Sequence[Tensor]) -> list[Tensor]:
@@ -170,12 +175,13 @@ class _Step:
         n, saved, constants = self.n, fixed[: self.num_saved], fixed[self.num_saved :]
         last = [g[-1] for g in gradients[:n]]
         following, here = [each[1:] for each in (*saved, *gradients[n:])], [g[:-1] for g in gradients[:n]]
-        found = self.adjoint(last, [*following, *here], constants)
+        packed = [*map(_packed, self.matrices_of_pull(*constants))]
+        found = self.adjoint(last, [*following, *here], [*constants, *packed])
         return [torch.cat([each, at[None]]) for each, at in zip(found, last, strict=True)]
 
     def _pulled(self, *tensors: Tensor) -> list[Tensor]:
         """l_t from l_{t+1}, what the gradient needs and the gradients of y at t + 1, g_t, and constants."""
-        n, m, end = self.n, self.n + self.num_saved, len(tensors) - self.num_constants
+        n, m, end = self.n, self.n + self.num_saved, self.n + self.num_saved + self.num_results
         later, saved, of_y, of_carry = tensors[:n], tensors[n:m], tensors[m : end - n], tensors[end - n : end]
         pulled = self.pull(*saved, *tensors[end:], *later, *of_y)
         return [g + p for g, p in zip(of_carry, pulled, strict=True)]
@@ -202,9 +208,10 @@ class _Recurrence:
             given = [each[before] for each in results[: self.n]] or carry
             tensors = [*given, *[each[begin : begin + size] for each in varying], *constants]
             if size not in self.compiled:
-                examples = [each.detach() for each in tensors]
+                examples = [torch.empty(t.shape, dtype=t.dtype) if t.is_mkldnn else t.detach() for t in tensors]
                 steps = make_fx(partial(self._steps, len(constants)))(*examples)
-                self.compiled[size] = self.compile(steps, examples)
+                with torch._inductor.config.patch(size_asserts=False):  # what is packed has no strides
+                    self.compiled[size] = self.compile(steps, examples)
             found = self.compiled[size](*tensors)
             results = results or [each.new_empty(T, *each.shape[1:]) for each in found]
             for whole, part in zip(results, found, strict=True):
@@ -297,23 +304,69 @@ def _carry_alone(full: GraphModule, n: int, num_constants: int) -> tuple[GraphMo
     graph.eliminate_dead_code()
     left = {*graph.nodes}
     places = [node for node in full.graph.nodes if node.op == "placeholder"]
-    fixed = {*places[len(places) - num_constants :]}
-    for node in full.graph.nodes:
-        if node.op == "call_function" and fixed.issuperset(node.all_input_nodes):
-            fixed.add(node)
-
-    def is_known(node: Node) -> bool:
-        *bias, a, w = node.args
-        return copies[node] in left and not node.kwargs and a not in fixed and fixed.issuperset([*bias, w])
-
+    fixed = _made_of(places[len(places) - num_constants :], full.graph)
     known, values = [], []
     for i, node in enumerate(_products(full.graph)):
-        if is_known(node):
+        if copies[node] in left and _is_known(node, fixed):
             with graph.inserting_after(copies[node]):  # a cell may go on to write into its product
                 values.append(graph.call_function(torch.ops.aten.clone.default, (copies[node],)))
             known.append(i)
     output.args = ([*results[:n], *values],)
     return GraphModule(full, graph), known
+
+
+def _with_packed_products(step: GraphModule, first: int, constants: Sequence[Tensor]) -> GraphModule:
+    """Have products with large constant matrices take these packed, as inputs after the constants, which begin at
+    input `first`; returns the matrices as a function of the constants."""
+    graph, nodes = step.graph, [*step.graph.nodes]
+    given, after = nodes[first : first + len(constants)], nodes[first + len(constants)]
+    fixed = _made_of(given, graph)
+    products = [node for node in _products(graph) if _is_known(node, fixed)]
+    matrices: list[Any] = [*dict.fromkeys(node.args[-1] for node in products)]
+    values = _part(step, given, matrices)(*constants)
+    matrices = [node for node, value in zip(matrices, values, strict=True) if _is_quicker_packed(value)]
+    taken = _part(step, given, matrices)
+    with graph.inserting_before(after):
+        packed = {node: graph.placeholder(f"packed_{node.name}") for node in matrices}
+    for node in products:
+        *bias, a, w = cast(tuple[Node, ...], node.args)
+        if w in packed:
+            with graph.inserting_before(node):
+                product = graph.call_function(torch.ops.pyro_vae.packed_product.default, (a, packed[w]))
+                if bias:
+                    product = graph.call_function(torch.ops.aten.add.Tensor, (product, *bias))
+            node.replace_all_uses_with(product)
+    graph.eliminate_dead_code()
+    step.recompile()
+    return taken
+
+
+def _made_of(constants: Sequence[Node], graph: torch.fx.Graph) -> set[Any]:
+    """These nodes, and those that follow from them alone."""
+    fixed = {*constants}
+    for node in graph.nodes:
+        if node.op == "call_function" and fixed.issuperset(node.all_input_nodes):
+            fixed.add(node)
+    return fixed
+
+
+def _is_known(node: Node, fixed: set[Any]) -> bool:
+    """Whether it is a product of what varies with a fixed matrix, and a fixed bias if any."""
+    *bias, a, w = node.args
+    return not node.kwargs and a not in fixed and fixed.issuperset([*bias, w])
+
+
+@functools.cache
+def _packs() -> bool:
+    return torch.backends.mkldnn.is_available() and platform.machine().lower() in ("x86_64", "amd64")
+
+
+def _is_quicker_packed(w: Tensor) -> bool:
+    return w.device.type == "cpu" and w.dtype == torch.float32 and w.numel() >= LARGE and _packs()
+
+
+def _packed(w: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(w.mT.contiguous())
 
 
 def _products(graph: torch.fx.Graph) -> list[Node]:
@@ -433,3 +486,18 @@ def _scan_adjoint(key: str, gradients: Sequence[Tensor], fixed: Sequence[Tensor]
 @_scan_adjoint.register_fake
 def _(key: str, gradients: Sequence[Tensor], fixed: Sequence[Tensor]) -> list[Tensor]:
     return [torch.empty_like(g) for g in gradients[: _Step.table[key].n]]
+
+
+library = torch.library.Library("pyro_vae", "FRAGMENT")
+library.define("packed_product(Tensor a, Tensor w) -> Tensor")
+
+
+@torch.library.impl(library, "packed_product", "CompositeExplicitAutograd")
+def _(a: Tensor, w: Tensor) -> Tensor:
+    """``a w`` of w as `_packed` has it, as `torch.library.custom_op` takes no such tensors."""
+    return torch.ops.mkldnn._linear_pointwise(a, w, None, "none", [], "")
+
+
+@torch.library.register_fake("pyro_vae::packed_product", lib=library)
+def _(a: Tensor, w: Tensor) -> Tensor:
+    return a.new_empty(len(a), len(w))

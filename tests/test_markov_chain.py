@@ -13,7 +13,7 @@ from pyro_vae import CompiledSVI
 from pyro_vae.compiled import Compiled
 from pyro_vae.distributions import MarkovChain
 from pyro_vae.estimators import ELBO, IWAE, STL, VIMCO, DReG
-from pyro_vae.scan import _Step, scan
+from pyro_vae.scan import _packed, _packs, _Step, scan
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -416,6 +416,67 @@ def test_steps_that_are_written_by_hand(kind, recorded):
         assert (a is None) == (c is None)
         if a is not None:
             torch.testing.assert_close(a, c, rtol=1e-5, atol=1e-6)
+
+
+def with_large_matrices(kind):
+    """A recurrence of single precision, a value and its gradients; and where they are taken."""
+    generator = torch.Generator().manual_seed(0)
+    W, b, b_of_rows, start, u = (
+        torch.randn(shape, generator=generator, dtype=torch.float32)
+        for shape in ((6, 6), (6,), (5, 6), (5, 6), (7, 5, 6))
+    )
+    parameters = [nn.Parameter(each) for each in (W, b, b_of_rows, start)]
+    W, b, b_of_rows, start = parameters
+
+    def step(c, u):
+        product = {
+            "cell": lambda: nn.functional.linear(c, W, b),
+            "without bias": lambda: c @ W,
+            "bias of rows": lambda: torch.addmm(b_of_rows, c, W),
+            "made of constants": lambda: c @ (W - W.mT),
+            "from the left": lambda: (W @ c.mT).mT,
+        }[kind]()
+        c = (product + u).tanh()
+        return c, c
+
+    def value(u):
+        total = scan(step, start, u)[1].square().sum()
+        return total, *torch.autograd.grad(total, parameters, allow_unused=True)
+
+    return value, u
+
+
+def check_packed(kind, monkeypatch):
+    packed = []
+    monkeypatch.setattr("pyro_vae.scan.LARGE", 1)
+    monkeypatch.setattr("pyro_vae.scan._packed", lambda w: packed.append(w) or _packed(w))
+    value, u = with_large_matrices(kind)
+    function = Compiled(value)
+    expected, found = value(u), function(u)
+    assert function.compiled, function.fallback_reason
+    for a, c in zip(found, expected, strict=True):
+        assert (a is None) == (c is None)
+        if a is not None:
+            torch.testing.assert_close(a, c, rtol=1e-4, atol=1e-4)
+    function(u)  # which is held against the program
+    del packed[:]
+    function(u)
+    return len(packed)
+
+
+@pytest.mark.skipif(not _packs(), reason="expected x86 and oneDNN")
+@pytest.mark.parametrize(
+    ("kind", "count"),
+    [("cell", 2), ("without bias", 2), ("bias of rows", 2), ("made of constants", 2), ("from the left", 1)],
+)
+def test_large_matrices_are_packed_once_for_all_steps(kind, count, recorded, monkeypatch):
+    """Forwards and backwards; a matrix on the left only backwards, where it is on the right."""
+    assert check_packed(kind, monkeypatch) == count
+
+
+@pytest.mark.skipif(not _packs(), reason="expected x86 and oneDNN")
+def test_inductor_takes_packed_matrices(monkeypatch):
+    assert check_packed("cell", monkeypatch) == 2
 
 
 def test_a_step_that_writes_into_a_buffer_is_unrolled(recorded):
