@@ -441,6 +441,8 @@ def _fit(options: Options) -> int:
     best = max(run.history, key=lambda record: record["valid"])
     bound = f"best validation bound {best['valid']:.2f} nats, epoch {best['epoch']}"
     print(f"trained  {last['epoch']} epochs in {last['seconds']:.0f} s; {bound}")
+    if best is last and len(run.history) > 1:
+        print("         the bound was still rising: more --epochs may raise it further")
     patience = settings.get("patience")
     if resume is not None and last["epoch"] < settings.get("epochs", 0) and patience is not None:
         print(f"         {patience} epochs without a better bound have ended it; --patience null goes on")

@@ -7,6 +7,7 @@ neither read nor moved.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from .sources import NAMED, Columns, Source, column_name, find, kind_of
 from .sources.times import padded
 
-__all__ = ["Data", "Dataset", "Split", "as_data", "joined", "load_dataset"]
+__all__ = ["Data", "Dataset", "Split", "as_data", "joined", "load_dataset", "rows_of"]
 
 Binarize = Literal["none", "static", "dynamic"]
 NUM_BUCKETS = 4  # of lengths of sequences: each is a compiled step
@@ -300,7 +301,8 @@ class Dataset:
 
 
 def joined(splits: Sequence[Split]) -> Split:
-    """All data of splits as one, `observed` as they are scored; shorter sequences are padded with zeros."""
+    """All data of splits as one, in the order of their ids, `observed` as they are scored; shorter sequences are padded
+    with zeros."""
     T = max(split.x.shape[1] for split in splits) if splits[0].kwargs else 0
 
     def together(tensors: Sequence[Tensor]) -> Tensor:
@@ -314,7 +316,7 @@ def joined(splits: Sequence[Split]) -> Split:
 
     log_jacobians = [torch.as_tensor(split.log_jacobian).expand(len(split)) for split in splits]
     same = all(not isinstance(split.log_jacobian, Tensor) for split in splits)
-    return replace(
+    whole = replace(
         splits[-1],
         args=(together([split.observed for split in splits]),),
         kwargs={name: together([split.kwargs[name] for split in splits]) for name in splits[0].kwargs},
@@ -325,6 +327,27 @@ def joined(splits: Sequence[Split]) -> Split:
         times=np.concatenate([padded(times, T) for times in known("times")]) if known("times") else None,
         binarize=None,
         name="all",
+    )
+    if whole.ids is None:
+        return whole
+    ids = whole.ids
+    with contextlib.suppress(ValueError):  # "9" before "10"
+        ids = ids.astype(float)
+    return rows_of(whole, np.argsort(ids, kind="stable").tolist())
+
+
+def rows_of(split: Split, rows: list[int]) -> Split:
+    """These data of a split, in this order."""
+    of_each = isinstance(split.log_jacobian, Tensor)
+    return replace(
+        split,
+        args=tuple(each[rows] for each in split.args),
+        kwargs={name: each[rows] for name, each in split.kwargs.items()},
+        log_jacobian=split.log_jacobian[rows] if of_each else split.log_jacobian,  # type: ignore[index]
+        labels=None if split.labels is None else split.labels[rows],
+        ids=None if split.ids is None else split.ids[rows],
+        latents=None if split.latents is None else split.latents[rows],
+        times=None if split.times is None else split.times[rows],
     )
 
 

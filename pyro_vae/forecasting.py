@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .data import Split
+from .data import Split, rows_of
 from .evaluation import MAX_ELEMENTS, isolated
 from .sources import Columns, read_future, read_npy
 from .sources.times import after, spacing, written
@@ -101,7 +101,7 @@ def forecast(
     H = num_steps or NUM_STEPS
     if inputs is not None:
         rows, u, times = _to_come(Path(inputs), split, every)
-        split, num_before = _rows(split, rows), num_before[rows]
+        split, num_before = rows_of(split, rows), num_before[rows]
         H = num_steps or u.shape[1]
         if u.shape[1] < H:
             raise ValueError(
@@ -144,20 +144,6 @@ def _end(split: Split, num_steps: int) -> Split:
         ids=None,
         latents=None,
         times=None if split.times is None else split.times[there.numpy()][-total:][None],
-    )
-
-
-def _rows(split: Split, rows: list[int]) -> Split:
-    of_each = isinstance(split.log_jacobian, Tensor)
-    return replace(
-        split,
-        args=tuple(each[rows] for each in split.args),
-        kwargs={name: each[rows] for name, each in split.kwargs.items()},
-        log_jacobian=split.log_jacobian[rows] if of_each else split.log_jacobian,  # type: ignore[index]
-        labels=None if split.labels is None else split.labels[rows],
-        ids=None if split.ids is None else split.ids[rows],
-        latents=None if split.latents is None else split.latents[rows],
-        times=None if split.times is None else split.times[rows],
     )
 
 

@@ -274,16 +274,16 @@ def _without_noise(graph: GraphModule, before: int) -> tuple[GraphModule, GraphM
         node.replace_all_uses_with(place)
         graph.graph.erase_node(node)
     graph.graph.eliminate_dead_code()
-    if _writes_into_inputs(graph):
+    if _writes_into({node for node in graph.graph.nodes if node.op == "placeholder"}, graph.graph):
         raise _NotSeparableError
     graph.recompile()
     return graph, GraphModule({}, noise)
 
 
-def _writes_into_inputs(graph: GraphModule) -> bool:
-    """Whether an operation writes into an input or a view of one."""
-    given = {node for node in graph.graph.nodes if node.op == "placeholder"}
-    for node in graph.graph.nodes:
+def _writes_into(nodes: set[Any], graph: torch.fx.Graph) -> bool:
+    """Whether an operation writes into one of these or a view of one."""
+    given = {*nodes}
+    for node in graph.nodes:
         schema = getattr(node.target, "_schema", None)
         if not given.intersection(node.all_input_nodes):
             continue
@@ -321,7 +321,7 @@ def _with_packed_products(step: GraphModule, first: int, constants: Sequence[Ten
     graph, nodes = step.graph, [*step.graph.nodes]
     given, after = nodes[first : first + len(constants)], nodes[first + len(constants)]
     fixed = _made_of(given, graph)
-    products = [node for node in _products(graph) if _is_known(node, fixed)]
+    products = [] if _writes_into(fixed, graph) else [node for node in _products(graph) if _is_known(node, fixed)]
     matrices: list[Any] = [*dict.fromkeys(node.args[-1] for node in products)]
     values = _part(step, given, matrices)(*constants)
     matrices = [node for node, value in zip(matrices, values, strict=True) if _is_quicker_packed(value)]
@@ -366,7 +366,7 @@ def _is_quicker_packed(w: Tensor) -> bool:
 
 
 def _packed(w: Tensor) -> Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(w.mT.contiguous())
+    return torch.ops.mkldnn._reorder_linear_weight(w.mT)
 
 
 def _products(graph: torch.fx.Graph) -> list[Node]:

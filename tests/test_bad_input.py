@@ -285,7 +285,7 @@ CASES = {
     ),
     "words in a csv": (
         "fit --data data.csv",
-        r"numbers in column 'b'.*, got 'red'.*: name",
+        r"numbers in column 'b'.*, got 'red'.*: correct it, or name",
         lambda: csv(rows("3,red")),
     ),
     "label not there": (

@@ -426,7 +426,12 @@ def with_large_matrices(kind):
         for shape in ((6, 6), (6,), (5, 6), (5, 6), (7, 5, 6))
     )
     parameters = [nn.Parameter(each) for each in (W, b, b_of_rows, start)]
-    W, b, b_of_rows, start = parameters
+    fixed, (W, b, b_of_rows, start) = W, parameters
+
+    def written_between(W, c, u):
+        product = u @ W
+        W.mul_(0.5)
+        return product + c * W[0]
 
     def step(c, u):
         product = {
@@ -435,6 +440,7 @@ def with_large_matrices(kind):
             "bias of rows": lambda: torch.addmm(b_of_rows, c, W),
             "made of constants": lambda: c @ (W - W.mT),
             "from the left": lambda: (W @ c.mT).mT,
+            "written between": lambda: written_between(fixed.clone(), c, u),
         }[kind]()
         c = (product + u).tanh()
         return c, c
@@ -467,7 +473,14 @@ def check_packed(kind, monkeypatch):
 @pytest.mark.skipif(not _packs(), reason="expected x86 and oneDNN")
 @pytest.mark.parametrize(
     ("kind", "count"),
-    [("cell", 2), ("without bias", 2), ("bias of rows", 2), ("made of constants", 2), ("from the left", 1)],
+    [
+        ("cell", 2),
+        ("without bias", 2),
+        ("bias of rows", 2),
+        ("made of constants", 2),
+        ("from the left", 1),
+        ("written between", 0),
+    ],
 )
 def test_large_matrices_are_packed_once_for_all_steps(kind, count, recorded, monkeypatch):
     """Forwards and backwards; a matrix on the left only backwards, where it is on the right."""

@@ -110,7 +110,7 @@ def test_a_forecast_follows_each_sequence(here, capsys):
     assert "10 steps after 30 sequences of the data" in capsys.readouterr().out
     found = np.load(here / "forecast.npz")
     assert found["x_draws"].shape == (20, 30, 10, 2)
-    ids = [name for split in (dataset.train, dataset.valid, dataset.test) for name in split.ids]
+    ids = sorted(name for split in (dataset.train, dataset.valid, dataset.test) for name in split.ids)
     assert found["ids"].tolist() == ids and found["times"].shape == (30, 10)
 
 

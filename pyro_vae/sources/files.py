@@ -199,9 +199,9 @@ def _numbers(table: _Table, names: Sequence[str]) -> np.ndarray:
                 words = [column for column in names[j:] if any(map(_is_word, cells[column]))]
                 also = f" (also in {', '.join(map(repr, words[1:]))})" if words[1:] else ""
                 raise ValueError(
-                    f"expected numbers in column {name!r} of {path}, got {cell!r} in line {table.lines[i]}{also}: name "
-                    "the column of labels with label= (--data.label), that of ids with id= (--data.id), of dates with "
-                    "time= (--data.time), or drop it"
+                    f"expected numbers in column {name!r} of {path}, got {cell!r} in line {table.lines[i]}{also}: "
+                    "correct it, or name the column of labels with label= (--data.label), that of ids with id= "
+                    "(--data.id), of dates with time= (--data.time), or drop it"
                 )
     return x
 
