@@ -12,6 +12,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from ..distributions import folded
 from ..nn import positive
 from .likelihoods import Likelihood
 from .vae import VAE
@@ -75,7 +76,11 @@ class BayesianVAE(VAE):
             return torch.func.vmap(self._decode)(w.reshape(len(rows), -1), rows).unflatten(0, draws)
         parts = w.flatten().split([shape.numel() for shape in self.shapes.values()])
         weights = {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
-        return torch.func.functional_call(self.decoder, weights, z)
+
+        def decoder(z: Tensor) -> Tensor:
+            return torch.func.functional_call(self.decoder, weights, z)
+
+        return folded(decoder, z, event_dim=len(self.latent_shape))
 
     def forward(self, x: Tensor | None = None, *, num_data: int | None = None) -> Tensor:
         if (x is None) == (num_data is None):

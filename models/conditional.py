@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from ..distributions import folded
 from ..nn import MLP, Declared, bind, positive
 from .likelihoods import Likelihood
 from .vae import VAE
@@ -20,7 +21,7 @@ __all__ = ["ConditionalVAE"]
 class ConditionalVAE(VAE):
     """``z ~ p(z)``, ``x ~ p(x | decoder(z, y))``, given y of shape ``(B, covariates)``: one-hot labels, or any others.
 
-    `decoder` is a module from z beside y, ``(*batch, latent + covariates)``; the rest is as in `VAE`. A guide that sees
+    `decoder` is a module from z beside y, ``(B, latent + covariates)``; the rest is as in `VAE`. A guide that sees
     both takes ``encoder_inputs=model.beside`` (NeurIPS 2015, "Learning structured output representation").
 
     Example:
@@ -52,7 +53,7 @@ class ConditionalVAE(VAE):
     def observation(self, z: Tensor, y: Tensor) -> dist.Distribution:  # type: ignore[override]
         """``p(x | z, y)`` for z of shape ``(*batch, latent)``."""
         batch = torch.broadcast_shapes(z.shape[:-1], y.shape[:-1])
-        return self.likelihood(self.decoder(torch.cat([z.expand(*batch, -1), y.expand(*batch, -1)], dim=-1)))
+        return self.likelihood(folded(self.decoder, torch.cat([z.expand(*batch, -1), y.expand(*batch, -1)], dim=-1)))
 
     def forward(self, x: Tensor | None = None, y: Tensor | None = None, *, num_data: int | None = None) -> Tensor:
         if y is None or y.shape[1:] != (self.covariates,):

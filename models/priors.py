@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Configured
+from ..distributions import folded
 from ..nn import MLP, bind, positive
 
 __all__ = [
@@ -346,6 +347,6 @@ class Hierarchical(Prior):
     def forward(self) -> Any:
         z = pyro.sample(f"z_{len(self.networks) + 1}", self.top())
         for level in reversed(range(len(self.networks))):
-            location, log_scale = self.networks[level](z).unbind(-2)
+            location, log_scale = folded(self.networks[level], z).unbind(-2)
             z = pyro.sample(f"z_{level + 1}", dist.Normal(location, log_scale.exp()).to_event(1))
         return z

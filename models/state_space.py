@@ -16,7 +16,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from ..config import Configured
-from ..distributions import MarkovChain, WithMissing, check_masks
+from ..distributions import MarkovChain, WithMissing, check_masks, folded
 from ..nn import MLP, positive
 from ..sequences import Carried, Steps, all_there, steps_of
 from .likelihoods import Likelihood
@@ -59,8 +59,9 @@ class StateSpaceModel(Configured, PyroModule):
 
         z_1 ~ initial(u_1),  z_t ~ transition(z_{t-1}, u_t),  x_t ~ emission(z_t, u_t)
 
-    Sites ``"z"``, (B, T, Z), and ``"x"``, (B, T, D), in the plate ``"data"``. The arguments are modules, called with
-    any leading batch shape, without u where there are no inputs, that return distributions.
+    Sites ``"z"``, (B, T, Z), and ``"x"``, (B, T, D), in the plate ``"data"``. The arguments are modules that return
+    distributions of batch shape (N,). They get tensors (N, ...), N = draws x data x steps, without u where there are no
+    inputs: a part of one step may count dimensions from the left, as PyTorch's modules do.
 
     Args:
         num_inputs: C, how many numbers u_t holds.
@@ -119,13 +120,17 @@ class StateSpaceModel(Configured, PyroModule):
         with pyro.plate("data", B):
             initial = self.initial(*_at(v, 0)) if carried is None else self.transition(carried.z, *_at(v, 0))
             z = pyro.sample("z", MarkovChain(initial, self.transition, T, v, steps.there))
-            p, observed = self.emission(z, *_beside(z, v)), steps.observed
+            p, observed = self._emitted(z, *_beside(z, v)), steps.observed
             x = steps.x
             if observed is not None and observed.dim() == 3:
                 x, p = torch.where(observed, x, torch.nan), WithMissing(p)
             elif observed is not None:
                 p = p.mask(observed)
             return pyro.sample("x", p.to_event(1), obs=x)
+
+    def _emitted(self, z: Tensor, *inputs: Tensor) -> Any:
+        """p(x_t | z_t, u_t) of whole sequences z (..., B, T, Z)."""
+        return folded(self.emission, z, *inputs, data_dims=2)
 
     def _inputs(self, steps: Steps, u: Tensor | None, carried: Carried | None = None) -> Tensor | None:
         """What the parts get at each step beside z, (B, T, D + C)."""
@@ -164,13 +169,14 @@ class StateSpaceModel(Configured, PyroModule):
             initial = self.initial(*self._next(none, u[:, 0] if self.num_inputs else None))
             if not self.feedback:
                 z = pyro.sample("z", MarkovChain(initial, self.transition, T, u if self.num_inputs else None))
-                return pyro.sample("x", self.emission(z, *_beside(z, u if self.num_inputs else None)).to_event(1))
+                return pyro.sample("x", self._emitted(z, *_beside(z, u if self.num_inputs else None)).to_event(1))
             both = torch.cat([torch.cat([u[:, :1], u[:, :-1]], 1), u], -1)
             z = pyro.sample("z", MarkovChain(initial, transition, T, both, carry=none))
             if len(drawn) != T - 1:
                 raise ValueError('expected site "z" to be drawn with "x", got a value: pass x too, as it acts on z')
-            before = torch.stack([none.expand(z.shape[:-2] + none.shape[-1:]), *drawn], -2)
-            p = self.emission(z, *self._next(before, u if self.num_inputs else None))
+            one = z.shape[:-2] + none.shape[-1:]
+            before = torch.stack([none.expand(one), *(x.reshape(one) for x in drawn)], -2)
+            p = self._emitted(z, *self._next(before, u if self.num_inputs else None))
             x = torch.cat([before[..., 1:, :], p.sample()[..., -1:, :]], -2)
             with poutine.block():
                 own = poutine.trace(lambda: pyro.sample("x", dist.Delta(x, event_dim=2))).get_trace()
@@ -211,8 +217,8 @@ class StateSpaceModel(Configured, PyroModule):
         log_w, unknown = z.new_full((K, B), equal), z.new_full((B, self.event_dim), torch.nan)
         for t in range(T):
             inputs = _beside(z, None if v is None else v[:, t])
-            z = self.transition(z, *inputs).sample() if t else z
-            emission = self.emission(z, *inputs)
+            z = folded(self.transition, z, *inputs).sample() if t else z
+            emission = folded(self.emission, z, *inputs)
             mean = _mean(emission)
             predicted = unknown if mean is None else (log_w.exp()[..., None] * mean).sum(0)
             log_p = self._observed(emission, steps, t)
@@ -342,8 +348,8 @@ class StateSpaceModel(Configured, PyroModule):
         found = []
         for t in range(H):
             inputs = self._next(latest, None if u_future is None else u_future[:, t])
-            z = self.transition(z, *inputs).sample()
-            latest = self.emission(z, *inputs).sample()
+            z = folded(self.transition, z, *inputs).sample()
+            latest = folded(self.emission, z, *inputs).sample()
             found.append(latest)
         return torch.stack(found, 2)
 
@@ -386,8 +392,10 @@ class StateSpaceModel(Configured, PyroModule):
             z = tuple(found)
         given = [None] * T if v is None else v.unbind(1)
         states = [self.initial(*_at(v, 0)).expand([S, B]).sample()]
-        states += [self.transition(z_t, *_beside(z_t, v_t)).sample() for z_t, v_t in zip(z, given[1:], strict=False)]
-        drawn = [self.emission(z_t, *_beside(z_t, v_t)).sample() for z_t, v_t in zip(states, given, strict=True)]
+        after = zip(z, given[1:], strict=False)
+        states += [folded(self.transition, z_t, *_beside(z_t, v_t)).sample() for z_t, v_t in after]
+        at = zip(states, given, strict=True)
+        drawn = [folded(self.emission, z_t, *_beside(z_t, v_t)).sample() for z_t, v_t in at]
         return torch.stack(drawn, 2)
 
     @torch.no_grad()
@@ -408,7 +416,7 @@ class StateSpaceModel(Configured, PyroModule):
         lengths = all_there(x, lengths, mask)
         z = self.smooth(guide, *_given(x, u), num_samples=num_samples, mask=mask, lengths=lengths)
         v = self._inputs(steps_of(x, lengths, mask), u)
-        drawn = self.emission(z, *_beside(z, v)).sample()
+        drawn = self._emitted(z, *_beside(z, v)).sample()
         seen = mask.bool() if mask.dim() == 3 else mask.bool()[..., None]
         return torch.where(seen & (x == x), x, drawn)
 
@@ -435,7 +443,8 @@ class StateSpaceModel(Configured, PyroModule):
         if carried is not None:
             begin, before = 0, torch.cat([carried.z.expand(*z.shape[:-2], -1)[..., None, :], before], -2)
         inputs = _beside(before, None if v is None else v[:, begin:])
-        predicted = _mean(self.emission(self.transition(before, *inputs).mean, *inputs))
+        foretold = folded(self.transition, before, *inputs, data_dims=2).mean
+        predicted = _mean(self._emitted(foretold, *inputs))
         if predicted is None:
             raise ValueError("expected an emission with a mean, got one without: its errors of prediction are unknown")
         squares = (steps.seen[:, begin:] - predicted).square()

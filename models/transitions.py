@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from ..config import Configured
+from ..distributions import folded
 from ..nn import MLP, bind
 from .likelihoods import Bernoulli, Likelihood
 
@@ -103,7 +104,7 @@ class NormalTransition(_Normal):
     """``p(z_t | z_{t-1}, u_t) = N(f(z_{t-1}, u_t), diag s^2)`` for any function f.
 
     Args:
-        mean: f, of z (..., Z) or of z and u (..., C).
+        mean: f, of z (N, Z) or of z and u (N, C).
         scale: s, or "learned", from 1 on.
 
     Example:
@@ -119,7 +120,7 @@ class NormalTransition(_Normal):
         self._set_scale(scale, latent_dim)
 
     def forward(self, z: Tensor, u: Tensor | None = None) -> dist.Distribution:
-        return self._around(self.mean(z) if u is None else self.mean(z, u))
+        return self._around(folded(self.mean, z) if u is None else folded(self.mean, z, u))
 
 
 class LinearTransition(NormalTransition):
@@ -200,7 +201,7 @@ class Emission(Configured, nn.Module):
         )
 
     def forward(self, z: Tensor, u: Tensor | None = None) -> dist.Distribution:
-        return self.likelihood(self.network(_joined(z, u)))
+        return self.likelihood(folded(self.network, _joined(z, u)))
 
 
 class _Joined(nn.Module):

@@ -13,6 +13,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from ..config import Configured
+from ..distributions import folded
 from ..nn import MLP, bind
 from .likelihoods import Bernoulli, Likelihood
 from .priors import Fixed, StandardNormal
@@ -24,9 +25,10 @@ class VAE(Configured, PyroModule):
     """``z ~ p(z)``, ``x ~ p(x | decoder(z))``, independently for each datum (arXiv 1312.6114).
 
     Sites ``"z"`` and ``"x"`` in the plate ``"data"``. The arguments are components: `prior` is a module that returns
-    p(z), a distribution, or a Pyro function with sites of its own that returns z; `likelihood` a module that turns the
-    decoder's output, ``(*batch, num_parameters, *event_shape)``, into p(x|z); `decoder` any module from z to that
-    shape. Components declared without sizes are bound to the shapes at hand. ``latent_dim=16`` is short for
+    p(z), a distribution, or a Pyro function with sites of its own that returns z; `decoder` any module from z, ``(B,
+    *latent_shape)``, to ``(B, num_parameters, *event_shape)``, which `likelihood`, a module, turns into p(x|z). Several
+    draws z for each datum reach the decoder as one batch, so that it may count dimensions from the left, as PyTorch's
+    modules do. Components declared without sizes are bound to the shapes at hand. ``latent_dim=16`` is short for
     ``prior=StandardNormal(16)``.
 
     Raises:
@@ -71,7 +73,7 @@ class VAE(Configured, PyroModule):
 
     def observation(self, z: Tensor) -> dist.Distribution:
         """``p(x | z)`` for z of shape ``(*batch, *latent_shape)``."""
-        return self.likelihood(self.decoder(z))
+        return self.likelihood(folded(self.decoder, z, event_dim=len(self.latent_shape)))
 
     def forward(self, x: Tensor | None = None, *, num_data: int | None = None) -> Tensor:
         if (x is None) == (num_data is None):

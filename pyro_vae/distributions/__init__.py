@@ -1,6 +1,7 @@
 """What models and guides are both made of: flow transforms, and distributions that Pyro lacks."""
 
 from .autoregressive import autoregressive, coupling
+from .folding import Unfolded, folded, mixes_rows, unfolded
 from .markov_chain import MarkovChain, check_masks, is_masked
 from .missing import WithMissing
 from .transforms import (
@@ -18,9 +19,13 @@ __all__ = [
     "PlanarTransform",
     "RadialTransform",
     "SylvesterTransform",
+    "Unfolded",
     "WithMissing",
     "autoregressive",
     "check_masks",
     "coupling",
+    "folded",
     "is_masked",
+    "mixes_rows",
+    "unfolded",
 ]

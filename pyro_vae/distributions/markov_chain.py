@@ -27,13 +27,13 @@ class MarkovChain(dist.TorchDistribution):
 
     Args:
         initial: p(z_1), a distribution over events of shape Z.
-        transition: ``transition(z_prev, u_t)``, without inputs ``transition(z_prev)``, returns p(z_t | z_{t-1}, u_t)
-            for any leading batch shape.
+        transition: ``transition(z_prev, u_t)``, without inputs ``transition(z_prev)``, returns p(z_t | z_{t-1}, u_t).
+            It gets (N, *Z) and (N, C), N = draws x data, and in a score x steps.
         num_steps: T.
         inputs: (*batch, T, C); the first step's belongs to `initial`, and is not read.
         mask: (*batch, T), False at steps that are not there: they count nothing.
         carry: what a recurrent transition remembers, a tree of tensors (*batch, size) at z_1: such a one is called with
-            it as last argument, returns ``(distribution, carry)``, and is scored step by step.
+            it, (N, size), as last argument, returns ``(distribution, carry)``, and is scored step by step.
 
     Raises:
         ValueError: no steps, or inputs or a mask for another number of them.
@@ -111,8 +111,10 @@ class MarkovChain(dist.TorchDistribution):
                 z = _drawn(p)
                 return (z, carry), (z, p.log_prob(z))
 
-            _, (later, log_later) = scan(step, (z, self._carry(shape)), self._inputs(shape, z))
-            path, each = torch.cat([z[None], later]), torch.cat([log_first[None], log_later])
+            start = z.reshape(shape.numel(), *self.initial.event_shape), self._carry(shape)
+            _, (later, log_later) = scan(step, start, self._inputs(shape, z))
+            path = torch.cat([z[None], later.reshape(self.num_steps - 1, *z.shape)])
+            each = torch.cat([log_first[None], log_later.reshape(self.num_steps - 1, *shape)])
         path = path.movedim(0, len(shape))
         self._draw = path, each.movedim(0, -1), torch.is_grad_enabled()
         return path
@@ -146,37 +148,51 @@ class MarkovChain(dist.TorchDistribution):
         first = score(self.initial, z)
         if self.num_steps == 1:
             return first, None
-        before, after = value.narrow(time, 0, self.num_steps - 1), value.narrow(time, 1, self.num_steps - 1)
         if self.carry is None:
-            u = None if self.inputs is None else self.inputs[..., 1:, :]
-            return first, score(self._next(before, u, None)[0], after)
-        shape = value.shape[:time]
+            p, after, shape = self._later(value)
+            return first, score(p, after).reshape(shape)
+        shape, after = value.shape[:time], value.narrow(time, 1, self.num_steps - 1).movedim(time, 0)
 
         def step(state: Any, at: tuple[Tensor, Tensor]) -> tuple[Any, Tensor]:
             u, z = at
             p, carry = self._next(state[0], u, state[1])
             return (z, carry), score(p, z)
 
-        _, later = scan(step, (z, self._carry(shape)), (self._inputs(shape, z), after.movedim(time, 0)))
-        return first, later.movedim(0, -1)
+        start = z.reshape(shape.numel(), *self.initial.event_shape), self._carry(shape)
+        after = after.reshape(self.num_steps - 1, *start[0].shape)
+        _, later = scan(step, start, (self._inputs(shape, z), after))
+        return first, later.reshape(self.num_steps - 1, *shape).movedim(0, -1)
+
+    def _later(self, value: Tensor) -> tuple[Any, Tensor, torch.Size]:
+        """The distributions of all steps but the first as one batch, the steps of `value` for them, (N, *Z), and what
+        N is: (*batch, T - 1)."""
+        time, steps = value.dim() - len(self.event_shape), self.num_steps - 1
+        batch, u = value.shape[:time], None
+        if self.inputs is not None:
+            batch = torch.broadcast_shapes(batch, self.inputs.shape[:-2])
+            value = value.expand(batch + value.shape[time:])
+            u = self.inputs[..., 1:, :].expand(batch + (steps, -1)).flatten(0, len(batch))
+        time, N = len(batch), batch.numel() * steps
+        before, after = (value.narrow(time, at, steps).reshape(N, *self.initial.event_shape) for at in (0, 1))
+        return self._next(before, u, None)[0], after, batch + (steps,)
 
     def _next(self, z: Tensor, u: Tensor | None, carry: Any) -> tuple[Any, Any]:
-        given: tuple[Tensor, ...] = (z,)
-        if self.inputs is not None and u is not None:
-            batch = z.shape[: z.dim() - len(self.initial.event_shape)]
-            given = z, u.expand(torch.broadcast_shapes(batch, u.shape[:-1]) + u.shape[-1:])
-        return (self.transition(*given), ()) if self.carry is None else self.transition(*given, carry)
+        """The distribution of the step after z (N, *Z), of batch shape (N,), and the carry."""
+        given = (z,) if self.inputs is None or u is None else (z, u)
+        p, carry = (self.transition(*given), ()) if self.carry is None else self.transition(*given, carry)
+        return (p if p.batch_shape == z.shape[:1] else p.expand(z.shape[:1])), carry
 
     def _carry(self, shape: torch.Size) -> Any:
+        """(N, size) of each tensor."""
         tree = () if self.carry is None else self.carry
-        return pytree.tree_map(lambda c: c.expand(shape + c.shape[-1:]), tree)
+        return pytree.tree_map(lambda c: c.expand(shape + c.shape[-1:]).reshape(-1, c.shape[-1]), tree)
 
     def _inputs(self, shape: torch.Size, like: Tensor) -> Tensor:
-        """u_2 ... u_T, (T - 1, *shape, C)."""
+        """u_2 ... u_T, (T - 1, N, C)."""
         if self.inputs is None:
             return like.new_zeros(self.num_steps - 1, 0)
         u = self.inputs[..., 1:, :]
-        return u.expand(shape + u.shape[-2:]).movedim(-2, 0)
+        return u.expand(shape + u.shape[-2:]).movedim(-2, 0).reshape(self.num_steps - 1, shape.numel(), u.shape[-1])
 
 
 def check_masks(name: str, p: Mapping[str, Any], q: Mapping[str, Any]) -> None:
@@ -212,12 +228,12 @@ def _kl_of_chains(q: MarkovChain, p: MarkovChain) -> Tensor:
         raise NotImplementedError("without a path to differentiate, the divergence lacks the score of its draw")
     z, _ = q._own_draw()
     z = q.rsample() if z is None else z
-    time = z.dim() - len(q.event_shape)
     first = kl_divergence(q.initial, p.initial)
     if q.num_steps > 1:
-        before = z.narrow(time, 0, q.num_steps - 1)
-        steps = [c._next(before, None if c.inputs is None else c.inputs[..., 1:, :], None)[0] for c in (q, p)]
-        later = kl_divergence(*steps)
+        batch = torch.broadcast_shapes(q.batch_shape, p.batch_shape, z.shape[: z.dim() - len(q.event_shape)])
+        z = z.expand(batch + q.event_shape)
+        (of_q, _, shape), (of_p, _, _) = q._later(z), p._later(z)
+        later = kl_divergence(of_q, of_p).reshape(shape)
         each = torch.cat([first[..., None].expand_as(later[..., :1]), later], -1)
     else:
         each = first[..., None].expand(q.batch_shape + (1,))
