@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
@@ -20,10 +21,11 @@ from torch.distributions import biject_to
 from torch.distributions.constraints import MixtureSameFamilyConstraint
 from tqdm import tqdm
 
-from .compiled import Compiled
+from .compiled import Compiled, preserved
 from .data import Data, as_data
+from .draws import DRAWS, difference, warn_of
 from .evaluation import MAX_ELEMENTS, Estimate, check_support, isolated
-from .log_weights import DRAWS, on_plates, per_datum, samples, structure_of
+from .log_weights import on_plates, per_datum, samples, structure_of
 
 __all__ = ["Annealed", "Sandwich", "annealed", "sandwich"]
 
@@ -306,7 +308,7 @@ def _run(
             index = torch.arange(begin, begin + rows, device=device).clamp(max=N - 1)  # graphs have one shape
             batch = data.batch(index, generator)
             if path is None:
-                path = _Path(model, guide, batch)
+                path = _Path(model, guide, batch, K)
                 density: Callable = Compiled(path, *programs) if worth_compiling else path
             path.check(batch)
             of_batch = functools.partial(density, batch)
@@ -328,7 +330,7 @@ class _Path:
     u holds all latent sites over the real numbers, (K, B, S), each reached through ``biject_to`` of its support.
     """
 
-    def __init__(self, model: Callable, guide: Callable | None, batch: Batch) -> None:
+    def __init__(self, model: Callable, guide: Callable | None, batch: Batch, num_chains: int) -> None:
         self.model, self.guide = model, guide
         self.start = poutine.block(model, hide_fn=_is_observed) if guide is None else guide
         structure = structure_of(model, self.start, *batch, plate="data")
@@ -338,6 +340,7 @@ class _Path:
                 "datum; sample it in the plate, or give its value"
             )
         self.nesting = structure.nesting
+        self.together = False  # all chains in one call
         p, q = self._drawn(1, batch)
         for name, site in _sites(q):
             if name not in p.nodes:
@@ -347,13 +350,22 @@ class _Path:
                 )
             _check_density(name, site)
         self.shapes: dict[str, torch.Size] = {}  # of an event and the plates within the data's, over the real numbers
+        self.own: dict[str, int] = {}  # dimensions of a site's own plates
         for name, site in _sites(p):
             self.data_dim = _data_dim(name, site, len(batch[0][0]))
             if not site["is_observed"]:
                 _check_density(name, site)
                 self.shapes[name] = self._by_datum(site).shape[2:]
+                self.own[name] = max(-f.dim for f in site["cond_indep_stack"] if f.vectorized and f.name != DRAWS)
         if not self.shapes:
             raise ValueError("expected latent sites, got none: log p(x) is the model's log-probability of x as it is")
+        if num_chains > 1:
+            programs = [model] if guide is None else [guide, model]
+            with preserved():
+                problem = difference(programs, *batch, num_chains, self.nesting, "data")
+            self.together = problem is None
+            if problem is not None:
+                warn_of(problem)
 
     def __call__(self, batch: Batch, u: Tensor, t: float) -> tuple[Tensor, Tensor, Tensor]:
         """``log pi_t(u)``, its gradient, and the ratio ``log p(x, z) / q_0(z)``: (K, B), (K, B, S), (K, B)."""
@@ -372,6 +384,8 @@ class _Path:
 
     def draws(self, K: int, batch: Batch) -> Tensor:
         """u of z ~ q_0, (K, B, S)."""
+        if not self.together:
+            return torch.cat([self._bare(self._drawn(1, batch)[0]) for _ in range(K)])
         return self._bare(self._drawn(K, batch)[0])
 
     def exact(self, simulated: poutine.Trace, index: Tensor, K: int, batch: Batch) -> Tensor:
@@ -379,14 +393,16 @@ class _Path:
         z = {}
         for name in self.shapes:
             site = simulated.nodes[name]
-            value = site["value"].index_select(self.data_dim - len(site["fn"].event_shape), index)
-            value = value.reshape(*[1] * (1 + self.nesting - len(site["fn"].batch_shape)), *value.shape)
-            z[name] = value.expand(K, *value.shape[1:])
-        with self._chains(K):
-            return self._bare(_trace(poutine.condition(self.model, data=z), batch))
+            z[name] = site["value"].index_select(self.data_dim - len(site["fn"].event_shape), index)
+        u = self._bare(_trace(poutine.condition(self.model, data=z), batch))
+        return u.expand(K, *u.shape[1:])
 
     def _log_probs(self, u: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """``log q_0(z) |dz / du|`` and ``log p(x, z) / q_0(z)``, (K, B)."""
+        if not self.together and len(u) > 1:
+            both = zip(*(self._log_probs(one, batch) for one in u.split(1)), strict=True)
+            start, ratio = (torch.cat(each) for each in both)
+            return start, ratio
         with self._chains(len(u)), _Bare(self._values(u)) as bare:
             p = _trace(self.model, batch)
         prior, likelihood, volume, q_0 = (u.new_zeros(u.shape[:2]) for _ in range(4))
@@ -395,7 +411,8 @@ class _Path:
             if name in self.shapes:
                 prior = prior + log_prob
                 log_det = bare.log_det[name]
-                volume = volume + self._per_datum(site, sum_rightmost(log_det, log_det.dim() - 1 - self.nesting))
+                plates = 1 + self.nesting if self.together else self.own[name]
+                volume = volume + self._per_datum(site, sum_rightmost(log_det, log_det.dim() - plates))
             else:
                 likelihood = likelihood + log_prob
         if self.guide is None:
@@ -412,13 +429,17 @@ class _Path:
             q = _trace(self.start, batch)
             return _trace(poutine.replay(self.model, q), batch), q
 
-    def _chains(self, K: int) -> pyro.plate:
+    def _chains(self, K: int) -> Any:
+        if not self.together:
+            return contextlib.nullcontext()
         with poutine.block():
             return pyro.plate(DRAWS, K, dim=-1 - self.nesting)
 
     def _by_datum(self, site: Any) -> Tensor:
         """A site's value over the real numbers, ``(K, B, *other plates, *event)``."""
-        return _bijection(site["fn"].support).inv(site["value"]).movedim(1 + self.nesting + self.data_dim, 1)
+        value, dims = site["value"], 1 + self.nesting + site["fn"].event_dim
+        value = value.reshape(*[1] * (dims - value.dim()), *value.shape)
+        return _bijection(site["fn"].support).inv(value).movedim(1 + self.nesting + self.data_dim, 1)
 
     def _bare(self, trace: poutine.Trace) -> Tensor:
         parts = [(self._by_datum(trace.nodes[name]), shape.numel()) for name, shape in self.shapes.items()]
@@ -435,10 +456,13 @@ class _Path:
     def _values(self, u: Tensor) -> dict[str, Tensor]:
         """The parts of u by site, ``(K, *plates, *event)``."""
         parts = u.split([shape.numel() for shape in self.shapes.values()], -1)
-        return {
+        values = {
             name: part.reshape(*u.shape[:2], *shape).movedim(1, 1 + self.nesting + self.data_dim)
             for part, (name, shape) in zip(parts, self.shapes.items(), strict=True)
         }
+        if self.together:
+            return values
+        return {name: value.reshape(value.shape[1 + self.nesting - self.own[name] :]) for name, value in values.items()}
 
     def _per_datum(self, site: Mapping[str, Any], log_prob: Tensor) -> Tensor:
         return per_datum(on_plates(site, log_prob), self.data_dim, -1 - self.nesting)

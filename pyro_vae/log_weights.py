@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,11 +15,14 @@ from pyro import poutine
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.messenger import Messenger
 from pyro.util import check_site_shape
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .compiled import preserved
-from .distributions import check_masks
+from .distributions import check_masks, mixes_rows
+from .draws import DRAWS, DrawsPlate, difference, warn_of
+from .guards import python_state
 
 __all__ = [
     "LogWeights",
@@ -35,7 +39,6 @@ __all__ = [
 ]
 
 MAX_STRUCTURES = 100  # signatures that are kept
-DRAWS = "_draws"
 PER_DRAW = ("log_p", "log_q", "reconstruction", "kl", "score")
 
 
@@ -139,10 +142,13 @@ class Structures:
     `log_weights` looks again.
     """
 
-    __slots__ = ("known",)  # it follows from the programs, so that no guard of a compiled step need look here
+    # they follow from the programs, so that no guard of a compiled step need look here
+    __slots__ = ("joint", "known", "warned")
 
     def __init__(self) -> None:
         self.known: dict[Hashable, Structure] = {}
+        self.joint: dict[Hashable, _Joint] = {}
+        self.warned = False
 
     def __reduce__(self) -> tuple[type, tuple]:
         return Structures, ()
@@ -169,11 +175,58 @@ class Structures:
     ) -> bool:
         return self._key(model, guide, args, kwargs, plate) in self.known
 
+    def together(
+        self,
+        model: Callable,
+        guide: Callable,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        plate: str | None,
+        num_draws: int,
+    ) -> bool:
+        """Whether several draws may be made in one call: the programs keep rows apart, and the first and the last of
+        the draws score as in calls of their own, which is looked at once."""
+        key = (*self._key(model, guide, args, kwargs, plate), num_draws)  # type: ignore[misc]
+        if key not in self.joint:
+            while len(self.joint) >= MAX_STRUCTURES:
+                self.joint.pop(next(iter(self.joint)))
+            self.joint[key] = _Joint(model, guide)
+        joint = self.joint[key]
+        if joint.mixes_rows():
+            return False
+        if (modes := joint.modes()) not in joint.known:
+            structure = self.of(model, guide, args, kwargs, plate, structure_of(model, guide, args, kwargs, plate))
+            with disable_proxy_modes_tracing(), preserved():
+                problem = difference([guide, model], args, kwargs, num_draws, structure.nesting, structure.plate)
+            if problem is not None and not self.warned:
+                self.warned = True
+                warn_of(problem)
+            joint.known[modes] = problem is None
+        return joint.known[modes]
+
     @staticmethod
     def _key(
         model: Callable, guide: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], plate: str | None
     ) -> Hashable:
         return _identity(model), _identity(guide), _signature((tuple(args), dict(kwargs))), plate
+
+
+class _Joint:
+    """What is known of several draws in one call of a pair, for the modes that its modules are in."""
+
+    def __init__(self, *programs: Callable) -> None:
+        found = [value for _, _, value in python_state(programs)]
+        found += [getattr(program, "__self__", program) for program in programs]
+        modules = {id(m): m for each in found if isinstance(each, nn.Module) for m in each.modules()}
+        self.modules = [weakref.ref(module) for module in modules.values()]
+        self.of_batches = [weakref.ref(m) for m in modules.values() if isinstance(m, _BatchNorm)]
+        self.known: dict[tuple[bool, ...], bool] = {}
+
+    def modes(self) -> tuple[bool, ...]:
+        return tuple(bool(getattr(module(), "training", False)) for module in self.modules)
+
+    def mixes_rows(self) -> bool:
+        return mixes_rows(*(module() for module in self.of_batches))
 
 
 def _identity(program: Callable) -> Hashable:
@@ -328,6 +381,8 @@ def log_weights(
         torch.Size([3, 5])
     """
     structures = structures or Structures()
+    if vectorize and num_particles > 1:
+        vectorize = structures.together(model, guide, args, kwargs, plate, num_particles)
     kept = structures.knows(model, guide, args, kwargs, plate)
     structure = structures.of(model, guide, args, kwargs, plate)
     for _ in range(2):
@@ -376,7 +431,7 @@ def _one_call(
     num_particles: int,
     shared: poutine.Trace | None = None,
 ) -> LogWeights:
-    draws = _Draws(num_particles, structure)
+    draws = DrawsPlate(num_particles, structure.nesting, structure.plate)
     detached = _Leaves(leaves, structure.global_sites if shared else ())
     if shared is not None:
         model, guide = (poutine.replay(program, shared) for program in (model, guide))
@@ -388,21 +443,6 @@ def _one_call(
     weights = reader.read(args, kwargs)
     weights.leaves, weights.paths = leaves, detached.paths
     return weights
-
-
-class _Draws(pyro.plate):
-    """The plate of the draws, around local sites alone."""
-
-    def __init__(self, num_particles: int, structure: Structure) -> None:
-        with poutine.block():
-            super().__init__(DRAWS, num_particles, dim=-1 - structure.nesting)
-        self.within, self.one = structure.plate, num_particles == 1
-
-    def _process_message(self, message: Any) -> None:
-        if message["type"] != "sample" or self.one or type(message["fn"]).__name__ == "_Subsample":
-            return
-        if self.within is None or self.within in _plates(message):
-            super()._process_message(message)
 
 
 class _Leaves(Messenger):

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from pyro_vae.guides import AmortizedGuide, StateSpaceGuide, families
 from pyro_vae.log_weights import samples
-from pyro_vae.models import VAE, DeepMarkovModel, LinearVAE, likelihoods, priors
+from pyro_vae.models import VAE, DeepMarkovModel, LinearVAE, StateSpaceModel, likelihoods, priors
+from pyro_vae.models.transitions import Initial
 from pyro_vae.nn import MLP, ConvolutionalDecoder, ConvolutionalEncoder
 
 
@@ -116,6 +117,71 @@ class FiveSteps(DeepMarkovModel):
 def five_steps() -> tuple[Any, Any]:
     model = FiveSteps((3,), 2, 5, (4,), likelihood=likelihoods.Normal())
     return model, StateSpaceGuide(model, hidden=4)
+
+
+class Recurrent(nn.Module):
+    """A user's decoder: z starts a recurrent network, whose batch comes first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network, self.output = nn.GRU(1, 3, batch_first=True), nn.Linear(3, 1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        steps = z.new_zeros(z.size(0), 4, 1)
+        return self.output(self.network(steps, z[None])[0]).view(z.size(0), 1, 4)
+
+
+class Part(nn.Module):
+    """A user's own part of a sequence model, which counts dimensions from the left."""
+
+    def __init__(self, size: int, out: int, scale: float) -> None:
+        super().__init__()
+        self.network, self.scale = nn.Sequential(nn.Linear(size, 8), nn.GLU(1), nn.Linear(4, 2 * out)), scale
+
+    def forward(self, z: Tensor) -> Any:
+        weights, value = self.network(z).view(z.size(0), 2, -1).unbind(1)
+        return dist.Normal(weights.softmax(1) * value, self.scale).to_event(1)
+
+
+class FiveUserSteps(StateSpaceModel):
+    """Sequences of one length from parts of a user's own."""
+
+    def __init__(self) -> None:
+        super().__init__(Initial(2), Part(2, 2, 0.5), Part(2, 3, 0.3))
+
+    def forward(self, x: Tensor | None = None, *, num_data: int | None = None) -> Tensor:  # type: ignore[override]
+        return super().forward(x, num_data=num_data, num_steps=5 if x is None else None)
+
+
+def five_user_steps() -> tuple[Any, Any]:
+    model = FiveUserSteps()
+    return model, StateSpaceGuide(model, hidden=4)
+
+
+def from_the_left(out: int) -> nn.Module:
+    """A user's network of (B, 3) that counts dimensions from the left."""
+    return nn.Sequential(nn.Linear(3, 8), nn.GLU(1), nn.Softmax(1), nn.Linear(4, out), nn.Unflatten(1, (1, out)))
+
+
+def convolutions() -> tuple[Any, Any]:
+    """A user's convolutional networks, with batch statistics."""
+    decoder = nn.Sequential(
+        *(nn.Linear(3, 16), nn.BatchNorm1d(16), nn.Unflatten(1, (4, 2, 2)), nn.ConvTranspose2d(4, 3, 2, 2)),
+        *(nn.BatchNorm2d(3), nn.ReLU(), nn.ConvTranspose2d(3, 1, 1), nn.Unflatten(1, (1, 1))),
+    )
+    encoder = nn.Sequential(nn.Conv2d(1, 3, 3, 2, 1), nn.BatchNorm2d(3), nn.Flatten(1), nn.Linear(12, 6), nn.GLU(1))
+    return vae((1, 4, 4), encoder, latent_dim=3, decoder=decoder)
+
+
+class Layer(nn.Module):
+    """A user's network between layers of a hierarchical prior: (B, 2) to (B, 2, 3)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = nn.Sequential(nn.Linear(2, 12), nn.GLU(1), nn.Unflatten(1, (2, 3)), nn.Softmax(2))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.network(z)
 
 
 def real() -> Tensor:
@@ -223,6 +289,19 @@ CASES = [
         lambda: torch.rand(20, 4).round(),
     ),
     Case("sequences", five_steps, lambda: torch.randn(20, 5, 3)),
+    Case("sequences_of_user_networks", five_user_steps, lambda: torch.randn(20, 5, 3)),
+    Case(
+        "decoder_from_the_left",
+        lambda: vae((4,), small, latent_dim=3, likelihood=likelihoods.Poisson(), decoder=from_the_left(4)),
+        codes,
+    ),
+    Case("convolutions_with_batch_statistics", convolutions, lambda: torch.rand(20, 1, 4, 4).round()),
+    Case("recurrent_decoder", lambda: vae((4,), small, latent_dim=3, decoder=Recurrent()), lambda: codes().clamp(max=1)),
+    Case(
+        "hierarchical_prior_from_the_left",
+        lambda: vae((4,), small, prior=priors.Hierarchical((3, 2), Layer()), decoder=from_the_left(4)),
+        lambda: torch.rand(20, 4).round(),
+    ),
     Case("two_sites", two_sites, lambda: torch.randn(20, 4)),
     Case("two_site_prior", mixed, lambda: torch.rand(20, 4).round()),
     Case("vamp_prior", vamp, lambda: torch.rand(20, 4).round()),

@@ -106,7 +106,7 @@ def test_backward_weights_are_unbiased_for_one_over_p(linear):
     model, x = linear
     chains = annealing._Chains(2000, 4, 3)
     with torch.no_grad():
-        path = annealing._Path(model, posterior_guide(model, x, 0.2, 0.7), ((x,), {}))
+        path = annealing._Path(model, posterior_guide(model, x, 0.2, 0.7), ((x,), {}), 2000)
         density = lambda u, t: path(((x,), {}), u, t)  # noqa: E731
         steps = chains.pilot(density, path.draws(2000, ((x,), {})), Silent())
         u = model.posterior(x).sample((2000,))

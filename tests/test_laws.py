@@ -14,7 +14,10 @@ from pyro_vae import evaluate, fit, load_run
 from pyro_vae.config import build, describe
 from pyro_vae.log_weights import log_weights
 
-UNDESCRIBED = ("two_sites", "distribution_prior")
+UNDESCRIBED = (
+    *("two_sites", "distribution_prior", "sequences_of_user_networks", "decoder_from_the_left", "recurrent_decoder"),
+    *("convolutions_with_batch_statistics", "hierarchical_prior_from_the_left"),
+)
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
@@ -59,7 +62,8 @@ def test_evaluate_of_one_draw_is_the_elbo_and_the_bound_rises_with_k(case):
     assert bool((many.per_datum["log_evidence"] >= many.per_datum["elbo"] - 1e-9).all())
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
-        loss = Trace_ELBO(num_particles=200, vectorize_particles=True, max_plate_nesting=1).loss(model, guide, x)
+        pair = model.eval(), guide.eval()
+        loss = Trace_ELBO(num_particles=200, vectorize_particles=True, max_plate_nesting=1).loss(*pair, x)
     noise = 5 * (many.elbo.standard_error_draws * 2**0.5)
     assert -loss / len(x) == pytest.approx(float(many.elbo), abs=noise)
 
