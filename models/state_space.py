@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..config import Configured
 from ..distributions import MarkovChain, WithMissing, check_masks, folded
+from ..draws import DrawsPlate, are_joint
 from ..nn import MLP, positive
 from ..sequences import Carried, Steps, all_there, steps_of
 from .likelihoods import Likelihood
@@ -248,10 +249,14 @@ class StateSpaceModel(Configured, PyroModule):
         Without `lengths` all steps of x are there, the last ones too where they are not observed.
         """
         kwargs |= _options(all_there(x, lengths, mask), mask)
-        with pyro.plate("_draws", positive("num_samples", num_samples), dim=-2):
-            trace = poutine.trace(guide).get_trace(x, *args, **kwargs)
-        z = trace.nodes["z"]["value"]
-        return z.expand(num_samples, *z.shape[-3:])
+        S = positive("num_samples", num_samples)
+        at_once = S if S == 1 or are_joint([guide], (x, *args), kwargs) else 1
+        draws = []
+        for _ in range(S // at_once):
+            with DrawsPlate(at_once, nesting=1, within=None):
+                z = poutine.trace(guide).get_trace(x, *args, **kwargs).nodes["z"]["value"]
+            draws.append(z.expand(at_once, *z.shape[-3:]))
+        return torch.cat(draws)
 
     @torch.no_grad()
     def log_evidence(
@@ -287,9 +292,10 @@ class StateSpaceModel(Configured, PyroModule):
             return torch.cat([self.filter(**rows, num_particles=num_samples).log_evidence for rows in of_rows])
         args, kwargs = _given(x, u), _options(lengths, mask)
         most = max(1, MAX_ELEMENTS // max(1, x[..., 0].numel() * max(self.event_dim, self.latent_dim)))
+        most = most if positive("num_samples", num_samples) == 1 or are_joint([guide, self], args, kwargs) else 1
         log_weights = []
-        for K in torch.arange(positive("num_samples", num_samples)).split(most):
-            with pyro.plate("_draws", len(K), dim=-2):
+        for K in torch.arange(num_samples).split(most):
+            with DrawsPlate(len(K), nesting=1, within=None):
                 q = poutine.trace(guide).get_trace(*args, **kwargs)
                 p = poutine.trace(poutine.replay(self, trace=q)).get_trace(*args, **kwargs)
             _check_guide(p, q)

@@ -13,7 +13,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["DRAWS", "DrawsPlate", "SeparateDrawsWarning", "difference", "warn_of"]
+__all__ = ["DRAWS", "DrawsPlate", "SeparateDrawsWarning", "are_joint", "difference", "warn_of"]
 
 DRAWS = "_draws"
 DROPOUTS = {
@@ -57,6 +57,15 @@ def warn_of(problem: str) -> None:
         SeparateDrawsWarning,
         stacklevel=2,
     )
+
+
+def are_joint(programs: Sequence[Callable], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether two draws of programs of one plate may be made in one call; a warning says why not."""
+    with torch.random.fork_rng():
+        problem = difference(programs, args, kwargs, num_draws=2, nesting=1, within=None)
+    if problem is not None:
+        warn_of(problem)
+    return problem is None
 
 
 def difference(

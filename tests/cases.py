@@ -296,7 +296,9 @@ CASES = [
         codes,
     ),
     Case("convolutions_with_batch_statistics", convolutions, lambda: torch.rand(20, 1, 4, 4).round()),
-    Case("recurrent_decoder", lambda: vae((4,), small, latent_dim=3, decoder=Recurrent()), lambda: codes().clamp(max=1)),
+    Case(
+        "recurrent_decoder", lambda: vae((4,), small, latent_dim=3, decoder=Recurrent()), lambda: codes().clamp(max=1)
+    ),
     Case(
         "hierarchical_prior_from_the_left",
         lambda: vae((4,), small, prior=priors.Hierarchical((3, 2), Layer()), decoder=from_the_left(4)),

@@ -228,7 +228,7 @@ def test_a_gap_at_the_end_is_no_end():
     model.predict_one_step(guide, x, u, mask=mask)
     model.impute(guide, x, u, mask=mask)
     model.forecast(guide, x, u, torch.zeros(B, 1, C), mask=mask)
-    assert told == [[T] * B] * 4
+    assert len(told) >= 4 and all(lengths == [T] * B for lengths in told)
     with pytest.raises(ValueError, match="expected lengths from 0 to 5, got"):
         model.smooth(guide, x, u, lengths=torch.tensor([5, 6, 1, 1]))
 

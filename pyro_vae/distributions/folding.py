@@ -118,7 +118,8 @@ def _rebuilt(distributions: Sequence[Any], combined: Callable[[list[Tensor]], Te
     if not type(p).__module__.startswith(LIBRARIES) or not {*names} <= {*p.arg_constraints}:
         return None
     for alike in SAME:
-        known = [name for name in alike if name in vars(p)]
+        known = [name for name in alike if name in vars(p)]  # the one that was given stands before those made from it
+        known.sort(key=lambda name: getattr(p, name) is not getattr(p, "_param", None))
         names = [name for name in names if name not in alike or name in known[:1]]
     parts = {name: [getattr(each, name) for each in distributions] for name in names}
     if not all(isinstance(t, Tensor) and t.shape[:1] == p.batch_shape[:1] for each in parts.values() for t in each):
