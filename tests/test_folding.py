@@ -340,6 +340,7 @@ def test_gradients_compiled_and_annealed(recorded):
         torch.manual_seed(0)
         losses = [svi.step(x) for _ in range(4)]
     assert svi.compiled, svi.fallback_reason
+    pyro.clear_param_store()  # which holds the other one's parameters under the same names
     right, guide, x = own(-1)
     svi = SVI(right, guide, pyro.optim.Adam({"lr": 0.01}), IWAE(3, vectorize_particles=False))
     torch.manual_seed(0)
