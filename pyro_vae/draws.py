@@ -124,13 +124,18 @@ def difference(
 def _scores(
     programs: Sequence[Callable], drawn: poutine.Trace, args: Any, kwargs: Any, plate: Any = None
 ) -> Iterator[dict[str, Tensor]]:
-    """Log-probabilities of the sites of each program at given draws."""
+    """Log-probabilities of the sites of each program at given draws, to which the rows of plates are added."""
     for program in programs:
         with plate or contextlib.nullcontext():
             trace = poutine.trace(poutine.replay(program, drawn)).get_trace(*args, **kwargs)
         scores = {}
         for name, site in trace.nodes.items():
-            if site["type"] == "sample" and not _is_subsample(site) and not _is_point(site["fn"]):
+            if site["type"] != "sample":
+                continue
+            if _is_subsample(site):
+                if name not in drawn:
+                    drawn.add_node(name, **site)  # its rows are those of every call
+            elif not _is_point(site["fn"]):
                 log_prob = site["fn"].log_prob(site["value"])
                 if site["mask"] is not None:
                     log_prob = torch.where(torch.as_tensor(site["mask"]), log_prob, log_prob.new_zeros(()))
