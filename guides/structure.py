@@ -17,7 +17,7 @@ from torch.distributions import biject_to, constraints
 from torch.distributions.constraints import MixtureSameFamilyConstraint
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
-from ..distributions import is_masked
+from ..distributions import Remembered, is_masked, unconstrained
 
 __all__ = ["Call", "Calls", "Latent", "Plate", "check_static", "data_plate", "latents", "untouched"]
 
@@ -106,8 +106,7 @@ class Latent:
 
     def __init__(self, name: str, site: Mapping[str, Any]) -> None:
         self.name, self.event_shape, self.support = name, site["fn"].event_shape, site["fn"].support
-        if isinstance(self.support, MixtureSameFamilyConstraint):
-            self.support = self.support.base_constraint
+        self.support = _of_components(self.support)
         self.plates = _plates(site)
         scale = math.prod(plate.full_size / plate.size for plate in self.plates)
         if is_masked(site) or not math.isclose(float(site["scale"]), scale, rel_tol=1e-5):
@@ -175,16 +174,27 @@ class Latent:
         """q over the site's support, from q over real numbers; q itself where the support is these, or discrete."""
         if self.is_discrete or self.is_real:
             return q
-        return dist.TransformedDistribution(q, [biject_to(self.support).with_cache(1)])
+        return dist.TransformedDistribution(q, [Remembered(self.support)])
 
     def flat(self, value: Tensor) -> Tensor:
-        """A value of the site as vectors, ``(*plates, size)``: one-hot, or over the real numbers."""
+        """A value of the site as vectors, ``(*plates, size)``: one-hot, or over the real numbers. Of a constrained site
+        it is ``asinh`` of the numbers over the reals, which in a sparse one are in hundreds.
+        """
         events = len(self.event_shape)
         if self.categories is not None:
             value, events = nn.functional.one_hot(value.long(), self.categories), events + 1
         elif not self.is_discrete and not self.is_real:
-            value, events = biject_to(self.support).inv(value), len(self.bare_shape)
+            value, events = unconstrained(self.support, value).asinh(), len(self.bare_shape)
         return value.flatten(start_dim=-events) if events else value[..., None]
+
+
+def _of_components(support: Any) -> Any:
+    """The support of a mixture's components in the place of the mixture's."""
+    if isinstance(support, MixtureSameFamilyConstraint):
+        return _of_components(support.base_constraint)
+    if isinstance(support, type(constraints.independent(constraints.real, 1))):
+        return constraints.independent(_of_components(support.base_constraint), support.reinterpreted_batch_ndims)
+    return support
 
 
 def _plates(site: Mapping[str, Any]) -> tuple[Plate, ...]:

@@ -17,12 +17,12 @@ from pyro import poutine
 from pyro.distributions.util import sum_rightmost
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
-from torch.distributions import biject_to
 from torch.distributions.constraints import MixtureSameFamilyConstraint
 from tqdm import tqdm
 
 from .compiled import Compiled, preserved
 from .data import Data, as_data
+from .distributions import Remembered
 from .draws import DRAWS, difference, warn_of
 from .evaluation import MAX_ELEMENTS, Estimate, check_support, isolated
 from .log_weights import on_plates, per_datum, samples, structure_of
@@ -493,7 +493,7 @@ def _bijection(support: Any) -> Any:
     while isinstance(support, MixtureSameFamilyConstraint):
         support = support.base_constraint
     try:
-        return biject_to(support)
+        return Remembered(support)
     except NotImplementedError:
         return None
 

@@ -13,6 +13,8 @@ from pyro import poutine
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .distributions import rearranged
+
 __all__ = ["DRAWS", "DrawsPlate", "SeparateDrawsWarning", "are_joint", "difference", "warn_of"]
 
 DRAWS = "_draws"
@@ -152,10 +154,13 @@ def _single(drawn: poutine.Trace, k: int, nesting: int) -> poutine.Trace:
         site, value = site.copy(), site["value"]
         frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
         if any(frame.name == DRAWS for frame in frames):
-            event = site["fn"].event_dim
-            value = value.select(value.dim() - event - 1 - nesting, k)
-            own = max((-frame.dim for frame in frames if frame.name != DRAWS), default=0)
-            site["value"] = value.reshape(value.shape[value.dim() - own - event :])
+            event, own = site["fn"].event_dim, max((-frame.dim for frame in frames if frame.name != DRAWS), default=0)
+
+            def one(value: Tensor, event: int = event, own: int = own) -> Tensor:
+                value = value.select(value.dim() - event - 1 - nesting, k)
+                return value.reshape(value.shape[value.dim() - own - event :])
+
+            site["value"] = rearranged(value, one)
             site["cond_indep_stack"] = tuple(f for f in site["cond_indep_stack"] if f.name != DRAWS)
         single.add_node(name, **site)
     return single

@@ -20,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .compiled import preserved
-from .distributions import check_masks, mixes_rows
+from .distributions import check_masks, leaf_of, mixes_rows
 from .draws import DRAWS, DrawsPlate, difference, warn_of
 from .guards import python_state
 
@@ -467,8 +467,8 @@ class _Leaves(Messenger):
         if q.has_rsample and drawn.is_floating_point():
             if any(isinstance(each, torch.distributions.TransformedDistribution) for each in _layers(q)):
                 self.own_log_q[message["name"]] = q.log_prob(drawn).detach()
-            message["value"] = drawn.detach().requires_grad_()
-            self.paths.append(Path(message["name"], drawn, message["value"], _counted(message, drawn)))
+            path, leaf, message["value"] = leaf_of(drawn)
+            self.paths.append(Path(message["name"], path, leaf, _counted(message, path)))
 
 
 class _Reader:
