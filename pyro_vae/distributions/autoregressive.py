@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .transforms import GatedAffineTransform
+from .transforms import CouplingTransform, GatedAffineTransform
 
 __all__ = ["autoregressive", "coupling"]
 
@@ -54,10 +55,39 @@ def coupling(dim: int, features: int, univariate: str, hidden: Sequence[int], re
     """
     zuko = _zuko()
     function, shapes = _univariate(zuko, univariate)
-    mask = torch.arange(dim) % 2 == int(reverse)
-    return zuko.flows.GeneralCouplingTransform(
-        dim, features, mask=mask, univariate=function, shapes=shapes, hidden_features=hidden
-    )
+    if dim == 1:  # there is nothing to condition on but h
+        return zuko.flows.ElementWiseTransform(1, features, univariate=function, shapes=shapes, hidden_features=hidden)
+    return _Coupling(dim, features, function, shapes, hidden, reverse)
+
+
+class _Coupling(nn.Module):
+    """zuko's coupling, with the indices of its parts as buffers: zuko's reads them from a mask on the host, at each
+    call."""
+
+    kept: Tensor
+    moved: Tensor
+
+    def __init__(
+        self, dim: int, features: int, univariate: Callable[..., Any], shapes: Any, hidden: Sequence[int], reverse: bool
+    ) -> None:
+        super().__init__()
+        self.univariate, self.shapes = univariate, shapes
+        kept, moved = torch.arange(dim)[int(reverse) :: 2], torch.arange(dim)[1 - int(reverse) :: 2]
+        self.register_buffer("kept", kept, persistent=False)
+        self.register_buffer("moved", moved, persistent=False)
+        self.total = sum(math.prod(shape) for shape in shapes)
+        self.hyper = _zuko().nn.MLP(len(kept) + features, len(moved) * self.total, hidden_features=hidden)
+
+    def forward(self, h: Tensor | None) -> CouplingTransform:
+        zuko = _zuko()
+
+        def conditional(x: Tensor) -> Any:
+            if h is not None:
+                x = torch.cat(zuko.utils.broadcast(x, h, ignore=1), -1)
+            parameters = zuko.utils.unpack(self.hyper(x).unflatten(-1, (-1, self.total)), self.shapes)
+            return zuko.transforms.DependentTransform(self.univariate(*parameters), 1)
+
+        return CouplingTransform(conditional, self.kept, self.moved)
 
 
 def _univariate(zuko: ModuleType, name: str) -> Univariate:

@@ -11,7 +11,14 @@ from torch.distributions import constraints
 from torch.distributions.transforms import Transform
 from torch.nn import functional as F
 
-__all__ = ["GatedAffineTransform", "OnePass", "PlanarTransform", "RadialTransform", "SylvesterTransform"]
+__all__ = [
+    "CouplingTransform",
+    "GatedAffineTransform",
+    "OnePass",
+    "PlanarTransform",
+    "RadialTransform",
+    "SylvesterTransform",
+]
 
 HALVINGS = 64  # of an interval: to the last bit of float64
 
@@ -140,6 +147,35 @@ class SylvesterTransform(_Scored):
             w[i] = _root(equation, target, target - r1.abs(), target + r1.abs())
             h[i] = (r2 * w[i] + offset).tanh()
         return y - _times(self.Q, _times(self.R1, torch.stack(h, -1)))
+
+
+class CouplingTransform(_Scored):
+    r"""``y_a = x_a, y_b = f(x_b; x_a)`` for two parts a and b of the dimensions (arXiv 1605.08803).
+
+    Args:
+        conditional: ``conditional(x_a)`` is f, a transform of zuko's convention over vectors.
+        kept, moved: the indices of a and of b, whole numbers.
+
+    Example:
+        >>> from torch.distributions.transforms import Transform
+        >>> class Doubled(Transform):
+        ...     def call_and_ladj(self, x):
+        ...         return 2 * x, torch.full(x.shape[:-1], 0.6931 * x.shape[-1])
+        >>> CouplingTransform(lambda a: Doubled(), torch.tensor([0]), torch.tensor([1, 2]))(torch.ones(5, 3))[0]
+        tensor([1., 2., 2.])
+    """
+
+    def __init__(self, conditional: Callable[[Tensor], Any], kept: Tensor, moved: Tensor) -> None:
+        super().__init__()
+        self.conditional, self.kept, self.moved = conditional, kept, moved
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, ladj = self.conditional(x.index_select(-1, self.kept)).call_and_ladj(x.index_select(-1, self.moved))
+        return x.index_copy(-1, self.moved, y), ladj
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        x = self.conditional(y.index_select(-1, self.kept)).inv(y.index_select(-1, self.moved))
+        return y.index_copy(-1, self.moved, x)
 
 
 class GatedAffineTransform(_Scored):
