@@ -203,13 +203,15 @@ class Site(NamedTuple):
 class Path(NamedTuple):
     """A draw as the sampling path made it from the parameters and earlier leaves, and the leaf in its place.
 
-    `counted` tells whose ln q counts, in the shape of the draw, where its site is masked; None where all do.
+    `counted` tells whose ln q counts, in the shape of the draw, where its site is masked; None where all do. `log_q` is
+    ln q of a chain whose steps are masked, in the shape of its plates.
     """
 
     name: str
     drawn: Tensor
     leaf: Tensor
     counted: Tensor | None
+    log_q: Tensor | None = None
 
 
 @dataclasses.dataclass
@@ -265,33 +267,61 @@ class LogWeights:
         return site["value"] if site.get("is_observed") else None
 
     def along_paths(self, of_local: Tensor, of_global: Tensor, of_masked: Tensor) -> Tensor:
-        """What has the gradient ``sum_i (d f / d z_i) dz_i`` along the sampling paths of the draws, f being `of_local`
-        for draws of local sites, `of_masked` for those whose ln q is masked, and `of_global` for those of global sites;
-        ``d f / d z_i`` holds the other draws fixed, dz_i does not.
+        """What has the gradient ``sum_i (d f / d z_i) dz_i``, f being `of_local` for draws of local sites whose ln q
+        counts, `of_masked` for those whose ln q is masked, and `of_global` for those of global sites. dz_i is what the
+        parameters and the global draws change in z_i at fixed earlier local draws; ``d f / d z_i`` is total: it goes
+        on through all later local draws, masked or not.
+
+        Why f belongs to the draw at which a change begins: with v = softmax(ln w) the gradient of ``ln mean_k w_k`` is
+        ``sum_k v_k d ln w_k``, and its part from q_i's parameters phi is, where ln q_i counts,
+
+            sum_k v_k (d ln w_k / d z_i) dz_i - v_k d ln q(z_i | z_<i; phi) / d phi.
+
+        In expectation the second term is ``-(d v_k / d z_i) dz_i = -(v_k - v_k^2) (d ln w_k / d z_i) dz_i``, so that
+        ``v_k^2`` is left. Where ln q_i is masked there is no second term, and `v_k` stays. Neither depends on the masks
+        of the sites that the path goes through. A chain is one site, and a change at a step that counts goes on through
+        its later steps: where one that is masked has a part in f, both terms stay as they are.
         """
-        leaves = [path.leaf for path in self.paths]
-        gradients = [torch.zeros_like(leaf) for leaf in leaves]
+        paths = [*enumerate(self.paths)]
+        of_all = [i for i, path in paths if path.name in self.global_sites]
+        own = [i for i, _ in paths if i not in of_all]
+        gradients, scores = self._totals(of_local, own), of_local.new_zeros(())
+        if of_masked is not of_local and any(self.paths[i].counted is not None for i in own):
+            of_others = self._totals(of_masked, own)
+            for i in own:
+                _, _, leaf, counted, log_q = self.paths[i]
+                if counted is None:
+                    continue
+                if log_q is not None:
+                    in_part = (of_others[i] != 0) & ~counted
+                    in_part = in_part.flatten(start_dim=log_q.dim()).any(-1)
+                    (weight,) = torch.autograd.grad(of_masked, log_q, retain_graph=True)
+                    scores = scores + torch.where(in_part, weight * log_q, 0.0).sum()
+                    counted = counted & ~in_part[(..., *[None] * (leaf.dim() - log_q.dim()))]
+                gradients[i] = torch.where(counted, gradients[i], of_others[i])
+        if of_all:
+            of_global = of_global + scores
+            from_local = sum(((gradients[i].detach() * self.paths[i].drawn).sum() for i in own), of_global)
+            gradients |= self._totals(from_local, of_all)
+        for i, path in paths:
+            scores = scores + (gradients[i].detach() * path.drawn).sum()
+        return scores
 
-        def add(f: Tensor, those: Sequence[int], outer: Tensor | None = None, into: Any = gradients) -> None:
-            if those and f.requires_grad:
-                wanted = [leaves[i] for i in those]
-                found = torch.autograd.grad(f, wanted, outer, retain_graph=True, allow_unused=True)
-                for i, gradient in zip(those, found, strict=True):
-                    into[i] = into[i] if gradient is None else into[i] + gradient
+    def _totals(self, f: Tensor, those: Sequence[int]) -> dict[int, Tensor]:
+        """The derivatives of f by the leaves of these paths, all the way through later ones of them."""
+        gradients = {i: torch.zeros_like(self.paths[i].leaf) for i in those}
 
-        of_all = [i for i, path in enumerate(self.paths) if path.name in self.global_sites]
-        add(of_global, of_all)
-        add(of_local, [i for i in range(len(leaves)) if i not in of_all])
-        masked = {i: path.counted for i, path in enumerate(self.paths) if path.counted is not None and i not in of_all}
-        others = [torch.zeros_like(leaf) for leaf in leaves]
-        add(of_masked, [*masked], into=others)
-        for i, counted in masked.items():
-            gradients[i] = torch.where(counted, gradients[i], others[i])
-        surrogate = of_local.new_zeros(())
-        for i, path in reversed([*enumerate(self.paths)]):
-            surrogate = surrogate + (gradients[i].detach() * path.drawn).sum()
-            add(path.drawn, range(i), gradients[i])
-        return surrogate
+        def add(value: Tensor, onto: Sequence[int], outer: Tensor | None = None) -> None:
+            if onto and value.requires_grad:
+                leaves = [self.paths[i].leaf for i in onto]
+                found = torch.autograd.grad(value, leaves, outer, retain_graph=True, allow_unused=True)
+                for i, gradient in zip(onto, found, strict=True):
+                    gradients[i] = gradients[i] if gradient is None else gradients[i] + gradient
+
+        add(f, those)
+        for count in reversed(range(len(those))):
+            add(self.paths[those[count]].drawn, those[:count], gradients[those[count]])
+        return gradients
 
 
 def log_weights(
@@ -386,7 +416,8 @@ def _one_call(
         model_trace = poutine.trace(poutine.replay(model, guide_trace)).get_trace(*args, **kwargs)
     reader = _Reader(model_trace, guide_trace, structure, num_particles, analytic_kl, scaled, detached.own_log_q)
     weights = reader.read(args, kwargs)
-    weights.leaves, weights.paths = leaves, detached.paths
+    weights.leaves = leaves
+    weights.paths = [path._replace(log_q=reader.log_q_of_chains.get(path.name)) for path in detached.paths]
     return weights
 
 
@@ -459,6 +490,7 @@ class _Reader:
         self.B: int = of_data[0].size if of_data else 1
         self.shared = [n for n, _ in samples(self.q) if n in self.p.nodes and not self.p.nodes[n]["is_observed"]]
         in_order = self.shared == [name for name, _ in samples(self.p) if name in self.shared]
+        self.log_q_of_chains: dict[str, Tensor] = {}  # of those whose steps are masked
         self.analytic_kl = analytic_kl and in_order  # each q(z_i | z_<i) and p(z_i | z_<i) is then known before z_i
 
     def read(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> LogWeights:
@@ -475,6 +507,8 @@ class _Reader:
                 if trace is self.q and name in self.own_log_q:
                     log_prob = self.own_log_q[name] + (log_prob - log_prob.detach())
                 value = self._weighted(site, on_plates(site, log_prob))
+                if trace is self.q and any(_steps(each) is not None for each in _layers(site["fn"])):
+                    self.log_q_of_chains[name] = value
                 score = None
                 if trace is self.q and not site["fn"].has_rsample:
                     unreparameterised.append(name)
@@ -595,14 +629,28 @@ def closed_form_kl(q: Any, p: Any) -> Tensor | None:
 
 def _counted(site: Mapping[str, Any], value: Tensor) -> Tensor | None:
     """Whose log-probability no mask of a handler or of the distribution leaves out, in the shape of the value."""
-    q, found = site["fn"], None
-    masks = [(site["mask"], q.event_dim), *((getattr(each, "_mask", None), each.event_dim) for each in _layers(q))]
+    q, found, transformed = site["fn"], None, False
+    masks = [(site["mask"], q.event_dim)]
+    for each in _layers(q):
+        own = [(getattr(each, "_mask", None), each.event_dim), (_steps(each), each.event_dim - 1)]
+        if transformed and any(mask is not None and mask is not True for mask, _ in own):
+            raise ValueError(
+                f'expected masks of whole draws, got one of what a transform makes "{site["name"]}" of, which leaves '
+                "out no part of the draw: mask the distribution that the transform returns, or use ELBO or IWAE"
+            )
+        masks += own
+        transformed |= isinstance(each, torch.distributions.TransformedDistribution)
     for mask, event_dim in masks:
         if mask is not None:
             mask = torch.as_tensor(mask, device=value.device).expand(value.shape[: value.dim() - event_dim])
             mask = mask[(..., *[None] * event_dim)]
             found = mask if found is None else found & mask
     return found
+
+
+def _steps(distribution: Any) -> Tensor | None:
+    """The mask of a chain's steps."""
+    return getattr(distribution, "mask_", None)
 
 
 def _layers(distribution: Any) -> Iterator[Any]:
