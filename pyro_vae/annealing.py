@@ -184,6 +184,9 @@ def sandwich(
     with isolated(*programs):
         torch.manual_seed(seed)
         simulated = poutine.trace(model).get_trace(num_data=num_data, **kwargs)
+        for name, site in _sites(simulated):
+            if any(frame.name == "data" for frame in site["cond_indep_stack"]):
+                _data_dim(name, site, num_data)
         x = simulated.nodes["_RETURN"]["value"]
         if not all(isinstance(part, Tensor) for part in (x if isinstance(x, tuple) else (x,))):
             raise ValueError(f"expected a model that returns the data it draws, got {type(x).__name__}: return x")

@@ -64,12 +64,14 @@ def structure_of(
 
     Raises:
         ValueError: latent sites of the model that the guide lacks, or that are marked for enumeration; sites of the
-            guide that the model lacks, or observes; with Pyro's validation, log-probabilities that do not fit plates.
+            guide that the model lacks, or observes; chains of which other steps are there; with Pyro's validation,
+            log-probabilities that do not fit plates.
     """
     with disable_proxy_modes_tracing(), preserved(), torch.no_grad():
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         model_trace = poutine.trace(poutine.replay(model, guide_trace)).get_trace(*args, **kwargs)
         structure = _structure(model_trace, guide_trace, plate)
+        _check_steps(model_trace, guide_trace)
         if is_validation_enabled():
             for trace in (guide_trace, model_trace):
                 trace.compute_log_prob()
@@ -129,6 +131,17 @@ def _check_latents(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> No
             raise ValueError(
                 f'expected a guide that draws latent sites alone, got the observed site "{name}": leave it to the '
                 "model; a GuideMessenger, which runs the model itself, is for Pyro's own ELBOs"
+            )
+
+
+def _check_steps(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
+    """A closed form of the divergence of two chains has one mask for both."""
+    for name, site in samples(guide_trace):
+        masks = _steps(site["fn"]), _steps(model_trace.nodes[name]["fn"]) if name in model_trace.nodes else None
+        if masks[0] is not None and masks[1] is not None and bool((masks[0] != masks[1]).any()):
+            raise ValueError(
+                f'expected latent site "{name}" masked in model and guide alike, got chains that differ in which steps '
+                "are there: give both the same mask"
             )
 
 
@@ -259,7 +272,21 @@ class LogWeights:
     def kl_per_dim(self, name: str) -> Tensor:
         """A site's part of `kl` for each dimension where q and p both factorise over them, else as a whole:
         (K, B, dimensions), K being 1 where it is that of every draw."""
-        return torch.cat([call.kl_per_dim(name) for call in self.calls])
+        parts = torch.cat([call.kl_per_dim(name, call.analytic_kl) for call in self.calls])
+        return parts.reshape(*parts.shape[:2], -1, parts.shape[-1]).sum(2)
+
+    def kl_per_element(self) -> Tensor | None:
+        """`kl` of all local sites for each dimension in each element of the plates within the data's, (K, B, elements),
+        in closed form where it exists; None where a site does not factorise over its dimensions."""
+        if not all(factorises(d) for site in self.sites.values() for d in site[:2]):
+            return None
+        of_sites = [torch.cat([call.kl_per_dim(name, True) for call in self.calls]) for name in self.sites]
+        return torch.cat([each.flatten(start_dim=2).expand(*self.kl.shape, -1) for each in of_sites], 2)
+
+    def counted(self, name: str) -> Tensor | None:
+        """Whether ln q or ln p of a draw counts, in the shape of the site's value; None where all do."""
+        masks = [counted(trace.nodes[name], self.sites[name].value) for trace in (self.calls[0].q, self.calls[0].p)]
+        return None if masks[0] is None or masks[1] is None else masks[0] | masks[1]
 
     def observed(self, name: str) -> Tensor | None:
         """The value of an observed site; None where there is none of that name."""
@@ -459,7 +486,8 @@ class _Leaves(Messenger):
             if any(isinstance(each, torch.distributions.TransformedDistribution) for each in _layers(q)):
                 self.own_log_q[message["name"]] = q.log_prob(drawn).detach()
             message["value"] = drawn.detach().requires_grad_()
-            self.paths.append(Path(message["name"], drawn, message["value"], _counted(message, drawn)))
+            _check_masks_of_draws(message)
+            self.paths.append(Path(message["name"], drawn, message["value"], counted(message, drawn)))
 
 
 class _Reader:
@@ -489,9 +517,10 @@ class _Reader:
         self.data_dim: int | None = of_data[0].dim if of_data else None
         self.B: int = of_data[0].size if of_data else 1
         self.shared = [n for n, _ in samples(self.q) if n in self.p.nodes and not self.p.nodes[n]["is_observed"]]
-        in_order = self.shared == [name for name, _ in samples(self.p) if name in self.shared]
+        self.in_order = self.shared == [name for name, _ in samples(self.p) if name in self.shared]
         self.log_q_of_chains: dict[str, Tensor] = {}  # of those whose steps are masked
-        self.analytic_kl = analytic_kl and in_order  # each q(z_i | z_<i) and p(z_i | z_<i) is then known before z_i
+        # then each q(z_i | z_<i) and p(z_i | z_<i) is known before z_i
+        self.analytic_kl = analytic_kl and self.in_order
 
     def read(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> LogWeights:
         values = [site["value"] for trace in (self.q, self.p) for _, site in samples(trace)]
@@ -567,10 +596,11 @@ class _Reader:
         of_q, of_p = (self._weighted(site, on_plates(site, log_p(p["value"]))) for site in (q, p))
         return kl + (of_q - of_p)
 
-    def kl_per_dim(self, name: str) -> Tensor:
+    def kl_per_dim(self, name: str, analytic: bool) -> Tensor:
+        """(K, B, *plates within, dimensions), in closed form where that is asked for and exists."""
         (q, p), z = (trace.nodes[name]["fn"] for trace in (self.q, self.p)), self.p.nodes[name]["value"]
         events, dims = 0, 1 + self.structure.nesting
-        if all(isinstance(d, torch.distributions.Independent) and not d.base_dist.event_shape for d in (q, p)):
+        if all(isinstance(d, torch.distributions.Independent) and factorises(d) for d in (q, p)):
             events, q, p = q.event_dim, q.base_dist, p.base_dist
 
         def first(value: Tensor) -> Tensor:
@@ -578,12 +608,10 @@ class _Reader:
             value = value.flatten(start_dim=-events).movedim(-1, 0) if events else value[None]
             return value.reshape(len(value), *[1] * (dims + 1 - value.dim()), *value.shape[1:])
 
-        divergence = closed_form_kl(q, p) if self.analytic_kl else None
+        divergence = closed_form_kl(q, p) if analytic and self.in_order else None
         kl = q.log_prob(z) - p.log_prob(z) if divergence is None else divergence
-        kl = self._weighted_kl(name, first(kl), lambda z: first(p.log_prob(z)))
-        others = [dim for dim in range(1 - dims, 0) if dim != self.data_dim]
-        kl = kl.sum(others, keepdim=True) if others else kl
-        return kl.reshape(*kl.shape[:2], -1).movedim(0, -1)
+        kl = self._weighted_kl(name, first(kl), lambda z: first(p.log_prob(z))).movedim(0, -1)
+        return kl[:, None] if self.data_dim is None else kl.movedim(self.data_dim - 1, 1)
 
     def _scale(self, site: Mapping[str, Any]) -> Any:
         """The site's scale without that of the plate of the data; None where it is 1."""
@@ -614,10 +642,19 @@ def per_datum(value: Tensor, data_dim: int | None, draws_dim: int) -> Tensor:
     return value.reshape(value.shape[draws_dim] if value.dim() >= -draws_dim else 1, -1)
 
 
+def factorises(distribution: Any) -> bool:
+    """Whether its dimensions are independent: a number, or an `Independent` of numbers."""
+    base = distribution.base_dist if isinstance(distribution, torch.distributions.Independent) else distribution
+    return not base.event_shape
+
+
 def closed_form_kl(q: Any, p: Any) -> Tensor | None:
     """``KL(q || p)``, of the batch shape of both; None where there is no closed form."""
     if is_point(q):  # whose registered divergence lacks its density
         return None
+    masks = [getattr(each, "_mask", None) for d in (q, p) for each in _layers(d)]
+    if any(mask is not None and mask is not True for mask in masks):
+        return None  # Pyro's is that of what both count, and the masks may differ
     if q.batch_shape != p.batch_shape:  # torch's formulas for discrete ones do not broadcast
         shape = torch.broadcast_shapes(q.batch_shape, p.batch_shape)
         q, p = q.expand(shape), p.expand(shape)
@@ -627,25 +664,31 @@ def closed_form_kl(q: Any, p: Any) -> Tensor | None:
         return None
 
 
-def _counted(site: Mapping[str, Any], value: Tensor) -> Tensor | None:
+def counted(site: Mapping[str, Any], value: Tensor) -> Tensor | None:
     """Whose log-probability no mask of a handler or of the distribution leaves out, in the shape of the value."""
-    q, found, transformed = site["fn"], None, False
+    q, found = site["fn"], None
     masks = [(site["mask"], q.event_dim)]
     for each in _layers(q):
-        own = [(getattr(each, "_mask", None), each.event_dim), (_steps(each), each.event_dim - 1)]
-        if transformed and any(mask is not None and mask is not True for mask, _ in own):
-            raise ValueError(
-                f'expected masks of whole draws, got one of what a transform makes "{site["name"]}" of, which leaves '
-                "out no part of the draw: mask the distribution that the transform returns, or use ELBO or IWAE"
-            )
-        masks += own
-        transformed |= isinstance(each, torch.distributions.TransformedDistribution)
+        masks += [(getattr(each, "_mask", None), each.event_dim), (_steps(each), each.event_dim - 1)]
     for mask, event_dim in masks:
         if mask is not None:
             mask = torch.as_tensor(mask, device=value.device).expand(value.shape[: value.dim() - event_dim])
             mask = mask[(..., *[None] * event_dim)]
             found = mask if found is None else found & mask
     return found
+
+
+def _check_masks_of_draws(site: Mapping[str, Any]) -> None:
+    """Raises ValueError for a mask below a transform."""
+    transformed = False
+    for each in _layers(site["fn"]):
+        masks = getattr(each, "_mask", None), _steps(each)
+        if transformed and any(mask is not None and mask is not True for mask in masks):
+            raise ValueError(
+                f'expected masks of whole draws, got one of what a transform makes "{site["name"]}" of, which leaves '
+                "out no part of the draw: mask the distribution that the transform returns, or use ELBO or IWAE"
+            )
+        transformed |= isinstance(each, torch.distributions.TransformedDistribution)
 
 
 def _steps(distribution: Any) -> Tensor | None:

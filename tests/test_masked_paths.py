@@ -34,7 +34,7 @@ class Given(dist.Normal):
 
 
 class Chain:
-    """p: z ~ N(0, 1), y ~ N(z, 0.8^2), w ~ N(y, 1), the first `count` of them, and x ~ N(last, 0.6^2); q: z ~ N(m, s^2),
+    """p: z ~ N(0, 1), y ~ N(z, 0.8^2), w ~ N(y, 1), the first `count` of them, x ~ N(last, 0.6^2); q: z ~ N(m, s^2),
     y ~ N(c z, r^2), w ~ N(b y, t^2). There is a row for each node of K draws and each combination of masks, with
     parameters of its own."""
 
