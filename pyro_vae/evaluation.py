@@ -58,8 +58,8 @@ class Evaluation:
         kl: ``KL(q(z|x) || p(z))``, from the draws.
         kl_per_dim: its parts per latent dimension, and element of the plates within a datum, where prior and posterior
             factorise, shape (D,), in closed form where there is one; otherwise None. Their sum is `kl` in expectation.
-        active_units: how many latent dimensions have ``Var_x E_q[z] > 0.01``, over the data in which they count; those of
-            chains are left out, None where there are no others.
+        active_units: how many latent dimensions have ``Var_x E_q[z] > 0.01``, over the data in which they count; those
+            of chains are left out, None where there are no others.
         ess: effective sample size of the K importance weights, 1 to K.
         khat: shape of the weights' Pareto tail; above 0.7 the weights cannot be trusted (arXiv 1507.02646).
         per_datum: each score's values, shape (N,): rank data by them.

@@ -147,16 +147,15 @@ def parameters(rows, **start):
 
 
 def chain_with_gaps(rows):
-    """Steps 1 and 3 of three count in the guide; in every other row steps 1 and 2, and the data depend on step 3."""
+    """Steps 1 and 3 of three count; in every other row steps 1 and 2, and the data depend on step 3."""
     p = parameters(rows, m=0.3, c=0.9, s=0.7)
     gap = (torch.arange(rows) % 2 == 0)[:, None]
     mask = torch.where(gap, torch.tensor([True, False, True]), torch.tensor([True, True, False]))
-    there = torch.ones(rows, 3, dtype=torch.bool)
 
     def model(x):
         with pyro.plate("data", rows):
             first = dist.Normal(torch.zeros(rows, 1), 1.0).to_event(1)
-            z = pyro.sample("z", MarkovChain(first, lambda z: dist.Normal(z, 0.8).to_event(1), 3, mask=there))
+            z = pyro.sample("z", MarkovChain(first, lambda z: dist.Normal(z, 0.8).to_event(1), 3, mask=mask))
             pyro.sample("x", dist.Normal(z[..., 2, 0], 0.6), obs=x)
 
     def guide(x):
