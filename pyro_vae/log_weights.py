@@ -26,6 +26,7 @@ __all__ = [
     "Site",
     "Structure",
     "Structures",
+    "check_draws_alone",
     "is_point",
     "log_weights",
     "on_plates",
@@ -127,7 +128,16 @@ def _check_latents(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> No
                 f'expected sites of the guide in the model too, got "{name}" in the guide alone: give it the name of a '
                 'latent site, or mark it, infer={"is_auxiliary": True}'
             )
-        if site["is_observed"] and name in model_trace.nodes and not _weightless(site):
+    check_draws_alone(guide_trace)
+
+
+def check_draws_alone(guide_trace: poutine.Trace) -> None:
+    """Raises ValueError for a site that a guide observes, whose density no bound on log p(x) has in its ln q.
+
+    What it adds by `pyro.factor` is meant to be there.
+    """
+    for name, site in samples(guide_trace):
+        if site["is_observed"] and not _weightless(site) and not isinstance(site["fn"], pyro.distributions.Unit):
             raise ValueError(
                 f'expected a guide that draws latent sites alone, got the observed site "{name}": leave it to the '
                 "model; a GuideMessenger, which runs the model itself, is for Pyro's own ELBOs"
