@@ -19,7 +19,15 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import ELBO, RenyiELBO, ReweightedWakeSleep, Trace_ELBO, Trace_MMD
+from pyro.infer import (
+    ELBO,
+    RenyiELBO,
+    ReweightedWakeSleep,
+    Trace_ELBO,
+    Trace_MMD,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+)
 from pyro.optim.lr_scheduler import PyroLRScheduler
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
@@ -41,6 +49,7 @@ __all__ = ["Run", "fit", "load_run", "select_device"]
 Callback = Callable[["Run"], Any]
 SAVE_EVERY = 10.0  # seconds between checkpoints
 WORTH_COMPILING = 5_000  # steps
+LINEAR = Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO  # in the KL weight
 
 
 class Run:
@@ -501,19 +510,19 @@ def _check_guide(svi: SVI, loss: Any, args: Sequence[Any], kwargs: Mapping[str, 
     """Pyro's own bounds take a guide that observes; estimators of this library look for themselves."""
     of_pyro = isinstance(loss, ELBO) and not isinstance(loss, Estimator)
     if of_pyro and not isinstance(poutine.unwrap(svi.guide), Messenger):
-        with preserved(), torch.no_grad():
+        with preserved(), torch.no_grad(), evaluating(*svi.modules.values()):
             check_draws_alone(poutine.trace(svi.guide).get_trace(*args, **kwargs))
 
 
 def _check_weight(svi: SVI, loss: Any, scale: LatentScale, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """A loss of Pyro's form is a line in the KL weight, for the same draws."""
-    if isinstance(loss, Estimator):
+    if isinstance(loss, Estimator) or type(loss) in LINEAR:
         return
     losses = []
     for weight in (1.0, 0.5, 2.0):  # what fails at 1 fails of itself
         scale.weight = weight
         try:
-            with preserved(), torch.no_grad():
+            with preserved(), torch.no_grad(), evaluating(*svi.modules.values()):
                 found = svi.loss(svi.model, svi.guide, *args, **kwargs)
         except ValueError as error:
             if weight == 1.0:
