@@ -676,10 +676,10 @@ def closed_form_kl(q: Any, p: Any) -> Tensor | None:
 
 def counted(site: Mapping[str, Any], value: Tensor) -> Tensor | None:
     """Whose log-probability no mask of a handler or of the distribution leaves out, in the shape of the value."""
-    q, found = site["fn"], None
-    masks = [(site["mask"], q.event_dim)]
-    for each in _layers(q):
-        masks += [(getattr(each, "_mask", None), each.event_dim), (_steps(each), each.event_dim - 1)]
+    masks, found = [(site["mask"], len(site["fn"].event_shape))], None
+    for each in _layers(site["fn"]):
+        dims = len(each.event_shape)
+        masks += [(getattr(each, "_mask", None), dims), (_steps(each), dims - 1)]
     for mask, event_dim in masks:
         if mask is not None:
             mask = torch.as_tensor(mask, device=value.device).expand(value.shape[: value.dim() - event_dim])
