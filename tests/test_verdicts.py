@@ -1,5 +1,6 @@
 """What `compare_estimators` says of its numbers: no trend off a line, no winner within errors."""
 
+import json
 import math
 
 import numpy as np
@@ -134,3 +135,14 @@ def test_the_error_of_a_median_time():
     draws = np.random.default_rng(0).normal(1.0, 0.1, size=(4_000, ROUNDS))
     told = np.mean([_error_of_median([*each]) for each in draws])
     assert told == pytest.approx(np.median(draws, axis=1).std(), rel=0.15)
+
+
+def test_files_without_errors_of_times_are_read(tmp_path):
+    whole = comparison([1.0, 0.62, 0.58])
+    lacking = {"seconds_standard_error", "points", "fit"}
+    whole.to_json(tmp_path / "new.json")
+    content = json.loads((tmp_path / "new.json").read_text())
+    for frame in ("table", "slopes"):
+        content[frame] = [{key: each for key, each in row.items() if key not in lacking} for row in content[frame]]
+    (tmp_path / "old.json").write_text(json.dumps(content))
+    assert "no power of K for the model" in str(Comparison.from_json(tmp_path / "old.json"))

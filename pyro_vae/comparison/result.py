@@ -14,7 +14,7 @@ import pandas
 
 from ..checkpoint import atomic
 from ..evaluation import Estimate
-from .gradients import PARTS
+from .gradients import PARTS, slopes_of
 
 BIASED = 4.0  # standard errors
 SURE = 3.0  # standard errors of a slope that is not 0
@@ -84,13 +84,16 @@ class Comparison:
 
     @classmethod
     def from_json(cls, path: Path | str) -> Self:
-        """What `to_json` wrote."""
+        """What `to_json` wrote; errors that an older version did not write are NaN."""
         content = json.loads(Path(path).read_text("utf-8"))
         numbers = {key: math.nan if value is None else value for key, value in content["log_evidence"].items()}
         table, slopes = (pandas.DataFrame(content[name]) for name in ("table", "slopes"))
         for frame in (table, slopes):
             for name in frame.columns.difference(["estimator", "part", "compiled"]):
                 frame[name] = pandas.to_numeric(frame[name])
+        for name in {"seconds_standard_error", "trained_seconds_standard_error"} - {*table.columns}:
+            table[name] = math.nan
+        slopes = slopes if "fit" in slopes.columns else slopes_of(table)
         others = {name: content[name] for name in ("source", "skipped", "settings")}
         return cls(table, slopes, Estimate(**numbers), **others)
 
