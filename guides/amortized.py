@@ -18,7 +18,7 @@ from torch.distributions import constraints
 from ..config import Configured
 from ..nn import MLP, Heads, bind
 from .families import Bernoulli, Categorical, DiagonalNormal, Family
-from .structure import Call, Calls, Latent, Plate, check_static, data_plate, latents, untouched
+from .structure import Call, Calls, Latent, Plate, check_static, data_plate, latents, traced, untouched
 
 __all__ = ["AmortizedGuide"]
 
@@ -50,7 +50,8 @@ class AmortizedGuide(Configured, PyroModule):
 
     Raises:
         ValueError: sites, shapes or supports that differ between two runs of the model; supports that differ from datum
-            to datum, or are learned; latent sites with a mask or a scale beside their plates', or over angles;
+            to datum, or are learned; latent sites with a mask or a scale beside their plates', over angles, on spheres
+            and others that ``biject_to`` does not know, without draws, or without a density on their support;
             sequential plates; unbounded counts; several plates that may be the data's, or an encoder's; features that
             do not broadcast to a site's plates; rows of a plate that are neither drawn by it nor given.
 
@@ -87,7 +88,7 @@ class AmortizedGuide(Configured, PyroModule):
             try:
                 with untouched(model), poutine.block():
                     drawn = model(num_data=2)
-            except (TypeError, ValueError):  # it wants more: the first call has it
+            except (TypeError, ValueError, NotImplementedError):  # it wants more: the first call has it
                 return
             if drawn is None:
                 return
@@ -98,7 +99,9 @@ class AmortizedGuide(Configured, PyroModule):
         model, encoder, family, dependencies = self._declared
         tensors = _tensors(args, kwargs)
         with untouched(model), poutine.block():
-            sites, *others = [latents(trace := poutine.trace(model).get_trace(*args, **kwargs)) for _ in range(8)]
+            sites, *others = [latents(trace := traced(model, args, kwargs)) for _ in range(8)]
+            for name, site in sites.items():
+                site.check_density(trace.nodes[name]["fn"])
         self._data = data_plate(trace, len(tensors[0]) if tensors else 0)
         for again in others:
             check_static(sites, again)

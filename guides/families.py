@@ -217,7 +217,8 @@ class Flow(Family):
         raise NotImplementedError
 
     def forward(self, h: Tensor) -> dist.Distribution:
-        return self.shaped(dist.TransformedDistribution(self.base(h), [OnePass(f) for f in self.chain(h)]))
+        batch = h.shape[:-1] if self.features else torch.Size()
+        return self.shaped(dist.TransformedDistribution(self.base(h), [OnePass(f, batch) for f in self.chain(h)]))
 
     def inverse(self) -> dist.Distribution:
         """The distribution of ``f_1^{-1}(... f_K^{-1}(z_0))``, without features: a score takes one pass."""

@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from ..distributions import Remembered, is_masked, unconstrained
 
-__all__ = ["Call", "Calls", "Latent", "Plate", "check_static", "data_plate", "latents", "untouched"]
+__all__ = ["Call", "Calls", "Latent", "Plate", "check_static", "data_plate", "latents", "traced", "untouched"]
 
 MAX_CALLS = 100  # signatures that are kept
 PERIODIC = (dist.VonMises, dist.SineBivariateVonMises, dist.SineSkewed)
@@ -114,10 +114,16 @@ class Latent:
                 f'expected latent site "{name}" without a mask or a scale of its own, which q would lack: mask what is '
                 "observed alone, and scale model and guide together, as by pyro_vae.svi.latent_scale"
             )
-        if isinstance(_innermost(site["fn"]), PERIODIC):
+        parts = [*_parts(site["fn"])]
+        if any(isinstance(part, PERIODIC) for part in parts):
             raise ValueError(
                 f'expected latent site "{name}" over the real numbers or a subset, got angles: sample a vector and '
                 "take its direction"
+            )
+        if any(isinstance(part, dist.Delta) for part in parts):
+            raise ValueError(
+                f'expected latent site "{name}" with a density, got a point: take pyro.deterministic, or a '
+                "distribution with a spread"
             )
         self.base: Any = self.support
         while hasattr(self.base, "base_constraint"):
@@ -133,8 +139,19 @@ class Latent:
             setattr(self.base, bound, value.flatten()[0])
         self.categories: int | None = None
         if isinstance(self.base, constraints.integer_interval):
+            if int(self.base.lower_bound) != 0:
+                raise ValueError(
+                    f'expected latent site "{name}" on integers from 0 on, got {self.base}: draw them from 0, and '
+                    "shift them in the model"
+                )
             self.categories = int(self.base.upper_bound) + 1
-        self.dtype = site["value"].dtype
+        self._check_bijection()
+        if not self.is_discrete and not self.bare_shape.numel():
+            raise ValueError(
+                f'expected latent site "{name}" with something to infer, got {self.base} of shape '
+                f"{tuple(self.event_shape)}, on which there is one value: take pyro.deterministic"
+            )
+        self.dtype, self.device = site["value"].dtype, site["value"].device
         self.size = self.flat(site["value"]).shape[-1]
         batch, dims = site["fn"].batch_shape, {plate.dim for plate in self.plates}
         if any(size > 1 and dim not in dims for dim, size in zip(range(-len(batch), 0), batch, strict=True)):
@@ -142,6 +159,45 @@ class Latent:
                 f'expected latent site "{name}" with its batch in plates, got batch shape {tuple(batch)} in the plates '
                 f"{[plate.name for plate in self.plates]}: add pyro.plate or to_event"
             )
+
+    def _check_bijection(self) -> None:
+        if self.is_discrete or self.is_real:
+            return
+        try:
+            biject_to(self.support).inverse_shape(self.event_shape)
+        except NotImplementedError:
+            kind = type(self.base).__name__.strip("_")
+            raise ValueError(
+                f'expected latent site "{self.name}" on a support that real numbers can be mapped to, got {kind}, '
+                "which biject_to does not know: sample real numbers, and map them in the model (for a covariance "
+                "scales and LKJCholesky, for a direction a vector that is divided by its length)"
+            ) from None
+
+    def check_density(self, p: Any) -> None:
+        """Raises ValueError where the model's density p is none on the support that it declares."""
+        if self.is_discrete:
+            return
+        problem = "none"
+        try:
+            for number in (-1.0, 0.5, 1.5):
+                u = torch.full(p.batch_shape + self.bare_shape, number, dtype=self.dtype, device=self.device)
+                value, log_probs = u, []
+                if not self.is_real:
+                    bijection = biject_to(self.support)
+                    value = bijection(u)
+                    log_probs.append(bijection.log_abs_det_jacobian(u, value))
+                log_probs.append(p.log_prob(value))
+                sound = bool(value.isfinite().all()) and not any(bool(each.isnan().any()) for each in log_probs)
+                if not sound or any(each.shape != p.batch_shape for each in log_probs):
+                    break
+            else:
+                return
+        except (NotImplementedError, RuntimeError, ValueError) as error:
+            problem = f"{type(error).__name__} {error}".strip()
+        raise ValueError(
+            f'expected latent site "{self.name}" with a density on all of its support, {self.base}, got {problem}: '
+            "take a distribution whose support is what it says, or sample real numbers, and map them in the model"
+        )
 
     @property
     def event(self) -> tuple[Any, ...]:
@@ -212,10 +268,40 @@ def _samples(trace: poutine.Trace) -> Iterator[tuple[str, Any]]:
             yield name, site
 
 
-def _innermost(distribution: Any) -> Any:
-    while hasattr(distribution, "base_dist"):
-        distribution = distribution.base_dist
-    return distribution
+def _parts(distribution: Any) -> Iterator[Any]:
+    """The distribution, what it is made from, and what that is a mixture of."""
+    while distribution is not None:
+        yield distribution
+        distribution = getattr(distribution, "base_dist", getattr(distribution, "component_distribution", None))
+
+
+def traced(model: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> poutine.Trace:
+    """The model's trace.
+
+    Raises:
+        ValueError: a site that has no draws, such as an improper one.
+    """
+    with _Site() as site:
+        try:
+            return poutine.trace(model).get_trace(*args, **kwargs)
+        except NotImplementedError as error:
+            named = "a site" if site.name is None else f'"{site.name}"'
+            raise ValueError(
+                f"expected a model that can be drawn from, got {named} that cannot ({error}): take a distribution with "
+                "draws"
+            ) from error
+
+
+class _Site(Messenger):
+    """Knows which site is being drawn."""
+
+    name: str | None = None
+
+    def _pyro_sample(self, msg: Any) -> None:
+        self.name = msg["name"]
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        self.name = None
 
 
 def latents(trace: poutine.Trace) -> dict[str, Latent]:

@@ -11,6 +11,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.distributions.util import scale_and_mask
 from pyro.nn import PyroModule
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
@@ -273,8 +274,9 @@ class StateSpaceModel(Configured, PyroModule):
 
             ln 1/K sum_k p(x, z_k) / q(z_k | x)
 
-        Its exponential is unbiased. Draws of whole sequences serve as long as the guide is good; where sequences are
-        long the filter's particles, which are drawn anew on the way, are the better ones.
+        Masks count, scales of sites do not. Its exponential is unbiased. Draws of whole sequences serve as long as the
+        guide is good; where sequences are long the filter's particles, which are drawn anew on the way, are the better
+        ones.
 
         Raises:
             ValueError: a guide with latent sites beside z, or that counts steps which are not there.
@@ -299,10 +301,8 @@ class StateSpaceModel(Configured, PyroModule):
                 q = poutine.trace(guide).get_trace(*args, **kwargs)
                 p = poutine.trace(poutine.replay(self, trace=q)).get_trace(*args, **kwargs)
             _check_guide(p, q)
-            for trace in (p, q):
-                trace.compute_log_prob()
-            of_z = p.nodes["z"]["log_prob"] - q.nodes["z"]["log_prob"]
-            log_weights.append((of_z + p.nodes["x"]["log_prob"]).expand(len(K), len(x)))
+            of_sites = [_log_prob(site) for site in (p.nodes["z"], p.nodes["x"], q.nodes["z"])]
+            log_weights.append((of_sites[0] + of_sites[1] - of_sites[2]).expand(len(K), len(x)))
         return torch.cat(log_weights).logsumexp(0) - math.log(num_samples)
 
     @torch.no_grad()
@@ -417,14 +417,17 @@ class StateSpaceModel(Configured, PyroModule):
     ) -> Tensor:
         """Draws (S, B, T, D) of x where it is not observed or NaN, by the guide and the emission; x elsewhere.
 
+        A Gaussian emission whose values are correlated given z is conditioned on the observed values of its step.
         Without `lengths` all steps are there, the last ones too where they are not observed.
+
+        Raises:
+            ValueError: steps that are observed in part, under another emission that does not factorise.
         """
         lengths = all_there(x, lengths, mask)
         z = self.smooth(guide, *_given(x, u), num_samples=num_samples, mask=mask, lengths=lengths)
         v = self._inputs(steps_of(x, lengths, mask), u)
-        drawn = self._emitted(z, *_beside(z, v)).sample()
-        seen = mask.bool() if mask.dim() == 3 else mask.bool()[..., None]
-        return torch.where(seen & (x == x), x, drawn)
+        seen = (mask.bool() if mask.dim() == 3 else mask.bool()[..., None]) & (x == x)
+        return torch.where(seen, x, _sample_given(self._emitted(z, *_beside(z, v)), x, seen))
 
     def prediction_error(
         self,
@@ -559,6 +562,30 @@ def _mean(emission: Any) -> Tensor | None:
         return emission.mean
     except NotImplementedError:
         return None
+
+
+def _sample_given(emission: Any, x: Tensor, seen: Tensor) -> Tensor:
+    """Draws of the dimensions that are not seen given those that are, and anything in the place of these.
+
+    With ``y ~ N(m, S)``, and o for what is seen, ``y + S_o S_oo^{-1} (x_o - y_o)`` is a draw given x_o.
+    """
+    drawn = emission.sample()
+    if not bool((seen.any(-1) & ~seen.all(-1)).any()):
+        return drawn
+    if not isinstance(emission, torch.distributions.MultivariateNormal | torch.distributions.LowRankMultivariateNormal):
+        WithMissing(emission)
+        return drawn
+    kept = seen.to(drawn.dtype)
+    covariance = emission.covariance_matrix
+    of_seen = covariance * kept[..., None] * kept[..., None, :] + (1 - kept).diag_embed()  # the identity elsewhere
+    missed = torch.where(seen, x - drawn, 0.0)
+    solved = torch.cholesky_solve(missed[..., None], torch.linalg.cholesky(of_seen))
+    return drawn + (covariance @ solved).squeeze(-1)
+
+
+def _log_prob(site: Any) -> Tensor:
+    """Masked and not scaled."""
+    return scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"])
 
 
 def _check_guide(p: poutine.Trace, q: poutine.Trace) -> None:

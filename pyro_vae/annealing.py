@@ -186,6 +186,9 @@ def sandwich(
     with isolated(*programs):
         torch.manual_seed(seed)
         simulated = poutine.trace(model).get_trace(num_data=num_data, **kwargs)
+        for name, site in _sites(simulated):
+            if any(frame.name == "data" for frame in site["cond_indep_stack"]):
+                _data_dim(name, site, num_data)
         x = simulated.nodes["_RETURN"]["value"]
         if not all(isinstance(part, Tensor) for part in (x if isinstance(x, tuple) else (x,))):
             raise ValueError(f"expected a model that returns the data it draws, got {type(x).__name__}: return x")
@@ -333,7 +336,13 @@ class _Path:
     def __init__(self, model: Callable, guide: Callable | None, batch: Batch, num_chains: int) -> None:
         self.model, self.guide = model, guide
         self.start = poutine.block(model, hide_fn=_is_observed) if guide is None else guide
-        structure = structure_of(model, self.start, *batch, plate="data")
+        try:
+            structure = structure_of(model, self.start, *batch, plate="data")
+        except NotImplementedError as error:
+            raise ValueError(
+                f"expected draws to start chains from, got a site that has none ({error}): start from a guide, or take "
+                "a distribution with draws"
+            ) from error
         for name in structure.global_sites:
             raise ValueError(
                 f'expected every site inside the plate "data", got "{name}" outside: its weight belongs to no single '
@@ -516,8 +525,8 @@ def _data_dim(name: str, site: Any, N: int) -> int:
 def _check_density(name: str, site: Any) -> None:
     """Raises ValueError for a latent site on which no chain can move."""
     distribution, support = site["fn"], site["fn"].support
-    while hasattr(distribution, "base_dist"):
-        distribution = distribution.base_dist
+    while hasattr(distribution, "base_dist") or hasattr(distribution, "component_distribution"):
+        distribution = getattr(distribution, "base_dist", None) or distribution.component_distribution
     if distribution.support.is_discrete:
         problem = "which is discrete: sum it out in the model, or give its value"
     elif isinstance(distribution, dist.Delta):
@@ -526,10 +535,24 @@ def _check_density(name: str, site: Any) -> None:
         problem = "an angle: sample a vector and take its direction"
     elif _bijection(support) is None:
         problem = f"on {support}, which biject_to does not know: sample real numbers, and map them in the model"
+    elif not _has_density(site):
+        problem = "whose density, or the one of the map to its support, is not known: sample real numbers, and map them"
     else:
         return
     kind = type(distribution).__name__
     raise ValueError(f'expected continuous latent sites that HMC can move on, got "{name}", {kind}, {problem}')
+
+
+def _has_density(site: Any) -> bool:
+    """Whether its density over the real numbers can be computed, one for each element of its plates."""
+    fn, value = site["fn"], site["value"]
+    batch = value.shape[: value.dim() - fn.event_dim]
+    bijection = _bijection(fn.support)
+    try:
+        log_det = bijection.log_abs_det_jacobian(bijection.inv(value), value)
+        return fn.log_prob(value).shape == batch and sum_rightmost(log_det, log_det.dim() - len(batch)).shape == batch
+    except (NotImplementedError, RuntimeError):
+        return False
 
 
 def _is_observed(site: Any) -> bool:

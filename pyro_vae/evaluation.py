@@ -56,9 +56,10 @@ class Evaluation:
         elbo: ``E_q[log p(x, z) - log q(z|x)]``.
         log_evidence: ``E log 1/K sum_k p(x, z_k) / q(z_k|x) <= log p(x)`` (arXiv 1509.00519), K = `num_samples`.
         kl: ``KL(q(z|x) || p(z))``, from the draws.
-        kl_per_dim: its parts per latent dimension where prior and posterior factorise, shape (D,); otherwise None.
-        active_units: how many latent dimensions have ``Var_x E_q[z] > 0.01``; those of chains are left out, None where
-            there are no others.
+        kl_per_dim: its parts per latent dimension, and element of the plates within a datum, where prior and posterior
+            factorise, shape (D,), in closed form where there is one; otherwise None. Their sum is `kl` in expectation.
+        active_units: how many latent dimensions have ``Var_x E_q[z] > 0.01``, over the data in which they count; those
+            of chains are left out, None where there are no others.
         ess: effective sample size of the K importance weights, 1 to K.
         khat: shape of the weights' Pareto tail; above 0.7 the weights cannot be trusted (arXiv 1507.02646).
         per_datum: each score's values, shape (N,): rank data by them.
@@ -148,6 +149,19 @@ def _check_plates(structure: Structure) -> None:
         raise ValueError(
             f'expected every site inside the plate "data", got "{name}" outside: its weight belongs to no single datum'
         )
+    if structure.subsampled is not None:
+        raise ValueError(
+            f'expected every plate within "data" to be whole, got "{structure.subsampled}", of which a part is drawn, '
+            "so that no draw tells the log-weight of a datum: leave out its subsample_size, or give the elements of "
+            "the plate as data"
+        )
+
+
+def _check_rows(weights: LogWeights, rows: int) -> None:
+    if (came := weights.log_weight.shape[1]) != rows:
+        raise ValueError(
+            f'expected a plate "data" of the {rows} rows that a call gets, got one of {came}: make it of len(x)'
+        )
 
 
 class _Sums:
@@ -190,6 +204,9 @@ def evaluate(
 ) -> Evaluation:
     """Score a pair on data with K = `num_samples` draws per datum, in eval mode, on the device that the model is on.
 
+    Masks count, scales do not: a scale of a site, such as the KL's or of a tempered likelihood, is one of the training,
+    and the scores are those of the model without it.
+
     Args:
         data: a tensor; a tuple of tensors, optionally ending in a dict of keyword tensors; or a split of a data set,
             whose standardisation is undone: scores are those of the original units.
@@ -197,8 +214,8 @@ def evaluate(
         annealing: number of temperatures, such as 1,000, of 16 chains of annealed importance sampling beside.
 
     Raises:
-        ValueError: data outside the likelihood's support (grey values under a Bernoulli are no log-likelihood), or a
-            site outside the plate ``"data"``.
+        ValueError: data outside the likelihood's support (grey values under a Bernoulli are no log-likelihood), a
+            site outside the plate ``"data"``, or a plate within it of which a part is drawn.
 
     Example:
         >>> from pyro_vae.guides import AmortizedGuide
@@ -238,6 +255,7 @@ def evaluate(
             with torch.random.fork_rng():
                 weights = log_weights(model, guide, args, kwargs, 1, structures, plate="data")
             _check_observed(weights)
+            _check_rows(weights, len(index))
             for K in draws:
                 sums.add(*compute(args, kwargs, K))
             for name, value in (_scores(sums, num_samples) | _num_steps(weights)).items():
@@ -287,12 +305,13 @@ def _scores(sums: _Sums, K: int) -> dict[str, Tensor]:
 
 
 def _moments(weights: LogWeights) -> dict[str, Tensor]:
-    """Sums over draws per latent dimension, (B, D): the posterior's mean, its square, the KL where both factorise.
+    """Sums over draws per latent dimension, (B, D): the posterior's mean and its square, 0 where a mask leaves it out,
+    how often it does not, and the KL where all sites factorise.
 
     Of a chain there are none: another batch may have another number of steps.
     """
-    means, divergences = [], []
-    for q, p, z, data_dim in weights.sites.values():
+    parts: dict[str, list[Tensor]] = {"mean": [], "square": [], "counted": []}
+    for name, (q, _, z, data_dim) in weights.sites.items():
         if isinstance(q, MarkovChain):
             continue
 
@@ -303,18 +322,16 @@ def _moments(weights: LogWeights) -> dict[str, Tensor]:
             mean = q.mean
         except NotImplementedError:
             mean = z
-        means.append(by_datum(mean))
-        if all(isinstance(d, torch.distributions.Independent) and not d.base_dist.event_shape for d in (q, p)):
-            kl = q.base_dist.log_prob(z) - p.base_dist.log_prob(z)
-            with contextlib.suppress(NotImplementedError):
-                kl = torch.distributions.kl_divergence(q.base_dist, p.base_dist)
-            divergences.append(by_datum(kl))
-    if not means:
+        there = weights.counted(name)
+        counted = torch.ones_like(mean) if there is None else there.to(mean.dtype)
+        mean = mean if there is None else torch.where(there, mean, 0.0)
+        for part, value in (("mean", mean), ("square", mean.square()), ("counted", counted)):
+            parts[part].append(by_datum(value))
+    if not parts["mean"]:
         return {}
-    mean = torch.cat(means, dim=2)
-    moments = {"mean": mean.sum(0), "square": mean.square().sum(0)}
-    if len(divergences) == len(weights.sites):
-        moments["kl_per_dim"] = torch.cat(divergences, dim=2).sum(0)
+    moments = {part: torch.cat(values, dim=2).sum(0) for part, values in parts.items()}
+    if len(parts["mean"]) == len(weights.sites) and (kl := weights.kl_per_element()) is not None:
+        moments["kl_per_dim"] = kl.double().sum(0)
     return moments
 
 
@@ -331,8 +348,7 @@ def _summary(scores: dict[str, Tensor], K: int, log_jacobian: float | Tensor) ->
 
     active_units = None
     if "mean" in scores:
-        noise = (scores["square"] - scores["mean"].square()).clamp(min=0) / K  # of a mean that is itself one of draws
-        active_units = int((scores["mean"].var(0, correction=min(1, N - 1)) - noise.mean(0) > 0.01).sum())
+        active_units = int((_spread(scores, K) > 0.01).sum())
     return Evaluation(
         **{name: estimate(name) for name in ("elbo", "log_evidence", "kl", "ess", "khat")},
         kl_per_dim=scores["kl_per_dim"].mean(0) if "kl_per_dim" in scores else None,
@@ -342,6 +358,16 @@ def _summary(scores: dict[str, Tensor], K: int, log_jacobian: float | Tensor) ->
         per_datum={name: scores[name] for name in ("elbo", "log_evidence", "kl", "ess", "khat")},
         num_steps=scores.get("num_steps"),
     )
+
+
+def _spread(scores: Mapping[str, Tensor], K: int) -> Tensor:
+    """``Var_x E_q[z]`` per latent dimension, over the data in which it counts, without the noise of means of draws."""
+    share, some = scores["counted"], scores["counted"] > 0
+    mean, square = (torch.where(some, scores[name] / share.clamp(min=1 / K), 0.0) for name in ("mean", "square"))
+    count = some.sum(0)
+    noise = torch.where(some, (square - mean.square()).clamp(min=0) / (K * share.clamp(min=1 / K)), 0.0)
+    centred = torch.where(some, mean - mean.sum(0) / count.clamp(min=1), 0.0)
+    return centred.square().sum(0) / (count - 1).clamp(min=1) - noise.sum(0) / count.clamp(min=1)
 
 
 def generalized_pareto_shape(largest: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ __all__ = [
     "Site",
     "Structure",
     "Structures",
+    "check_draws_alone",
     "is_point",
     "log_weights",
     "on_plates",
@@ -67,12 +68,14 @@ def structure_of(
 
     Raises:
         ValueError: latent sites of the model that the guide lacks, or that are marked for enumeration; sites of the
-            guide that the model lacks, or observes; with Pyro's validation, log-probabilities that do not fit plates.
+            guide that the model lacks, or observes; chains of which other steps are there; with Pyro's validation,
+            log-probabilities that do not fit plates.
     """
     with disable_proxy_modes_tracing(), preserved(), torch.no_grad():
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         model_trace = poutine.trace(poutine.replay(model, guide_trace)).get_trace(*args, **kwargs)
         structure = _structure(model_trace, guide_trace, plate)
+        _check_steps(model_trace, guide_trace)
         if is_validation_enabled():
             for trace in (guide_trace, model_trace):
                 trace.compute_log_prob()
@@ -128,10 +131,30 @@ def _check_latents(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> No
                 f'expected sites of the guide in the model too, got "{name}" in the guide alone: give it the name of a '
                 'latent site, or mark it, infer={"is_auxiliary": True}'
             )
-        if site["is_observed"] and name in model_trace.nodes and not _weightless(site):
+    check_draws_alone(guide_trace)
+
+
+def check_draws_alone(guide_trace: poutine.Trace) -> None:
+    """Raises ValueError for a site that a guide observes, whose density no bound on log p(x) has in its ln q.
+
+    What it adds by `pyro.factor` is meant to be there.
+    """
+    for name, site in samples(guide_trace):
+        if site["is_observed"] and not _weightless(site) and not isinstance(site["fn"], pyro.distributions.Unit):
             raise ValueError(
                 f'expected a guide that draws latent sites alone, got the observed site "{name}": leave it to the '
                 "model; a GuideMessenger, which runs the model itself, is for Pyro's own ELBOs"
+            )
+
+
+def _check_steps(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
+    """A closed form of the divergence of two chains has one mask for both."""
+    for name, site in samples(guide_trace):
+        masks = _steps(site["fn"]), _steps(model_trace.nodes[name]["fn"]) if name in model_trace.nodes else None
+        if masks[0] is not None and masks[1] is not None and bool((masks[0] != masks[1]).any()):
+            raise ValueError(
+                f'expected latent site "{name}" masked in model and guide alike, got chains that differ in which steps '
+                "are there: give both the same mask"
             )
 
 
@@ -256,13 +279,15 @@ class Site(NamedTuple):
 class Path(NamedTuple):
     """A draw as the sampling path made it from the parameters and earlier leaves, and the leaf in its place.
 
-    `counted` tells whose ln q counts, in the shape of the draw, where its site is masked; None where all do.
+    `counted` tells whose ln q counts, in the shape of the draw, where its site is masked; None where all do. `log_q` is
+    ln q of a chain whose steps are masked, in the shape of its plates.
     """
 
     name: str
     drawn: Tensor
     leaf: Tensor
     counted: Tensor | None
+    log_q: Tensor | None = None
 
 
 @dataclasses.dataclass
@@ -310,7 +335,21 @@ class LogWeights:
     def kl_per_dim(self, name: str) -> Tensor:
         """A site's part of `kl` for each dimension where q and p both factorise over them, else as a whole:
         (K, B, dimensions), K being 1 where it is that of every draw."""
-        return torch.cat([call.kl_per_dim(name) for call in self.calls])
+        parts = torch.cat([call.kl_per_dim(name, call.analytic_kl) for call in self.calls])
+        return parts.reshape(*parts.shape[:2], -1, parts.shape[-1]).sum(2)
+
+    def kl_per_element(self) -> Tensor | None:
+        """`kl` of all local sites for each dimension in each element of the plates within the data's, (K, B, elements),
+        in closed form where it exists; None where a site does not factorise over its dimensions."""
+        if not all(factorises(d) for site in self.sites.values() for d in site[:2]):
+            return None
+        of_sites = [torch.cat([call.kl_per_dim(name, True) for call in self.calls]) for name in self.sites]
+        return torch.cat([each.flatten(start_dim=2).expand(*self.kl.shape, -1) for each in of_sites], 2)
+
+    def counted(self, name: str) -> Tensor | None:
+        """Whether ln q or ln p of a draw counts, in the shape of the site's value; None where all do."""
+        masks = [counted(trace.nodes[name], self.sites[name].value) for trace in (self.calls[0].q, self.calls[0].p)]
+        return None if masks[0] is None or masks[1] is None else masks[0] | masks[1]
 
     def observed(self, name: str) -> Tensor | None:
         """The value of an observed site; None where there is none of that name."""
@@ -318,33 +357,61 @@ class LogWeights:
         return site["value"] if site.get("is_observed") else None
 
     def along_paths(self, of_local: Tensor, of_global: Tensor, of_masked: Tensor) -> Tensor:
-        """What has the gradient ``sum_i (d f / d z_i) dz_i`` along the sampling paths of the draws, f being `of_local`
-        for draws of local sites, `of_masked` for those whose ln q is masked, and `of_global` for those of global sites;
-        ``d f / d z_i`` holds the other draws fixed, dz_i does not.
+        """What has the gradient ``sum_i (d f / d z_i) dz_i``, f being `of_local` for draws of local sites whose ln q
+        counts, `of_masked` for those whose ln q is masked, and `of_global` for those of global sites. dz_i is what the
+        parameters and the global draws change in z_i at fixed earlier local draws; ``d f / d z_i`` is total: it goes
+        on through all later local draws, masked or not.
+
+        Why f belongs to the draw at which a change begins: with v = softmax(ln w) the gradient of ``ln mean_k w_k`` is
+        ``sum_k v_k d ln w_k``, and its part from q_i's parameters phi is, where ln q_i counts,
+
+            sum_k v_k (d ln w_k / d z_i) dz_i - v_k d ln q(z_i | z_<i; phi) / d phi.
+
+        In expectation the second term is ``-(d v_k / d z_i) dz_i = -(v_k - v_k^2) (d ln w_k / d z_i) dz_i``, so that
+        ``v_k^2`` is left. Where ln q_i is masked there is no second term, and `v_k` stays. Neither depends on the masks
+        of the sites that the path goes through. A chain is one site, and a change at a step that counts goes on through
+        its later steps: where one that is masked has a part in f, both terms stay as they are.
         """
-        leaves = [path.leaf for path in self.paths]
-        gradients = [torch.zeros_like(leaf) for leaf in leaves]
+        paths = [*enumerate(self.paths)]
+        of_all = [i for i, path in paths if path.name in self.global_sites]
+        own = [i for i, _ in paths if i not in of_all]
+        gradients, scores = self._totals(of_local, own), of_local.new_zeros(())
+        if of_masked is not of_local and any(self.paths[i].counted is not None for i in own):
+            of_others = self._totals(of_masked, own)
+            for i in own:
+                _, _, leaf, counted, log_q = self.paths[i]
+                if counted is None:
+                    continue
+                if log_q is not None:
+                    in_part = (of_others[i] != 0) & ~counted
+                    in_part = in_part.flatten(start_dim=log_q.dim()).any(-1)
+                    (weight,) = torch.autograd.grad(of_masked, log_q, retain_graph=True)
+                    scores = scores + torch.where(in_part, weight * log_q, 0.0).sum()
+                    counted = counted & ~in_part[(..., *[None] * (leaf.dim() - log_q.dim()))]
+                gradients[i] = torch.where(counted, gradients[i], of_others[i])
+        if of_all:
+            of_global = of_global + scores
+            from_local = sum(((gradients[i].detach() * self.paths[i].drawn).sum() for i in own), of_global)
+            gradients |= self._totals(from_local, of_all)
+        for i, path in paths:
+            scores = scores + (gradients[i].detach() * path.drawn).sum()
+        return scores
 
-        def add(f: Tensor, those: Sequence[int], outer: Tensor | None = None, into: Any = gradients) -> None:
-            if those and f.requires_grad:
-                wanted = [leaves[i] for i in those]
-                found = torch.autograd.grad(f, wanted, outer, retain_graph=True, allow_unused=True)
-                for i, gradient in zip(those, found, strict=True):
-                    into[i] = into[i] if gradient is None else into[i] + gradient
+    def _totals(self, f: Tensor, those: Sequence[int]) -> dict[int, Tensor]:
+        """The derivatives of f by the leaves of these paths, all the way through later ones of them."""
+        gradients = {i: torch.zeros_like(self.paths[i].leaf) for i in those}
 
-        of_all = [i for i, path in enumerate(self.paths) if path.name in self.global_sites]
-        add(of_global, of_all)
-        add(of_local, [i for i in range(len(leaves)) if i not in of_all])
-        masked = {i: path.counted for i, path in enumerate(self.paths) if path.counted is not None and i not in of_all}
-        others = [torch.zeros_like(leaf) for leaf in leaves]
-        add(of_masked, [*masked], into=others)
-        for i, counted in masked.items():
-            gradients[i] = torch.where(counted, gradients[i], others[i])
-        surrogate = of_local.new_zeros(())
-        for i, path in reversed([*enumerate(self.paths)]):
-            surrogate = surrogate + (gradients[i].detach() * path.drawn).sum()
-            add(path.drawn, range(i), gradients[i])
-        return surrogate
+        def add(value: Tensor, onto: Sequence[int], outer: Tensor | None = None) -> None:
+            if onto and value.requires_grad:
+                leaves = [self.paths[i].leaf for i in onto]
+                found = torch.autograd.grad(value, leaves, outer, retain_graph=True, allow_unused=True)
+                for i, gradient in zip(onto, found, strict=True):
+                    gradients[i] = gradients[i] if gradient is None else gradients[i] + gradient
+
+        add(f, those)
+        for count in reversed(range(len(those))):
+            add(self.paths[those[count]].drawn, those[:count], gradients[those[count]])
+        return gradients
 
 
 def log_weights(
@@ -441,7 +508,8 @@ def _one_call(
         model_trace = poutine.trace(poutine.replay(model, guide_trace)).get_trace(*args, **kwargs)
     reader = _Reader(model_trace, guide_trace, structure, num_particles, analytic_kl, scaled, detached.own_log_q)
     weights = reader.read(args, kwargs)
-    weights.leaves, weights.paths = leaves, detached.paths
+    weights.leaves = leaves
+    weights.paths = [path._replace(log_q=reader.log_q_of_chains.get(path.name)) for path in detached.paths]
     return weights
 
 
@@ -467,8 +535,9 @@ class _Leaves(Messenger):
         if q.has_rsample and drawn.is_floating_point():
             if any(isinstance(each, torch.distributions.TransformedDistribution) for each in _layers(q)):
                 self.own_log_q[message["name"]] = q.log_prob(drawn).detach()
+            _check_masks_of_draws(message)
             path, leaf, message["value"] = leaf_of(drawn)
-            self.paths.append(Path(message["name"], path, leaf, _counted(message, path)))
+            self.paths.append(Path(message["name"], path, leaf, counted(message, path)))
 
 
 class _Reader:
@@ -498,8 +567,10 @@ class _Reader:
         self.data_dim: int | None = of_data[0].dim if of_data else None
         self.B: int = of_data[0].size if of_data else 1
         self.shared = [n for n, _ in samples(self.q) if n in self.p.nodes and not self.p.nodes[n]["is_observed"]]
-        in_order = self.shared == [name for name, _ in samples(self.p) if name in self.shared]
-        self.analytic_kl = analytic_kl and in_order  # each q(z_i | z_<i) and p(z_i | z_<i) is then known before z_i
+        self.in_order = self.shared == [name for name, _ in samples(self.p) if name in self.shared]
+        self.log_q_of_chains: dict[str, Tensor] = {}  # of those whose steps are masked
+        # then each q(z_i | z_<i) and p(z_i | z_<i) is known before z_i
+        self.analytic_kl = analytic_kl and self.in_order
 
     def read(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> LogWeights:
         values = [site["value"] for trace in (self.q, self.p) for _, site in samples(trace)]
@@ -515,6 +586,8 @@ class _Reader:
                 if trace is self.q and name in self.own_log_q:
                     log_prob = self.own_log_q[name] + (log_prob - log_prob.detach())
                 value = self._weighted(site, on_plates(site, log_prob))
+                if trace is self.q and any(_steps(each) is not None for each in _layers(site["fn"])):
+                    self.log_q_of_chains[name] = value
                 score = None
                 if trace is self.q and not site["fn"].has_rsample:
                     unreparameterised.append(name)
@@ -573,10 +646,11 @@ class _Reader:
         of_q, of_p = (self._weighted(site, on_plates(site, log_p(p["value"]))) for site in (q, p))
         return kl + (of_q - of_p)
 
-    def kl_per_dim(self, name: str) -> Tensor:
+    def kl_per_dim(self, name: str, analytic: bool) -> Tensor:
+        """(K, B, *plates within, dimensions), in closed form where that is asked for and exists."""
         (q, p), z = (trace.nodes[name]["fn"] for trace in (self.q, self.p)), self.p.nodes[name]["value"]
         events, dims = 0, 1 + self.structure.nesting
-        if all(isinstance(d, torch.distributions.Independent) and not d.base_dist.event_shape for d in (q, p)):
+        if all(isinstance(d, torch.distributions.Independent) and factorises(d) for d in (q, p)):
             events, q, p = q.event_dim, q.base_dist, p.base_dist
 
         def first(value: Tensor) -> Tensor:
@@ -584,12 +658,10 @@ class _Reader:
             value = value.flatten(start_dim=-events).movedim(-1, 0) if events else value[None]
             return value.reshape(len(value), *[1] * (dims + 1 - value.dim()), *value.shape[1:])
 
-        divergence = closed_form_kl(q, p) if self.analytic_kl else None
+        divergence = closed_form_kl(q, p) if analytic and self.in_order else None
         kl = q.log_prob(z) - p.log_prob(z) if divergence is None else divergence
-        kl = self._weighted_kl(name, first(kl), lambda z: first(p.log_prob(z)))
-        others = [dim for dim in range(1 - dims, 0) if dim != self.data_dim]
-        kl = kl.sum(others, keepdim=True) if others else kl
-        return kl.reshape(*kl.shape[:2], -1).movedim(0, -1)
+        kl = self._weighted_kl(name, first(kl), lambda z: first(p.log_prob(z))).movedim(0, -1)
+        return kl[:, None] if self.data_dim is None else kl.movedim(self.data_dim - 1, 1)
 
     def _scale(self, site: Mapping[str, Any]) -> Any:
         """The site's scale without that of the plate of the data; None where it is 1."""
@@ -620,10 +692,19 @@ def per_datum(value: Tensor, data_dim: int | None, draws_dim: int) -> Tensor:
     return value.reshape(value.shape[draws_dim] if value.dim() >= -draws_dim else 1, -1)
 
 
+def factorises(distribution: Any) -> bool:
+    """Whether its dimensions are independent: a number, or an `Independent` of numbers."""
+    base = distribution.base_dist if isinstance(distribution, torch.distributions.Independent) else distribution
+    return not base.event_shape
+
+
 def closed_form_kl(q: Any, p: Any) -> Tensor | None:
     """``KL(q || p)``, of the batch shape of both; None where there is no closed form."""
     if is_point(q):  # whose registered divergence lacks its density
         return None
+    masks = [getattr(each, "_mask", None) for d in (q, p) for each in _layers(d)]
+    if any(mask is not None and mask is not True for mask in masks):
+        return None  # Pyro's is that of what both count, and the masks may differ
     if q.batch_shape != p.batch_shape:  # torch's formulas for discrete ones do not broadcast
         shape = torch.broadcast_shapes(q.batch_shape, p.batch_shape)
         q, p = q.expand(shape), p.expand(shape)
@@ -633,16 +714,36 @@ def closed_form_kl(q: Any, p: Any) -> Tensor | None:
         return None
 
 
-def _counted(site: Mapping[str, Any], value: Tensor) -> Tensor | None:
+def counted(site: Mapping[str, Any], value: Tensor) -> Tensor | None:
     """Whose log-probability no mask of a handler or of the distribution leaves out, in the shape of the value."""
-    q, found = site["fn"], None
-    masks = [(site["mask"], q.event_dim), *((getattr(each, "_mask", None), each.event_dim) for each in _layers(q))]
+    masks, found = [(site["mask"], len(site["fn"].event_shape))], None
+    for each in _layers(site["fn"]):
+        dims = len(each.event_shape)
+        masks += [(getattr(each, "_mask", None), dims), (_steps(each), dims - 1)]
     for mask, event_dim in masks:
         if mask is not None:
             mask = torch.as_tensor(mask, device=value.device).expand(value.shape[: value.dim() - event_dim])
             mask = mask[(..., *[None] * event_dim)]
             found = mask if found is None else found & mask
     return found
+
+
+def _check_masks_of_draws(site: Mapping[str, Any]) -> None:
+    """Raises ValueError for a mask below a transform."""
+    transformed = False
+    for each in _layers(site["fn"]):
+        masks = getattr(each, "_mask", None), _steps(each)
+        if transformed and any(mask is not None and mask is not True for mask in masks):
+            raise ValueError(
+                f'expected masks of whole draws, got one of what a transform makes "{site["name"]}" of, which leaves '
+                "out no part of the draw: mask the distribution that the transform returns, or use ELBO or IWAE"
+            )
+        transformed |= isinstance(each, torch.distributions.TransformedDistribution)
+
+
+def _steps(distribution: Any) -> Tensor | None:
+    """The mask of a chain's steps."""
+    return getattr(distribution, "mask_", None)
 
 
 def _layers(distribution: Any) -> Iterator[Any]:

@@ -12,34 +12,44 @@ import threading
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import RenyiELBO, ReweightedWakeSleep, Trace_ELBO
+from pyro.infer import (
+    ELBO,
+    RenyiELBO,
+    ReweightedWakeSleep,
+    Trace_ELBO,
+    Trace_MMD,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+)
 from pyro.optim.lr_scheduler import PyroLRScheduler
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from tqdm import tqdm
 
 from . import checkpoint, prediction
-from .compiled import get_random_state, set_random_state
+from .compiled import get_random_state, preserved, set_random_state
 from .config import build, describe
 from .data import Data, Dataset, Split, as_data, load_dataset
 from .estimators import ConstrainedELBO, Estimator
 from .evaluation import Evaluation, check_support, evaluate, evaluating
-from .log_weights import samples
+from .log_weights import check_draws_alone, samples
 from .optim import Optimizer
 from .schedules import Schedule
-from .svi import SVI, CompiledSVI, NonFiniteLossError, latent_scale, load_modules, modules_of
+from .svi import SVI, CompiledSVI, LatentScale, NonFiniteLossError, latent_scale, load_modules, modules_of
 
 __all__ = ["Run", "fit", "load_run", "select_device"]
 
 Callback = Callable[["Run"], Any]
 SAVE_EVERY = 10.0  # seconds between checkpoints
 WORTH_COMPILING = 5_000  # steps
+LINEAR = Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO  # in the KL weight
 
 
 class Run:
@@ -186,10 +196,13 @@ def fit(
         svi = (CompiledSVI if compile else SVI)(model, guide, optimizer, loss, clip_norm=clip_norm)
         scale = latent_scale(1.0, place) if kl_weight else None
         typical = data.typical_batches(batch_size)
+        _check_guide(svi, loss, *data.trimmed_batch(typical[0].to(place), _generator(place, seed)))
         try:
             with scale or contextlib.nullcontext():
                 for rows in typical if compile else typical[:1]:
                     args, kwargs = data.trimmed_batch(rows.to(place), _generator(place, seed))
+                    if scale:
+                        _check_weight(svi, loss, scale, args, kwargs)
                     svi.initialize(*args, **kwargs)
         finally:  # data outside the support fail in either; this says it better
             for part in (data, held_out):
@@ -479,7 +492,7 @@ def _check_arguments(data: Data, epochs: int, batch_size: int, patience: int | N
 
 
 def _check_schedules(loss: Any, optimizer: Any, learning_rate: Schedule | None, kl_weight: Schedule | None) -> None:
-    weighs_draws = isinstance(loss, RenyiELBO | ReweightedWakeSleep | ConstrainedELBO)
+    weighs_draws = isinstance(loss, RenyiELBO | ReweightedWakeSleep | ConstrainedELBO | Trace_MMD)
     if kl_weight and (weighs_draws or not getattr(loss, "tempered", True)):
         raise ValueError(
             f"expected a loss that is linear in the KL term beside kl_weight, got {type(loss).__name__}, whose weights "
@@ -490,6 +503,43 @@ def _check_schedules(loss: Any, optimizer: Any, learning_rate: Schedule | None, 
         raise ValueError(
             "expected one rule for the learning rate, got learning_rate beside an optimiser that has its own (a "
             "scheduler, lrd or eta): leave one out"
+        )
+
+
+def _check_guide(svi: SVI, loss: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Pyro's own bounds take a guide that observes; estimators of this library look for themselves."""
+    of_pyro = isinstance(loss, ELBO) and not isinstance(loss, Estimator)
+    if of_pyro and not isinstance(poutine.unwrap(svi.guide), Messenger):
+        with preserved(), torch.no_grad(), evaluating(*svi.modules.values()):
+            check_draws_alone(poutine.trace(svi.guide).get_trace(*args, **kwargs))
+
+
+def _check_weight(svi: SVI, loss: Any, scale: LatentScale, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """A loss of Pyro's form is a line in the KL weight, for the same draws."""
+    if isinstance(loss, Estimator) or type(loss) in LINEAR:
+        return
+    losses = []
+    for weight in (1.0, 0.5, 2.0):  # what fails at 1 fails of itself
+        scale.weight = weight
+        try:
+            with preserved(), torch.no_grad(), evaluating(*svi.modules.values()):
+                found = svi.loss(svi.model, svi.guide, *args, **kwargs)
+        except ValueError as error:
+            if weight == 1.0:
+                raise
+            raise ValueError(
+                f"expected a pair that {type(loss).__name__} takes beside kl_weight, which scales latent sites and no "
+                f"others, got one that it refuses ({error}): leave kl_weight out, or let the guide draw or enumerate "
+                "what is summed out"
+            ) from error
+        finally:
+            scale.weight = 1.0
+        losses.append(float(found[0] if isinstance(found, tuple) else found))
+    one, half, two = losses
+    if abs(two - one - 2 * (one - half)) > 1e-4 * (abs(half) + abs(one) + abs(two)):
+        raise ValueError(
+            f"expected a loss that is linear in the KL term beside kl_weight, got {type(loss).__name__}, which is "
+            f"{half:.6g}, {one:.6g} and {two:.6g} at the weights 0.5, 1 and 2: leave kl_weight out, or use ELBO"
         )
 
 

@@ -1,12 +1,13 @@
 """Priors and likelihoods against closed forms, SciPy and scikit-learn."""
 
 import copy
+import math
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import FLOWS, PRIORS, two_levels
+from cases import DISCRETE, FAMILIES, FLOWS, PRIORS, two_levels
 from pyro import poutine
 from scipy import stats
 from sklearn.mixture import GaussianMixture as Mixture
@@ -240,3 +241,40 @@ def test_what_is_no_prior_is_refused():
         priors.Gamma(2, rate=0)
     with pytest.raises(ValueError, match="expected a distribution that factorises over dimensions"):
         WithMissing(dist.MultivariateNormal(torch.zeros(3), torch.eye(3)))
+
+
+@pytest.mark.parametrize("latent_dim", [1, 2, 3])
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_a_vamp_prior_of_each_family_is_the_mean_over_its_inputs(family, latent_dim, float64):
+    """``ln 1/K sum_k q(z | u_k)``, one pseudo-input after the other, for z of any batch shape; and its gradients."""
+    torch.manual_seed(0)
+    prior = priors.VampPrior((5,), latent_dim, MLP((7,)), family, components=3)
+    with torch.no_grad():
+        for parameter in prior.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    for shape in ((4,), (2, 4), ()):
+        z = torch.randn(*shape, latent_dim, requires_grad=True)
+        each = [prior.family(prior.encoder(prior.inputs[k])).log_prob(z) for k in range(3)]
+        exact = torch.stack(each).logsumexp(0) - math.log(3)
+        found = prior().log_prob(z)
+        torch.testing.assert_close(found, exact)
+        wanted = [z, *(p for p in prior.parameters() if p.requires_grad)]
+        gradients = (torch.autograd.grad(value.sum(), wanted, allow_unused=True) for value in (found, exact))
+        for a, b in zip(*gradients, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                torch.testing.assert_close(a, b)
+    assert prior().sample((4,)).shape == (4, latent_dim)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *DISCRETE])
+def test_values_and_features_of_families_broadcast(name, float64):
+    """z (B, 1, D) against features (K, h), z (D,) against (K, h), and (B, K, D) against (h,)."""
+    torch.manual_seed(0)
+    bound = (FAMILIES | DISCRETE)[name].bind(5, (3,))
+    h = torch.randn(4, 5)
+    for shape, features in (((6, 1), h), ((), h), ((6, 4), h[0])):
+        z = torch.eye(3)[torch.randint(3, shape)] if name in DISCRETE else torch.randn(*shape, 3)
+        wide = torch.broadcast_shapes(shape, features.shape[:-1])
+        exact = bound(features.expand(*wide, 5)).log_prob(z.expand(*wide, 3))
+        torch.testing.assert_close(bound(features).log_prob(z), exact)

@@ -403,3 +403,100 @@ def test_bad_input():
     ):
         with pytest.raises(ValueError, match=re.escape(said)):
             call()
+
+
+COVARIANCE = torch.tensor([[1.0, 0.9, 0.3], [0.9, 1.2, -0.2], [0.3, -0.2, 0.8]])
+
+
+class Correlated(nn.Module):
+    """x ~ N((z, z, z), COVARIANCE) for z of one dimension, or of a covariance of low rank, or a mixture of two."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, z):
+        mean = z.expand(*z.shape[:-1], 3)
+        if self.kind == "full":
+            return dist.MultivariateNormal(mean, COVARIANCE.to(z))
+        if self.kind == "low rank":
+            return dist.LowRankMultivariateNormal(mean, COVARIANCE[:, :2].to(z), torch.full((3,), 0.3).to(z))
+        both = dist.Normal(torch.stack([mean, -mean], -2), 1.0).to_event(1)
+        return dist.MixtureSameFamily(dist.Categorical(torch.ones(*z.shape[:-1], 2)), both)
+
+
+def correlated(kind):
+    class First(nn.Module):
+        def forward(self):
+            return dist.Normal(torch.zeros(1), 1.0).to_event(1)
+
+    class Next(nn.Module):
+        def forward(self, z):
+            return dist.Normal(z, 1.0).to_event(1)
+
+    return StateSpaceModel(First(), Next(), Correlated(kind))
+
+
+@pytest.mark.parametrize("kind", ["full", "low rank"])
+def test_correlated_values_are_imputed_given_those_of_their_step(kind):
+    """One, two and none of three are seen: the Gaussian's conditional, at a z that is given."""
+    torch.manual_seed(0)
+    model = correlated(kind)
+    x = torch.tensor([[[2.0, 0.0, 0.0], [1.0, torch.nan, -1.0], [0.0, 0.0, 0.0]]])
+    mask = torch.tensor([[[True, False, False], [True, True, True], [False, False, False]]])
+    z = torch.tensor([[[0.4], [-0.3], [1.0]]])
+
+    def guide(x, lengths=None, mask=None):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(z, event_dim=2))
+
+    drawn = model.impute(guide, x, mask=mask, num_samples=40_000)[:, 0]
+    p = Correlated(kind)(z[0])
+    seen = mask[0] & (x[0] == x[0])
+    for t in range(3):
+        there, mean, S = seen[t], p.mean[t], p.covariance_matrix.expand(3, 3, 3)[t]
+        gain = S[~there][:, there] @ torch.linalg.inv(S[there][:, there])
+        expected = mean[~there] + gain @ (x[0, t, there] - mean[there])
+        covariance = S[~there][:, ~there] - gain @ S[there][:, ~there]
+        assert bool((drawn[:, t, there] == x[0, t, there]).all())
+        found = drawn[:, t, ~there]
+        torch.testing.assert_close(found.mean(0), expected, atol=0.03, rtol=0.0)
+        torch.testing.assert_close(found.mT.cov().reshape(covariance.shape), covariance, atol=0.04, rtol=0.0)
+
+
+def test_values_that_are_correlated_otherwise_are_not_imputed_in_part():
+    """Whole steps are; every query that leaves out a part says the same."""
+    model, x = correlated("mixture"), torch.randn(2, 3, 3)
+    part, steps = torch.rand(2, 3, 3) < 0.5, torch.tensor([[True, False, True]] * 2)
+
+    def guide(x, lengths=None, mask=None):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(2, 3, 1), 1.0).to_event(2))
+
+    assert model.impute(guide, x, mask=steps, num_samples=2).shape == (2, 2, 3, 3)
+    queries = [
+        lambda: model.impute(guide, x, mask=part, num_samples=2),
+        lambda: model.impute(guide, x.where(part, torch.nan), mask=steps, num_samples=2),
+        lambda: model.filter(x, mask=part, num_particles=3),
+        lambda: model(x, mask=part),
+        lambda: likelihoods.Missing(_Blocks()).bind((3,))(torch.zeros(2, 1, 3)),
+    ]
+    for query in queries:
+        with pytest.raises(ValueError, match="expected a distribution that factorises over dimensions, got"):
+            query()
+
+
+class _Blocks(likelihoods.Likelihood):
+    def forward(self, parameters):
+        return dist.MultivariateNormal(*self.unpacked(parameters), COVARIANCE.to(parameters))
+
+
+def test_the_evidence_by_a_guide_counts_no_scale():
+    """A guide that weighs its own ln q, as for a KL weight, draws the same z."""
+    model, guide = pair("ST-L")
+    x, _ = batch()
+    found = []
+    for scale in (1.0, 0.3):
+        torch.manual_seed(0)
+        found.append(model.log_evidence(x, guide=poutine.scale(guide, scale=scale), num_samples=3))
+    torch.testing.assert_close(*found)

@@ -14,7 +14,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from ..checkpoint import atomic
-from .result import uncertain
+from .result import lies_on_a_line, uncertain
 
 if TYPE_CHECKING:
     from .result import Comparison
@@ -46,7 +46,7 @@ def draw(comparison: Comparison, directory: Path) -> list[Path]:
 
 
 def signal_to_noise(comparison: Comparison) -> Figure:
-    """SNR against K on log axes with the fitted lines, for the model's and the guide's gradient."""
+    """SNR against K on log axes, with lines where the points lie on one, for the model's and the guide's gradient."""
     count = comparison.table["estimator"].nunique()
     figure, axes = _panels(2, width=8.0, height=3.6 + 0.2 * count)
     for axis, part in zip(axes, ("model", "guide"), strict=True):
@@ -57,7 +57,7 @@ def signal_to_noise(comparison: Comparison) -> Figure:
             if not shown.any():
                 continue
             fit, label = slopes.loc[name], _plain(name)
-            if math.isfinite(fit["slope"]):
+            if math.isfinite(fit["slope"]) and lies_on_a_line(fit):
                 label += f"   {uncertain(fit['slope'], fit['standard_error'], '+')}".replace("-", "−")
                 K = rows["K"][shown]
                 line = math.exp(fit["intercept"]) * K ** fit["slope"]
@@ -90,7 +90,8 @@ def bounds(comparison: Comparison) -> Figure:
 
 
 def quality_against_time(comparison: Comparison) -> Figure:
-    """What each estimator gives against the time that it takes, and the front of those that no other beats in both."""
+    """What each estimator gives against the time that it takes, and the front of those that are surely better, with
+    errors of both, than all that take no longer."""
     table = comparison.table
     figure, (axis,) = _panels(1, width=6.8, height=3.8)
     trained = table["trained"].notna().any()
@@ -103,7 +104,10 @@ def quality_against_time(comparison: Comparison) -> Figure:
         axis.set_xlabel("milliseconds per step", color=INK)
         axis.set_ylabel("signal-to-noise ratio of the guide's gradient", color=INK)
     good = time.map(math.isfinite) & quality.map(math.isfinite) & (trained | (quality > 0))
-    front = _front(time[good], quality[good])
+    of_quality = table["trained_high"] - quality if trained else 2 * table["guide_snr_standard_error"]
+    of_time = 2 * (table["trained_seconds_standard_error"] if trained else 1e3 * table["seconds_standard_error"])
+    unknown = {"of_time": of_time[good].fillna(math.inf), "of_quality": of_quality[good].fillna(math.inf)}
+    front = _front(time[good], quality[good], **unknown)
     if len(front) > 1:
         axis.plot(
             time[front], quality[front], color=FAINT, lw=6, zorder=0, solid_joinstyle="round", label="best for its time"
@@ -137,13 +141,13 @@ FIGURES: dict[str, Callable[[Any], Figure]] = {
 }
 
 
-def _front(time: pandas.Series, quality: pandas.Series) -> list[Any]:
-    """Those that are better than all that take no longer."""
-    front, best = [], -math.inf
+def _front(time: pandas.Series, quality: pandas.Series, of_time: pandas.Series, of_quality: pandas.Series) -> list[Any]:
+    """In the order of time, those that are better, within errors, than all others that may take no longer."""
+    front = []
     for index in time.sort_values(kind="stable").index:
-        if quality[index] > best:
+        as_fast = (time - of_time <= time[index] + of_time[index]) & (time.index != index)
+        if (quality[as_fast] + of_quality[as_fast] < quality[index] - of_quality[index]).all():
             front.append(index)
-            best = quality[index]
     return front
 
 

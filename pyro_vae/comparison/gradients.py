@@ -6,11 +6,12 @@ import math
 import random
 import types
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import pandas
 import pyro
+import scipy.stats
 import torch
 from pyro import poutine
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
@@ -296,32 +297,48 @@ def _statistics(own: _Moments, reference: Tensor | None) -> dict[str, float]:
     return dict(zip(STATISTICS, values, strict=True))
 
 
+class Line(NamedTuple):
+    """ln ratio against ln K by weighted least squares.
+
+    Attributes:
+        standard_error: of the slope; where the points lie further from the line than their errors tell, as much larger.
+        points: how many there are. fit: the probability of points as far from a line, or farther, were it one; NaN for
+            two, which always lie on one.
+    """
+
+    slope: float = math.nan
+    standard_error: float = math.nan
+    intercept: float = math.nan
+    points: int = 0
+    fit: float = math.nan
+
+
 def slopes_of(table: pandas.DataFrame) -> pandas.DataFrame:
     rows = []
     for name in table["estimator"].drop_duplicates():
         own = table[table["estimator"] == name]
         for part in PARTS:
-            slope, error, intercept = _slope(own["K"], own[f"{part}_snr"], own[f"{part}_snr_standard_error"])
-            whole, whole_error, _ = _slope(own["K"], own[f"{part}_snr_whole"], own[f"{part}_snr_whole_standard_error"])
-            row = {"estimator": name, "part": part, "slope": slope, "standard_error": error, "intercept": intercept}
-            rows.append({**row, "whole_slope": whole, "whole_standard_error": whole_error})
+            line = line_through(own["K"], own[f"{part}_snr"], own[f"{part}_snr_standard_error"])
+            whole = line_through(own["K"], own[f"{part}_snr_whole"], own[f"{part}_snr_whole_standard_error"])
+            row = {"estimator": name, "part": part, **line._asdict()}
+            rows.append({**row, "whole_slope": whole.slope, "whole_standard_error": whole.standard_error})
     return pandas.DataFrame(rows)
 
 
-def _slope(K: pandas.Series, ratios: pandas.Series, errors: pandas.Series) -> tuple[float, float, float]:
-    """Of ln ratio against ln K by weighted least squares, its standard error, and the intercept.
-
-    Where the points lie further from the line than their errors tell, the slope's error grows as much.
-    """
-    ratio, error = ratios.to_numpy(float), errors.to_numpy(float)
+def line_through(K: Any, ratios: Any, errors: Any) -> Line:
+    """The line through ratios with these standard errors."""
+    K, ratio, error = (np.asarray(each, float) for each in (K, ratios, errors))
     usable = np.isfinite(ratio) & (ratio > 0) & np.isfinite(error)
-    if usable.sum() < 2:
-        return math.nan, math.nan, math.nan
-    x, y = np.log(K.to_numpy(float)[usable]), np.log(ratio[usable])
+    points = int(usable.sum())
+    if points < 2:
+        return Line(points=points)
+    x, y = np.log(K[usable]), np.log(ratio[usable])
     weight = 1 / np.maximum(error[usable] / ratio[usable], 1e-6) ** 2
     centre = np.average(x, weights=weight)
     information = (weight * (x - centre) ** 2).sum()
     slope = (weight * (x - centre) * y).sum() / information
     intercept = np.average(y, weights=weight) - slope * centre
-    excess = (weight * (y - intercept - slope * x) ** 2).sum() / max(len(x) - 2, 1)
-    return float(slope), float(math.sqrt(max(1.0, excess) / information)), float(intercept)
+    squares, freedom = (weight * (y - intercept - slope * x) ** 2).sum(), points - 2
+    fit = float(scipy.stats.chi2.sf(squares, freedom)) if freedom else math.nan
+    spread = math.sqrt(max(1.0, squares / max(freedom, 1)) / information)
+    return Line(float(slope), spread, float(intercept), points, fit)

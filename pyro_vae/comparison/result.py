@@ -14,9 +14,11 @@ import pandas
 
 from ..checkpoint import atomic
 from ..evaluation import Estimate
-from .gradients import PARTS
+from .gradients import PARTS, slopes_of
 
 BIASED = 4.0  # standard errors
+SURE = 3.0  # standard errors of a slope that is not 0
+NO_LINE = 0.01  # probability of points as far from a line, were it one
 WIDTH = 100  # of the text table
 
 
@@ -32,13 +34,15 @@ class Comparison:
             ``standard_deviation`` and ``variance``, the trace of the covariance; ``snr`` and
             ``snr_standard_error``, the mean over parameters of ``|mean| / standard deviation``; ``snr_whole`` and its
             error, ``norm / standard_deviation``; ``bias``, and ``bias_z``, its square in standard errors. ``draws`` of
-            the guide for each datum; ``seconds`` and ``megabytes`` per step, the latter at its peak beyond what lives
-            between steps; ``compiled``. Of training: ``trained``, log p(x) in nats per datum, mean over seeds;
-            ``trained_standard_error``; ``trained_low`` and ``trained_high``, a 95 % interval; ``trained_steps``;
-            ``trained_seconds``; ``failed``, seeds that ended in a loss that is not finite and are left out. NaN where
-            something was not asked for or makes no sense.
+            the guide for each datum; ``seconds`` of a step, a median, ``seconds_standard_error``, and ``megabytes``, at
+            the peak beyond what lives between steps; ``compiled``. Of training: ``trained``, log p(x) in nats per
+            datum, mean over seeds; ``trained_standard_error``; ``trained_low`` and ``trained_high``, a 95 % interval;
+            ``trained_steps``; ``trained_seconds`` and ``trained_seconds_standard_error``; ``failed``, seeds that ended
+            in a loss that is not finite and are left out. NaN where something was not asked for or makes no sense.
         slopes: a row for each estimator and part: ``slope`` of ln snr against ln K by weighted least squares, its
-            ``standard_error`` and ``intercept``; ``whole_slope`` and ``whole_standard_error`` of ``snr_whole``.
+            ``standard_error`` and ``intercept``, of how many ``points``; ``fit``, the probability of points as far from
+            a line, below 0.01 if there is none, NaN for two points; ``whole_slope`` and ``whole_standard_error`` of
+            ``snr_whole``.
         log_evidence: log p(x) that gaps are to, nats per datum.
         source: where that is from: "exact", "given" or "bound of ... draws".
         skipped: why an estimator does not exist for a K, by name.
@@ -80,13 +84,16 @@ class Comparison:
 
     @classmethod
     def from_json(cls, path: Path | str) -> Self:
-        """What `to_json` wrote."""
+        """What `to_json` wrote; errors that an older version did not write are NaN."""
         content = json.loads(Path(path).read_text("utf-8"))
         numbers = {key: math.nan if value is None else value for key, value in content["log_evidence"].items()}
         table, slopes = (pandas.DataFrame(content[name]) for name in ("table", "slopes"))
         for frame in (table, slopes):
             for name in frame.columns.difference(["estimator", "part", "compiled"]):
                 frame[name] = pandas.to_numeric(frame[name])
+        for name in {"seconds_standard_error", "trained_seconds_standard_error"} - {*table.columns}:
+            table[name] = math.nan
+        slopes = slopes if "fit" in slopes.columns else slopes_of(table)
         others = {name: content[name] for name in ("source", "skipped", "settings")}
         return cls(table, slopes, Estimate(**numbers), **others)
 
@@ -122,7 +129,7 @@ def _text(comparison: Comparison) -> str:
         ("SNR g", _numbers(table["guide_snr"])),
         ("bias m", _numbers(table["model_bias_z"], 1)),
         ("bias g", _numbers(table["guide_bias_z"], 1)),
-        ("ms", _numbers(1e3 * table["seconds"])),
+        ("ms", _measured(1e3 * table["seconds"], 1e3 * table["seconds_standard_error"])),
         ("MB", _numbers(table["megabytes"], 1)),
     ]
     meaning = "nats per datum: bound, gap"
@@ -133,7 +140,7 @@ def _text(comparison: Comparison) -> str:
         meaning += "" if before is None else f", {before:.2f} before training"
     meaning += (
         "; SNR and bias of the gradients of m, the model, and g, the guide, a squared bias in its standard errors, "
-        f"sure above {BIASED:g}; ms and MB of a step"
+        f"sure above {BIASED:g}; ms, ± the standard error of a median, and MB of a step"
     )
     widths = [max(len(name), *map(len, cells)) for name, cells in columns]
     gap = "  " if sum(widths) + 2 * len(widths) <= WIDTH - 12 else " "
@@ -144,12 +151,12 @@ def _text(comparison: Comparison) -> str:
         line = [cells[0].ljust(first), *(cell.rjust(width) for cell, width in zip(cells[1:], widths, strict=True))]
         lines.append(gap.join(line))
     lines += ["", *textwrap.wrap(meaning, WIDTH), ""]
-    slopes = comparison.slopes[comparison.slopes["slope"].notna()]
-    for name in slopes["estimator"].drop_duplicates():
-        own = slopes[slopes["estimator"] == name]
-        parts = zip(own["part"], own["slope"], own["standard_error"], strict=True)
-        of_parts = (f"K^({uncertain(slope, error)}) for the {part}" for part, slope, error in parts)
-        lines += textwrap.wrap(f"{name}: SNR ~ {', '.join(of_parts)}", WIDTH)
+    for name in table["estimator"].drop_duplicates():
+        said = [
+            _power(comparison, row) for _, row in comparison.slopes[comparison.slopes["estimator"] == name].iterrows()
+        ]
+        if any(said):
+            lines += textwrap.wrap(f"{name}: SNR ~ {', '.join(filter(None, said))}", WIDTH)
     for note in (*comparison.verdict, *(f"left out: {name}: {why}" for name, why in comparison.skipped.items())):
         lines += textwrap.wrap(f"- {note}", WIDTH)
     return "\n".join(lines)
@@ -163,23 +170,62 @@ def _verdict(comparison: Comparison) -> list[str]:
             where = ", ".join(f"{K}" for K in biased["K"][biased["estimator"] == name])
             said.append(f"{name}: the {part}'s gradient is biased at K = {where}")
     for _, row in comparison.slopes.iterrows():
-        if row["slope"] < min(-0.1, -3 * row["standard_error"]):
-            said.append(f"{row['estimator']}: the signal of the {row['part']}'s gradient drowns with K")
-    trained = table[table["trained"].notna()]
-    if len(trained):
-        best = trained.loc[trained["trained"].idxmax()]
-        if trained[["trained_low", "trained_high"]].isna().any(axis=None):
-            said.append("which trains best cannot be told where a single seed has been trained: name more --seeds")
-            return said
-        text = f"{best['estimator']}, K = {best['K']} trains best, log p(x) = {best['trained']:.2f}"
-        others = trained[(trained["trained_high"] >= best["trained_low"]) & (trained.index != best.name)]
-        if len(others) > 4:
-            text += f"; {len(others)} others are within the 95 % intervals"
-        elif len(others):
-            named = (f"{name}, K = {K}" for name, K in zip(others["estimator"], others["K"], strict=True))
-            text += f"; within the 95 % intervals: {'; '.join(named)}"
-        said.append(text)
+        falls = row["slope"] < min(-0.1, -SURE * row["standard_error"])
+        if falls and lies_on_a_line(row) and row["points"] > 2:
+            low, high = _range(comparison, row)
+            said.append(
+                f"{row['estimator']}: the signal of the {row['part']}'s gradient drowns with K, from {low} to {high}"
+            )
+    return said + _of_training(table[table["trained"].notna()], comparison.settings.get("untrained"))
+
+
+def _of_training(trained: pandas.DataFrame, untrained: float | None) -> list[str]:
+    """The best is named where the 95 % intervals of all others end below its own."""
+    if not len(trained):
+        return []
+    if trained[["trained_low", "trained_high"]].isna().any(axis=None):
+        return ["which trains best cannot be told where a single seed has been trained: name more --seeds"]
+    best = trained.loc[trained["trained"].idxmax()]
+    name = f"{best['estimator']}, K = {best['K']}"
+    others = trained[(trained["trained_high"] >= best["trained_low"]) & (trained.index != best.name)]
+    text = f"{name} trains best, log p(x) = {best['trained']:.2f}"
+    if len(others):
+        named = (f"{each}, K = {K}" for each, K in zip(others["estimator"], others["K"], strict=True))
+        within = f"{len(others)} others" if len(others) > 4 else "; ".join(named)
+        text = f"which trains best cannot be told: {name} has log p(x) = {best['trained']:.2f}; within the 95 % "
+        text += f"intervals: {within}; more seeds or steps tell them apart"
+    elif len(trained) == 1:
+        text = f"{name} trains to log p(x) = {best['trained']:.2f}"
+    said = [text]
+    if untrained is not None and best["trained_low"] <= untrained:
+        said.append(f"no pair is surely better than before training, {untrained:.2f}: train longer")
+    if (trained["failed"] > 0).any():
+        some = trained[trained["failed"] > 0]
+        failed = (f"{row['estimator']}, K = {row['K']}: {row['failed']}" for _, row in some.iterrows())
+        said.append(f"seeds that ended in a loss that is not finite are left out: {'; '.join(failed)}")
     return said
+
+
+def lies_on_a_line(slope: Mapping[str, Any]) -> bool:
+    """Whether ln SNR against ln K lies within its errors of a line: a row of `Comparison.slopes`."""
+    return slope["points"] == 2 or slope["fit"] >= NO_LINE
+
+
+def _range(comparison: Comparison, slope: Mapping[str, Any]) -> tuple[int, int]:
+    """The least and the largest K of the points."""
+    own = comparison.table[comparison.table["estimator"] == slope["estimator"]]
+    K = own["K"][own[f"{slope['part']}_snr"] > 0]
+    return int(K.min()), int(K.max())
+
+
+def _power(comparison: Comparison, slope: Mapping[str, Any]) -> str | None:
+    """How the signal changes with K: a power where the points lie on a line; between two values of K."""
+    if slope["points"] < 2 or math.isnan(slope["slope"]):
+        return None
+    if not lies_on_a_line(slope):
+        return f"no power of K for the {slope['part']}"
+    power = f"K^({uncertain(slope['slope'], slope['standard_error'])}) for the {slope['part']}"
+    return power if slope["points"] > 2 else "{} from K = {} to {}".format(power, *_range(comparison, slope))
 
 
 def _numbers(values: Iterable[float], digits: int = 2) -> list[str]:
@@ -187,6 +233,15 @@ def _numbers(values: Iterable[float], digits: int = 2) -> list[str]:
         return f"{value:.{digits}f}" if abs(value) < 1e5 else f"{value:.2e}"
 
     return ["–" if math.isnan(value) else shown(value) for value in values]
+
+
+def _measured(values: Iterable[float], errors: Iterable[float]) -> list[str]:
+    """Values with errors of one digit or two."""
+    found = []
+    for value, error in zip(values, errors, strict=True):
+        digits = 2 if math.isnan(error) or error < 1 else 1 if error < 10 else 0
+        found.append("–" if math.isnan(value) else f"{value:.{digits}f}±{error:.{digits}f}")
+    return found
 
 
 def _cut(name: str, width: int) -> str:

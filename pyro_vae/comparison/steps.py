@@ -99,18 +99,23 @@ class Steps:
                     times[i].append(time.perf_counter() - begun)
         rows = []
         for i, svi in enumerate(self.svis):
-            row: dict[str, Any] = {"seconds": math.nan, "megabytes": math.nan, "compiled": False}
+            row: dict[str, Any] = dict.fromkeys(("seconds", "seconds_standard_error", "megabytes"), math.nan)
+            row["compiled"] = False
             if i not in broken:
                 peak = peak_memory(functools.partial(svi.step, *args, **kwargs), device)
                 compiled = isinstance(svi, CompiledSVI) and svi.compiled
-                row = {"seconds": statistics.median(times[i]), "megabytes": peak / 1e6, "compiled": compiled}
+                row = {"seconds": statistics.median(times[i]), "seconds_standard_error": _error_of_median(times[i])}
+                row |= {"megabytes": peak / 1e6, "compiled": compiled}
             rows.append(row)
             bar.update()
         return rows
 
     def trained(self, budget: Budget, data: Data, tested: Data, num_samples: int, bar: Any) -> list[dict[str, Any]]:
         """log p(x) of pairs that were trained with the budget."""
-        names = ("trained", "trained_standard_error", "trained_low", "trained_high", "trained_steps", "trained_seconds")
+        names = (
+            *("trained", "trained_standard_error", "trained_low", "trained_high", "trained_steps"),
+            *("trained_seconds", "trained_seconds_standard_error"),
+        )
         rows = []
         for svi, beginning in zip(self.svis, self.beginnings, strict=True):
             row: dict[str, Any] = {**dict.fromkeys(names, math.nan), "failed": 0}
@@ -137,6 +142,7 @@ class Steps:
                     mean + half,
                     statistics.fmean(taken),
                     statistics.fmean(seconds_taken),
+                    statistics.stdev(seconds_taken) / math.sqrt(len(scores)) if len(scores) > 1 else math.nan,
                 )
                 row |= dict(zip(names, values, strict=True))
             rows.append(row)
@@ -162,3 +168,9 @@ class Steps:
                     svi.settle()
                     settled(data.device)
                     return taken, time.perf_counter() - begun
+
+
+def _error_of_median(times: Sequence[float]) -> float:
+    """Its standard error, from the quartiles: sqrt(pi / 2) times that of a mean, were the times normal."""
+    low, _, high = statistics.quantiles(times, n=4)
+    return math.sqrt(math.pi / 2 / len(times)) * (high - low) / 1.349

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -206,28 +206,35 @@ class OnePass(Transform):
 
     A draw is scored by the pass that made it, and a value by one pass of the inverse's: the network within
     `transform`, which has ``call_and_ladj``, is called once.
+
+    Args:
+        batch_shape: of what the transform depends on: vectors of fewer elements are expanded to it, which transforms
+            such as couplings leave to their callers.
     """
 
     bijective = True
 
-    def __init__(self, transform: Any) -> None:
+    def __init__(self, transform: Any, batch_shape: Sequence[int] = ()) -> None:
         super().__init__(cache_size=1)
-        self.transform = transform
+        self.transform, self.batch_shape = transform, tuple(batch_shape)
         self.domain, self.codomain = transform.domain, transform.codomain
         self._kept: tuple[Any, Any, Any] = (None, None, None)
 
     def _call(self, x: Tensor) -> Tensor:
-        y, ladj = self.transform.call_and_ladj(x)
+        y, ladj = self.transform.call_and_ladj(self._expanded(x))
         self._kept = (x, y, ladj)
         return y
 
     def _inverse(self, y: Tensor) -> Tensor:
-        return self.transform.inv(y)
+        return self.transform.inv(self._expanded(y))
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         if self._kept[0] is not x or self._kept[1] is not y:
-            self._kept = (x, y, self.transform.call_and_ladj(x)[1])
+            self._kept = (x, y, self.transform.call_and_ladj(self._expanded(x))[1])
         return self._kept[2]
+
+    def _expanded(self, x: Tensor) -> Tensor:
+        return x.expand(torch.broadcast_shapes(x.shape[:-1], self.batch_shape) + x.shape[-1:])
 
 
 def _times(matrix: Tensor, vector: Tensor) -> Tensor:

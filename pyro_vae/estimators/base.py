@@ -21,8 +21,8 @@ class Coefficients(NamedTuple):
         sum_k model_k d ln p(x, z_k) + path_k (d ln w_k / dz_k) dz_k - guide_k d ln q(z_k | x)
 
     The first and the last are derivatives with respect to parameters at fixed draws, dz_k is the whole sampling path.
-    Where `guide` is None, draws whose ln q is masked weigh `model` along their path: they have no score that was turned
-    into a derivative along it.
+    Where `guide` is None, changes that begin at draws whose ln q is masked weigh `model` along their path: they have no
+    score that was turned into a derivative along it.
     """
 
     model: Tensor
@@ -180,7 +180,8 @@ class Estimator(pyro.infer.ELBO):
         if c.path is None:
             return local + of_all
         along = weights.scale * _dot(c.path, weights.log_weight)
-        of_masked = weights.scale * _dot(c.model, weights.log_weight) if c.guide is None else along
+        scored = c.guide is not None or c.path is c.model  # then masked draws weigh the same along their paths
+        of_masked = along if scored else weights.scale * _dot(c.model, weights.log_weight)
         return local + of_all + weights.along_paths(along, of_draws + self.global_objective(weights), of_masked)
 
     def _get_trace(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> Any:

@@ -10,6 +10,8 @@ from pyro import poutine
 from pyro.infer import TraceEnum_ELBO, config_enumerate
 from torch import Tensor
 
+from ..log_weights import check_draws_alone
+
 __all__ = ["SemiSupervisedELBO"]
 
 
@@ -29,7 +31,7 @@ class SemiSupervisedELBO(TraceEnum_ELBO):
 
     Raises:
         ValueError: a last argument that is no tensor with rows of labels; a guide without the site, or with one that
-            depends on other discrete sites; labels by keyword.
+            depends on other discrete sites, or that observes the label or anything else; labels by keyword.
 
     Example: see `pyro_vae.models.SemiSupervisedVAE`.
     """
@@ -41,8 +43,9 @@ class SemiSupervisedELBO(TraceEnum_ELBO):
         self.classification, self.site = classification, site
 
     def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
-        labelled, others, drawn = self._calls(model, guide, args, kwargs)
+        labelled, others, given, drawn = self._calls(model, guide, args, kwargs)
         loss = super().differentiable_loss(*labelled, **kwargs) + super().differentiable_loss(*others, **kwargs)
+        check_draws_alone(given.trace)
         if self.site not in drawn.trace.nodes:
             raise ValueError(f'expected a guide with the latent site "{self.site}", got {list(drawn.trace.nodes)}')
         log_q = drawn.trace.nodes[self.site]["fn"].log_prob(labelled[-1])
@@ -64,13 +67,15 @@ class SemiSupervisedELBO(TraceEnum_ELBO):
         return loss.item()
 
     def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
-        labelled, others, _ = self._calls(model, guide, args, kwargs)
-        return super().loss(*labelled, **kwargs) + super().loss(*others, **kwargs)
+        labelled, others, given, _ = self._calls(model, guide, args, kwargs)
+        loss = super().loss(*labelled, **kwargs) + super().loss(*others, **kwargs)
+        check_draws_alone(given.trace)
+        return loss
 
     def _calls(
         self, model: Callable, guide: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple, tuple, Any]:
-        """Programs and arguments for the labelled and for the others, and the guide that keeps q(y | x)."""
+    ) -> tuple[tuple, tuple, Any, Any]:
+        """Programs and arguments for the labelled and for the others, and the guides that keep their traces."""
         *data, y = args
         if not isinstance(y, Tensor) or y.dim() != 2 or not data or self.site in kwargs:
             came = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
@@ -81,7 +86,7 @@ class SemiSupervisedELBO(TraceEnum_ELBO):
             )
         known = y.isfinite().all(-1)
         label = torch.where(known[:, None], y, torch.eye(y.shape[1], dtype=y.dtype, device=y.device)[0])
-        drawn = poutine.trace(guide)
-        labelled = (poutine.mask(model, mask=known), poutine.mask(guide, mask=known), *data, label)
+        given, drawn = poutine.trace(guide), poutine.trace(guide)
+        labelled = (poutine.mask(model, mask=known), poutine.mask(given, mask=known), *data, label)
         others = (poutine.mask(model, mask=~known), config_enumerate(poutine.mask(drawn, mask=~known)), *data)
-        return labelled, others, drawn
+        return labelled, others, given, drawn
