@@ -11,13 +11,14 @@ from typing import Any
 
 import pyro
 import torch
+from pyro import poutine
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .compiled import Compiled
-from .data import as_data
+from .compiled import Compiled, preserved
+from .data import Data, as_data
 from .distributions import MarkovChain
-from .log_weights import LogWeights, Structure, Structures, log_weights, samples
+from .log_weights import LogWeights, Structure, Structures, log_weights, plate_of_data, samples
 
 __all__ = ["Estimate", "Evaluation", "evaluate", "generalized_pareto_shape"]
 
@@ -54,7 +55,12 @@ class Evaluation:
 
     Attributes:
         elbo: ``E_q[log p(x, z) - log q(z|x)]``.
-        log_evidence: ``E log 1/K sum_k p(x, z_k) / q(z_k|x) <= log p(x)`` (arXiv 1509.00519), K = `num_samples`.
+        log_evidence: ``E log 1/K sum_k p(x, z_k) / q(z_k|x) <= log p(x)`` (arXiv 1509.00519), K = `num_samples`. With
+            global latent sites theta, that of all data divided by their number N.
+        log_evidence_total: of all data together, in nats.
+        log_predictive: ``log 1/K sum_k p(x_i | theta_k)``, theta_k ~ q(theta): of data that theta was not trained on
+            (arXiv 1307.5928). Without global sites it is `log_evidence`.
+        global_sites: the names of the latent sites outside the plate of the data.
         kl: ``KL(q(z|x) || p(z))``, from the draws.
         kl_per_dim: its parts per latent dimension, and element of the plates within a datum, where prior and posterior
             factorise, shape (D,), in closed form where there is one; otherwise None. Their sum is `kl` in expectation.
@@ -79,6 +85,19 @@ class Evaluation:
     per_datum: dict[str, Tensor]
     annealed: Estimate | None = None
     num_steps: Tensor | None = None
+    global_sites: tuple[str, ...] = ()
+
+    @property
+    def log_evidence_total(self) -> Estimate:
+        each, N = self.log_evidence, self.num_data
+        return Estimate(N * each.value, N * each.standard_error, N * each.standard_error_draws)
+
+    @property
+    def log_predictive(self) -> Estimate:
+        if not self.global_sites:
+            return self.log_evidence
+        values, N = self.per_datum["log_predictive"], self.num_data
+        return Estimate(values.mean().item(), values.std().item() / math.sqrt(N) if N > 1 else math.nan)
 
     @property
     def per_step(self) -> dict[str, Estimate] | None:
@@ -93,14 +112,22 @@ class Evaluation:
 
     def table(self) -> dict[str, Estimate]:
         names = ["elbo", "log_evidence", *(["annealed"] if self.annealed else []), "kl", "ess", "khat"]
+        if self.global_sites:
+            names[2:2] = ["log_evidence_total", "log_predictive"]
         return {name: getattr(self, name) for name in names}
 
     def __str__(self) -> str:
-        rows = [f"{name:>13}  {estimate}" for name, estimate in self.table().items()]
+        width = max(13, *map(len, self.table()))
+        rows = [f"{name:>{width}}  {estimate}" for name, estimate in self.table().items()]
         if self.active_units is not None:
-            rows.append(f"{'active_units':>13}  {self.active_units}")
+            rows.append(f"{'active_units':>{width}}  {self.active_units}")
         for name, each in (self.per_step or {}).items():
-            rows.append(f"{name:>13}  {each:.4f} per step")
+            rows.append(f"{name:>{width}}  {each:.4f} per step")
+        if self.global_sites:
+            rows.append(
+                f"global sites {', '.join(self.global_sites)}: log_evidence is that of all data over their number, "
+                "log_predictive of each datum at draws of them"
+            )
         if self.khat.value > 0.7:
             rows.append(
                 "khat is above 0.7: few draws carry the weight, and log p(x) may lie well above log_evidence; more "
@@ -145,22 +172,19 @@ def check_support(name: str, distribution: Any, x: Tensor) -> None:
 
 
 def _check_plates(structure: Structure) -> None:
-    for name in structure.global_sites:
-        raise ValueError(
-            f'expected every site inside the plate "data", got "{name}" outside: its weight belongs to no single datum'
-        )
     if structure.subsampled is not None:
         raise ValueError(
-            f'expected every plate within "data" to be whole, got "{structure.subsampled}", of which a part is drawn, '
+            f'expected every plate within "{structure.plate}" to be whole, got "{structure.subsampled}", of which a '
+            "part is drawn, "
             "so that no draw tells the log-weight of a datum: leave out its subsample_size, or give the elements of "
             "the plate as data"
         )
 
 
-def _check_rows(weights: LogWeights, rows: int) -> None:
+def _check_rows(weights: LogWeights, rows: int, plate: str) -> None:
     if (came := weights.log_weight.shape[1]) != rows:
         raise ValueError(
-            f'expected a plate "data" of the {rows} rows that a call gets, got one of {came}: make it of len(x)'
+            f'expected a plate "{plate}" of the {rows} rows that a call gets, got one of {came}: make it of len(x)'
         )
 
 
@@ -204,6 +228,12 @@ def evaluate(
 ) -> Evaluation:
     """Score a pair on data with K = `num_samples` draws per datum, in eval mode, on the device that the model is on.
 
+    The plate of the data is the one called "data", or else the outermost around all that is observed with as many
+    elements as there are data. Latent sites outside are global: K draws of them are made, and for each of these
+    sqrt(K) of the local ones, with which ``p(x_i | theta_k)`` is estimated without bias::
+
+        log p(x) >= E ln 1/K sum_k p(theta_k) / q(theta_k) prod_i p(x_i | theta_k)
+
     Masks count, scales do not: a scale of a site, such as the KL's or of a tempered likelihood, is one of the training,
     and the scores are those of the model without it.
 
@@ -214,8 +244,9 @@ def evaluate(
         annealing: number of temperatures, such as 1,000, of 16 chains of annealed importance sampling beside.
 
     Raises:
-        ValueError: data outside the likelihood's support (grey values under a Bernoulli are no log-likelihood), a
-            site outside the plate ``"data"``, or a plate within it of which a part is drawn.
+        ValueError: data outside the likelihood's support (grey values under a Bernoulli are no log-likelihood), no
+            plate of the data, a plate within it of which a part is drawn, or a global site that is drawn after a local
+            one.
 
     Example:
         >>> from pyro_vae.guides import AmortizedGuide
@@ -238,24 +269,31 @@ def evaluate(
     draws = [num_samples // parts + (i < num_samples % parts) for i in range(parts)]
     calls = parts * -(-len(data) // rows)
     structures = Structures()
-    compute: Callable = functools.partial(_parts, model, guide, structures)
-    if compile or (compile is None and calls >= WORTH_COMPILING):
-        compute = Compiled(compute, model, guide)
     tail = min(math.ceil(num_samples / 5), math.ceil(3 * math.sqrt(num_samples))) + 1
     scores: dict[str, Tensor] = {}
     with isolated(model, guide), tqdm(total=len(data), unit="datum", disable=None if progress else True) as bar:
         torch.manual_seed(seed)
         generator = torch.Generator(device).manual_seed(seed)
+        args, kwargs = data.batch(torch.arange(min(rows, len(data)), device=device), generator)
+        plate = plate_of_pair(model, guide, args, kwargs)
+        if structures.of(model, guide, args, kwargs, plate).global_sites:
+            if annealing is not None:
+                raise ValueError("expected local latent sites alone beside annealing, got global ones: leave it out")
+            return _hierarchical(model, guide, data, num_samples, seed, structures, plate, bar)
+        generator = torch.Generator(device).manual_seed(seed)
+        compute: Callable = functools.partial(_parts, model, guide, structures, plate)
+        if compile or (compile is None and calls >= WORTH_COMPILING):
+            compute = Compiled(compute, model, guide)
         for begin in range(0, len(data), rows):
             count = min(rows, len(data) - begin)
             index = torch.arange(begin, begin + rows, device=device).clamp(max=len(data) - 1)  # graphs have one shape
             args, kwargs = data.trimmed_batch(index, generator)
             sums = _Sums(len(index), tail)
-            _check_plates(structures.of(model, guide, args, kwargs, "data"))
+            _check_plates(structures.of(model, guide, args, kwargs, plate))
             with torch.random.fork_rng():
-                weights = log_weights(model, guide, args, kwargs, 1, structures, plate="data")
+                weights = log_weights(model, guide, args, kwargs, 1, structures, plate=plate)
             _check_observed(weights)
-            _check_rows(weights, len(index))
+            _check_rows(weights, len(index), plate)
             for K in draws:
                 sums.add(*compute(args, kwargs, K))
             for name, value in (_scores(sums, num_samples) | _num_steps(weights)).items():
@@ -272,6 +310,91 @@ def evaluate(
     return replace(evaluation, per_datum=per_datum, annealed=found.log_evidence)
 
 
+def plate_of_pair(model: Callable, guide: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """The plate of the data, left as it was."""
+    with preserved():
+        q = poutine.trace(guide).get_trace(*args, **kwargs)
+        p = poutine.trace(poutine.replay(model, q)).get_trace(*args, **kwargs)
+    return plate_of_data([p], len(args[0]))
+
+
+def global_draws(
+    guide: Callable, sites: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any], count: int
+) -> list[poutine.Trace]:
+    """Draws of the global sites, each a trace to replay programs with."""
+    draws = []
+    for _ in range(count if sites else 0):
+        drawn, trace = poutine.Trace(), poutine.trace(guide).get_trace(*args, **kwargs)
+        for name in sites:
+            if name in trace.nodes:
+                drawn.add_node(name, **trace.nodes[name])
+        draws.append(drawn)
+    return draws or [poutine.Trace()] * count
+
+
+def _hierarchical(
+    model: Callable, guide: Callable, data: Data, K: int, seed: int, structures: Structures, plate: str, bar: Any
+) -> Evaluation:
+    """`evaluate` of a pair with global sites: by K draws of them, and for each of these L = sqrt(K) of local ones."""
+    N, L = len(data), max(1, round(math.sqrt(K)))
+    generator = torch.Generator(data.device).manual_seed(seed)
+    event = max(1_000, *(tensor[:1].numel() for tensor in data.args))
+    rows = max(1, min(N, MAX_ELEMENTS // (event * L)))
+    of_globals, elbo, log_joint = (torch.zeros(K, dtype=torch.float64) for _ in range(3))
+    scores: dict[str, Tensor] = {}
+    draws: list[poutine.Trace] = []
+    for index in torch.arange(N, device=data.device).split(rows):
+        args, kwargs = data.trimmed_batch(index, generator)
+        structure = structures.of(model, guide, args, kwargs, plate)
+        _check_plates(structure)
+        draws = draws or global_draws(guide, structure.global_sites, args, kwargs, K)
+        sums = _Sums(len(index), tail=1)
+        for k, given in enumerate(draws):
+            weights = log_weights(model, guide, args, kwargs, L, structures, plate=plate, scaled=False, given=given)
+            if k == 0:
+                _check_observed(weights)
+                _check_rows(weights, len(index), plate)
+            sums.add(weights.log_weight, weights.kl, _moments(weights))
+            log_weight = weights.log_weight.double().cpu()
+            of_globals[k] = weights.global_log_weight
+            elbo[k] += log_weight.mean(0).sum()
+            log_joint[k] += (log_weight.logsumexp(0) - math.log(L)).sum()
+        for name, value in _scores(sums, K * L).items():
+            whole = scores.setdefault(name, value.new_empty(N, *value.shape[1:]))
+            whole[index.cpu()] = value
+        bar.update(len(index))
+    log_joint, kl = log_joint + of_globals, -of_globals.mean() / N
+    log_jacobian = torch.as_tensor(data.log_jacobian, dtype=torch.float64)
+    per_datum = {
+        "elbo": scores["elbo"] - kl + log_jacobian,
+        "log_predictive": scores["log_evidence"] + log_jacobian,
+        "kl": scores["kl"] + kl,
+    }
+    means = {name: value.mean().item() for name, value in per_datum.items()}
+    errors = {name: value.std().item() / math.sqrt(N) if N > 1 else math.nan for name, value in per_datum.items()}
+    relative = (log_joint - log_joint.amax()).exp()
+    ess = (relative.sum().square() / relative.square().sum()).item()
+    tail = min(math.ceil(K / 5), math.ceil(3 * math.sqrt(K))) + 1
+    khat = generalized_pareto_shape(log_joint.topk(min(tail, K)).values[:, None]).item()
+    log_evidence = (log_joint.logsumexp(0).item() - math.log(K)) / N + log_jacobian.mean().item()
+    noise = [(elbo + of_globals).std().item() / math.sqrt(K) / N, math.sqrt(max(0.0, 1 / ess - 1 / K)) / N]
+    if K == 1:
+        noise = [math.nan, math.nan]
+    return Evaluation(
+        elbo=Estimate(means["elbo"], errors["elbo"], noise[0]),
+        log_evidence=Estimate(log_evidence, math.nan, noise[1]),
+        kl=Estimate(means["kl"], errors["kl"]),
+        kl_per_dim=None,
+        active_units=int((_spread(scores, K * L) > 0.01).sum()) if "mean" in scores else None,
+        ess=Estimate(ess, math.nan),
+        khat=Estimate(khat, math.nan),
+        num_samples=K,
+        num_data=N,
+        per_datum=per_datum,
+        global_sites=structure.global_sites,
+    )
+
+
 def _num_steps(weights: LogWeights) -> dict[str, Tensor]:
     """How many steps the chain of each datum has."""
     for _, p, _, _ in weights.sites.values():
@@ -282,9 +405,15 @@ def _num_steps(weights: LogWeights) -> dict[str, Tensor]:
 
 
 def _parts(
-    model: Callable, guide: Callable, structures: Structures, args: Sequence[Any], kwargs: Mapping[str, Any], K: int
+    model: Callable,
+    guide: Callable,
+    structures: Structures,
+    plate: str,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    K: int,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    weights = log_weights(model, guide, args, kwargs, K, structures, plate="data", scaled=False)
+    weights = log_weights(model, guide, args, kwargs, K, structures, plate=plate, scaled=False)
     return weights.log_weight, weights.kl, _moments(weights)
 
 
@@ -350,7 +479,11 @@ def _summary(scores: dict[str, Tensor], K: int, log_jacobian: float | Tensor) ->
     if "mean" in scores:
         active_units = int((_spread(scores, K) > 0.01).sum())
     return Evaluation(
-        **{name: estimate(name) for name in ("elbo", "log_evidence", "kl", "ess", "khat")},
+        elbo=estimate("elbo"),
+        log_evidence=estimate("log_evidence"),
+        kl=estimate("kl"),
+        ess=estimate("ess"),
+        khat=estimate("khat"),
         kl_per_dim=scores["kl_per_dim"].mean(0) if "kl_per_dim" in scores else None,
         active_units=active_units,
         num_samples=K,

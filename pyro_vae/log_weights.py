@@ -35,6 +35,7 @@ __all__ = [
     "log_weights",
     "on_plates",
     "per_datum",
+    "plate_of_data",
     "samples",
     "structure_of",
 ]
@@ -100,12 +101,58 @@ def _structure(model_trace: poutine.Trace, guide_trace: poutine.Trace, plate: st
         for inside in ([plate in _plates(site) for _, site in trace] for trace in traces):
             if any(a and not b for a, b in itertools.pairwise(inside)):
                 plate = None
+    else:
+        _check_order(traces, plate)
     scaled = {f.name for f in frames if f.name != plate and f.full_size is not None and f.size != f.full_size}
     within = [site for _, site in sites if plate is None or plate in _plates(site)]
     subsampled = (f.name for site in within for f in site["cond_indep_stack"] if f.name in scaled)
     outside = {} if plate is None else {name: None for name, site in sites if plate not in _plates(site)}
     nesting = -min((frame.dim for frame in frames if frame.vectorized), default=0)
     return Structure(plate, nesting, tuple(outside), next(subsampled, None))
+
+
+def _check_order(traces: Sequence[Sequence[tuple[str, Any]]], plate: str) -> None:
+    """A global site that is drawn after a local one may depend on it: then no datum has a weight of its own."""
+    for sites in traces:
+        local = None
+        for name, site in sites:
+            if plate in _plates(site):
+                local = name
+            elif local is not None:
+                raise ValueError(
+                    f'expected the global site "{name}" before the sites of the plate "{plate}", got it after '
+                    f'"{local}", on which it may depend: draw it first, or put it in the plate'
+                )
+
+
+def plate_of_data(traces: Sequence[poutine.Trace], rows: int) -> str:
+    """The name of the plate of the data: "data", else the outermost that has `rows` elements and holds all that the
+    traces observe, or where they observe nothing, something that they draw.
+
+    Raises:
+        ValueError: there is none.
+    """
+    sites = [site for trace in traces for _, site in samples(trace) if not _weightless(site)]
+    stacks = [
+        {f.name: f.size for f in site["cond_indep_stack"] if f.vectorized and f.name != DRAWS}
+        for site in sorted(sites, key=lambda site: not site["is_observed"])
+    ]
+    if any("data" in stack for stack in stacks):
+        return "data"
+    observed = sum(site["is_observed"] for site in sites)
+    fitting = [
+        name
+        for stack in stacks[: observed or None]
+        for name, size in stack.items()
+        if size == rows and all(name in other for other in stacks[:observed])
+    ]
+    if not fitting:
+        raise ValueError(
+            f"expected a plate of the {rows} data around all that is observed, got the plates "
+            f"{sorted({name for stack in stacks for name in stack})}: put the observed sites in "
+            'pyro.plate("data", len(x))'
+        )
+    return fitting[0]
 
 
 def _check_latents(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
@@ -427,6 +474,7 @@ def log_weights(
     analytic_kl: bool = False,
     leaves: bool = False,
     scaled: bool = True,
+    given: poutine.Trace | None = None,
 ) -> LogWeights:
     """Draw K times from the guide, and score the draws. Global sites are drawn once for all K.
 
@@ -436,6 +484,7 @@ def log_weights(
         analytic_kl: use ``KL(q(z_i | x, z_<i) || p(z_i | z_<i))`` in closed form, in `kl` alone, where it exists.
         leaves: hand the programs each reparameterised draw as a leaf of autograd, and keep the path that led to it.
         scaled: take scales into account, those of plates within the data's and weights such as the KL's.
+        given: draws of the global sites to score the data at.
 
     Raises:
         ValueError: as `structure_of`; programs whose plates differ from run to run.
@@ -455,7 +504,7 @@ def log_weights(
     for _ in range(2):
         call = functools.partial(_one_call, model, guide, args, kwargs, structure, analytic_kl, leaves, scaled)
         try:
-            first = call(num_particles if vectorize else 1)
+            first = call(num_particles if vectorize else 1, given)
         except Exception:
             now = structure_of(model, guide, args, kwargs, plate) if kept else structure
             if now == structure:
@@ -471,7 +520,7 @@ def log_weights(
     if vectorize or num_particles == 1:
         return first
     shared = poutine.Trace()  # by all draws: the rows of plates, and global sites
-    for trace in (first.calls[0].q, first.calls[0].p):
+    for trace in (*([] if given is None else [given]), first.calls[0].q, first.calls[0].p):
         for name, site in trace.nodes.items():
             of_all = type(site.get("fn")).__name__ == "_Subsample" or name in structure.global_sites
             if of_all and name not in shared.nodes:
@@ -499,7 +548,7 @@ def _one_call(
     shared: poutine.Trace | None = None,
 ) -> LogWeights:
     draws = DrawsPlate(num_particles, structure.nesting, structure.plate)
-    detached = _Leaves(leaves, structure.global_sites if shared else ())
+    detached = _Leaves(leaves, () if shared is None else structure.global_sites)
     if shared is not None:
         model, guide = (poutine.replay(program, shared) for program in (model, guide))
     with draws, detached:

@@ -1,9 +1,10 @@
 """What a trained pair is for: draws, codes, reconstructions, paths between data, scores, and draws for ArviZ.
 
-Each function takes any pair of Pyro programs with an observation site ``"x"`` in the plate ``"data"``, runs
-it in eval mode on the device that its parameters are on, one batch of data at a time, and returns tensors on
-the CPU. Random state and Pyro's parameter store are afterwards what they were. Data are in the units that the
-model sees: for the original units of a standardised table call ``dataset.restore`` on the result.
+Each function takes any pair of Pyro programs with an observation site ``"x"`` in the plate of the data, the one called
+"data" or else the outermost with a row for each datum. It runs them in eval mode on the device of their parameters, one
+batch of data at a time, and returns tensors on the CPU. Random state and Pyro's parameter store are left as they were.
+Data are in the units that the model sees: for the original units of a standardised table call
+``dataset.restore`` on the result.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from .evaluation import (
     MAX_ELEMENTS,
     check_support,
     evaluate,
+    global_draws,
     isolated,
 )
-from .log_weights import on_plates, per_datum, samples
+from .log_weights import on_plates, per_datum, plate_of_data, samples
 
 __all__ = [
     "Encoding",
@@ -48,6 +50,8 @@ MOMENT_DRAWS = 100  # where the moments of q(z_i | x) have no closed form
 class Encoding:
     """q(z | x) of N data.
 
+    A global latent site, outside the plate of the data, has no dimension N.
+
     Attributes:
         mean: ``E_q[z]``, (N, *latent_shape).
         scale: the standard deviation of each coordinate under q, (N, *latent_shape); None where q tells none and one
@@ -58,6 +62,7 @@ class Encoding:
     mean: Tensor
     scale: Tensor | None
     draws: Tensor | None
+    is_global: bool = False
 
 
 def sample(model: Callable, num_samples: int, *, seed: int = 0, mean: bool = False, **kwargs: Any) -> Tensor:
@@ -98,8 +103,9 @@ def sample(model: Callable, num_samples: int, *, seed: int = 0, mean: bool = Fal
         torch.manual_seed(seed)
         parts = []
         for index in every.split(rows):
-            site = _observation(_drawn(model, len(index), given(index)))
-            parts.append((_mean(site) if mean else _by_datum(site, site["value"])).cpu())
+            trace = _drawn(model, len(index), given(index))
+            site, plate = _observation(trace), plate_of_data([trace], len(index))
+            parts.append((_mean(site, plate) if mean else _by_datum(site, site["value"], plate)).cpu())
     return torch.cat(parts)
 
 
@@ -121,15 +127,18 @@ def decode(model: Callable, z: Tensor | Mapping[str, Tensor], *, seed: int = 0, 
     """
     with isolated(model):
         trace = _drawn(model, 1, kwargs)
-        sites = {name: site for name, site in samples(trace) if name != OBSERVATION}
-        latents = _named(z, sites)
+        plate = plate_of_data([trace], 1)
+        sites = {
+            name: site for name, site in samples(trace) if name != OBSERVATION and _plate_dim(site, plate) is not None
+        }
+        latents = _named(z, sites, plate)
         N = len(next(iter(latents.values())))
         torch.manual_seed(seed)
         parts = []
         for index in torch.arange(N).split(_rows(_observation(trace)["value"].numel())):
-            given = {name: _in_plates(sites[name], value[index]) for name, value in latents.items()}
+            given = {name: _in_plates(sites[name], value[index], plate) for name, value in latents.items()}
             conditioned = poutine.condition(model, data=given)
-            parts.append(_mean(_observation(_drawn(conditioned, len(index), kwargs))).cpu())
+            parts.append(_mean(_observation(_drawn(conditioned, len(index), kwargs)), plate).cpu())
     return torch.cat(parts)
 
 
@@ -142,7 +151,7 @@ def encodings(guide: Callable, data: Any, *, num_samples: int | None = None, see
     100.
 
     Raises:
-        ValueError: fewer than one draw, or a latent site outside the plate ``"data"``.
+        ValueError: fewer than one draw, or no plate of the data.
 
     Example:
         >>> from pyro_vae.guides import AmortizedGuide
@@ -153,31 +162,38 @@ def encodings(guide: Callable, data: Any, *, num_samples: int | None = None, see
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"expected num_samples >= 1, got {num_samples}: give a positive number")
     parts: dict[str, list[Encoding]] = {}
+    plate: str | None = None
     with isolated(guide):
         torch.manual_seed(seed)
         for args, kwargs in _batches(data, seed, guide):
-            traces = [_latents(poutine.trace(guide).get_trace(*args, **kwargs))]
-            sites = list(traces[0].values())
-            closed = len(sites) == 1 and _moment(sites[0], "mean") is not None
-            for _ in range(1, num_samples or (1 if closed else MOMENT_DRAWS)):
-                traces.append(_latents(poutine.trace(guide).get_trace(*args, **kwargs)))
-            for name in traces[0]:
-                draws = torch.stack([_by_datum(trace[name], trace[name]["value"]) for trace in traces]).cpu()
-                means = _stack([_moment(trace[name], "mean") for trace in traces])
-                variances = _stack([_moment(trace[name], "variance") for trace in traces])
+            own = poutine.trace(guide).get_trace(*args, **kwargs)
+            if plate is None:
+                plated = any(site["cond_indep_stack"] for site in _latents(own).values())
+                plate = plate_of_data([own], len(args[0])) if plated else ""  # all sites are global
+                shared = [name for name, site in _latents(own).items() if _plate_dim(site, plate) is None]
+                sites = list(_latents(own).values())
+                closed = len(sites) == 1 and _moment(sites[0], "mean", plate) is not None
+                count = num_samples or (1 if closed else MOMENT_DRAWS)
+                given = global_draws(guide, shared, args, kwargs, count)
+            traces = [_latents(poutine.trace(poutine.replay(guide, each)).get_trace(*args, **kwargs)) for each in given]
+            for name in traces[0] if not parts else [name for name in traces[0] if name not in shared]:
+                draws = torch.stack([_by_datum(trace[name], trace[name]["value"], plate) for trace in traces]).cpu()
+                means = _stack([_moment(trace[name], "mean", plate) for trace in traces])
+                variances = _stack([_moment(trace[name], "variance", plate) for trace in traces])
                 scale = draws.std(0) if means is None and len(draws) > 1 else None
                 if means is not None and variances is not None:
                     scale = (variances.mean(0) + means.var(0, correction=0)).sqrt()
                 mean = (draws if means is None else means).mean(0)
-                parts.setdefault(name, []).append(Encoding(mean, scale, draws if num_samples else None))
+                encoding = Encoding(mean, scale, draws if num_samples else None, name in shared)
+                parts.setdefault(name, []).append(encoding)
     return {name: _joined(batches) for name, batches in parts.items()}
 
 
 def encode(guide: Callable, data: Any, *, num_samples: int | None = None, seed: int = 0) -> Encoding:
-    """q(z | x) of a guide with one latent site: its mean and scale, and `num_samples` draws if given.
+    """q(z | x) of a guide with one latent site for each datum: its mean and scale, and `num_samples` draws if given.
 
     Raises:
-        ValueError: several latent sites (`encodings` is for them), or as `encodings`.
+        ValueError: several such sites, or none (`encodings` is for them), or as `encodings`.
 
     Example:
         >>> from pyro_vae.guides import AmortizedGuide
@@ -187,9 +203,12 @@ def encode(guide: Callable, data: Any, *, num_samples: int | None = None, seed: 
         (torch.Size([5, 2]), torch.Size([10, 5, 2]))
     """
     encoded = encodings(guide, data, num_samples=num_samples, seed=seed)
-    if len(encoded) != 1:
-        raise ValueError(f"expected a guide with one latent site, got {sorted(encoded)}: call encodings(...)")
-    return next(iter(encoded.values()))
+    local = {name: encoding for name, encoding in encoded.items() if not encoding.is_global}
+    if len(local) != 1:
+        raise ValueError(
+            f"expected a guide with one latent site for each datum, got {sorted(local)}: call encodings(...)"
+        )
+    return next(iter(local.values()))
 
 
 def reconstruct(model: Callable, guide: Callable, data: Any, *, num_samples: int = 1, seed: int = 0) -> Tensor:
@@ -213,7 +232,8 @@ def reconstruct(model: Callable, guide: Callable, data: Any, *, num_samples: int
         for args, kwargs in _batches(data, seed, model, guide):
             total = torch.zeros(())
             for _ in range(num_samples):
-                total = total + _mean(_observation(_traces(model, guide, args, kwargs)[1]))
+                trace = _traces(model, guide, args, kwargs)[1]
+                total = total + _mean(_observation(trace), plate_of_data([trace], len(args[0])))
             parts.append((total / num_samples).cpu())
     return torch.cat(parts)
 
@@ -276,7 +296,7 @@ def scores(model: Callable, guide: Callable, data: Any, *, num_samples: int = 10
         torch.Size([5])
     """
     evaluation = evaluate(model, guide, data, num_samples=num_samples, seed=seed, progress=False)
-    return evaluation.per_datum["log_evidence"]
+    return evaluation.per_datum["log_predictive" if evaluation.global_sites else "log_evidence"]
 
 
 def to_arviz(model: Callable, guide: Callable, data: Any, *, num_samples: int = 100, seed: int = 0) -> Any:
@@ -286,11 +306,11 @@ def to_arviz(model: Callable, guide: Callable, data: Any, *, num_samples: int = 
     ``posterior_predictive`` (z ~ q(z | x), a new x ~ p(x | z)), ``log_likelihood`` (log p(x | z) of the
     posterior's draws, in nats, in the units that the model sees) and ``observed_data``. Dimensions ``chain``
     (1), ``draw`` (`num_samples`), ``datum`` (N), then ``z_dim_0`` and so on. All draws are kept,
-    ``num_samples * N`` data twice: hand over a part of a large data set.
+    ``num_samples * N`` data twice: hand over a part of a large data set. Global sites have no dimension ``datum``: each
+    of their draws is shared by all data.
 
     Raises:
-        ValueError: fewer than one draw, data outside the likelihood's support, or a site outside the plate
-            ``"data"``.
+        ValueError: fewer than one draw, data outside the likelihood's support, or no plate of the data.
 
     Example:
         >>> from pyro_vae.guides import AmortizedGuide
@@ -303,45 +323,71 @@ def to_arviz(model: Callable, guide: Callable, data: Any, *, num_samples: int = 
     if num_samples < 1:
         raise ValueError(f"expected num_samples >= 1, got {num_samples}: give a positive number")
     drawn: dict[str, dict[str, list[Tensor]]] = {}  # group, site: a tensor (K, B, ...) per batch
-    observed = []
+    observed: list[Tensor] = []
     with isolated(model, guide):
         torch.manual_seed(seed)
         for args, kwargs in _batches(data, seed, model, guide):
-            draws = [_draw_groups(model, guide, args, kwargs) for _ in range(num_samples)]
+            guide_trace, trace = _traces(model, guide, args, kwargs)
+            site, plate = _observation(trace), plate_of_data([trace], len(args[0]))
+            if not observed:
+                shared = [name for name, each in _latents(guide_trace).items() if _plate_dim(each, plate) is None]
+                of_prior, of_guide = (
+                    global_draws(program, shared, args, kwargs, num_samples)
+                    for program in (_of_prior(model, args, kwargs), guide)
+                )
+            given = zip(of_prior, of_guide, strict=True)
+            draws = [_draw_groups(model, guide, args, kwargs, plate, *each) for each in given]
             for group, sites in draws[0].items():
                 for name in sites:
                     stacked = torch.stack([draw[group][name].cpu() for draw in draws])
                     drawn.setdefault(group, {}).setdefault(name, []).append(stacked)
-            site = _observation(_traces(model, guide, args, kwargs)[1])
-            observed.append(_by_datum(site, site["value"]).cpu())
+            observed.append(_by_datum(site, site["value"], plate).cpu())
     groups = {
-        group: {name: torch.cat(batches, dim=1)[None] for name, batches in sites.items()}
+        group: {
+            name: (batches[0] if name in shared else torch.cat(batches, dim=1))[None] for name, batches in sites.items()
+        }
         for group, sites in drawn.items()
     }
-    return _inference_data({**groups, "observed_data": {OBSERVATION: torch.cat(observed)}})
+    return _inference_data({**groups, "observed_data": {OBSERVATION: torch.cat(observed)}}, shared)
+
+
+def _of_prior(model: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[..., Any]:
+    """The model without its data: called with `num_data`, where it takes that, else with the data, which it draws
+    anew."""
+    if "num_data" not in inspect.signature(getattr(model, "forward", model)).parameters:
+        return poutine.uncondition(model)
+    given = _without_data(model, args, kwargs)
+    return lambda *args, **kwargs: model(num_data=len(args[0]), **given)
 
 
 def _draw_groups(
-    model: Callable, guide: Callable, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
+    model: Callable,
+    guide: Callable,
+    args: tuple[Tensor, ...],
+    kwargs: dict[str, Tensor],
+    plate: str,
+    of_prior: poutine.Trace,
+    of_guide: poutine.Trace,
 ) -> dict[str, dict[str, Tensor]]:
-    """One draw per datum of each of ArviZ's groups."""
-    guide_trace, model_trace = _traces(model, guide, args, kwargs)
-    prior_trace = _drawn(model, len(args[0]), _without_data(model, args, kwargs))
+    """One draw per datum of each of ArviZ's groups, at draws of global sites."""
+    guide_trace, model_trace = _traces(model, poutine.replay(guide, of_guide), args, kwargs)
+    prior = _of_prior(model, args, kwargs)
+    prior_trace = poutine.trace(poutine.replay(prior, of_prior)).get_trace(*args, **kwargs)
     latents, posterior = _latents(guide_trace), _observation(model_trace)
     check_support(OBSERVATION, posterior["fn"], posterior["value"])
     log_prob = on_plates(posterior, posterior["fn"].log_prob(posterior["value"]))
-    data_dim = next(frame.dim for frame in posterior["cond_indep_stack"] if frame.name == "data")
-    prior = {name: _by_datum(site, site["value"]) for name, site in samples(prior_trace)}
+    data_dim = next(frame.dim for frame in posterior["cond_indep_stack"] if frame.name == plate)
+    drawn = {name: _by_datum(site, site["value"], plate) for name, site in samples(prior_trace)}
     return {
-        "prior": {name: prior[name] for name in latents},
-        "prior_predictive": {OBSERVATION: prior[OBSERVATION]},
-        "posterior": {name: _by_datum(site, site["value"]) for name, site in latents.items()},
-        "posterior_predictive": {OBSERVATION: _by_datum(posterior, posterior["fn"].sample())},
+        "prior": {name: drawn[name] for name in latents},
+        "prior_predictive": {OBSERVATION: drawn[OBSERVATION]},
+        "posterior": {name: _by_datum(site, site["value"], plate) for name, site in latents.items()},
+        "posterior_predictive": {OBSERVATION: _by_datum(posterior, posterior["fn"].sample(), plate)},
         "log_likelihood": {OBSERVATION: per_datum(log_prob, data_dim, -1 - log_prob.dim())[0]},
     }
 
 
-def _without_data(model: Callable, args: Sequence[Tensor], kwargs: dict[str, Tensor]) -> dict[str, Any]:
+def _without_data(model: Callable, args: Sequence[Tensor], kwargs: Mapping[str, Tensor]) -> Mapping[str, Any]:
     """Keywords with which the model draws data like these: as long sequences, where it is of these."""
     signature = inspect.signature(getattr(model, "forward", model))
     if "num_steps" not in signature.parameters:
@@ -350,7 +396,7 @@ def _without_data(model: Callable, args: Sequence[Tensor], kwargs: dict[str, Ten
     return {"u": given["u"]} if "u" in given else {"num_steps": given["x"].shape[1]}
 
 
-def _inference_data(groups: Mapping[str, Mapping[str, Tensor]]) -> Any:
+def _inference_data(groups: Mapping[str, Mapping[str, Tensor]], shared: Sequence[str]) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"\s*ArviZ is undergoing a major refactor", FutureWarning)
         import arviz
@@ -358,9 +404,9 @@ def _inference_data(groups: Mapping[str, Mapping[str, Tensor]]) -> Any:
 
     datasets: dict[str, Any] = {}
     for group, sites in groups.items():
-        leading = ["datum"] if group == "observed_data" else ["chain", "draw", "datum"]
         variables = {}
         for name, value in sites.items():
+            leading = [*([] if group == "observed_data" else ["chain", "draw"]), *([] if name in shared else ["datum"])]
             own = [f"{name}_dim_{i}" for i in range(value.ndim - len(leading))]
             variables[name] = ([*leading, *own], value.numpy())
         dataset = xarray.Dataset(variables)
@@ -411,40 +457,42 @@ def _latents(trace: poutine.Trace) -> dict[str, Any]:
     }
 
 
-def _plate_dim(site: Any) -> int:
-    """Of the plate ``"data"`` in the site's values, from the right."""
+def _plate_dim(site: Any, plate: str) -> int | None:
+    """Of the plate of the data in the site's values, from the right; None of a global site."""
     for frame in site["cond_indep_stack"]:
-        if frame.name == "data":
+        if frame.name == plate:
             return frame.dim - len(site["fn"].event_shape)
-    raise ValueError(f'expected site "{site["name"]}" inside the plate "data", got it outside')
+    return None
 
 
-def _by_datum(site: Any, value: Tensor) -> Tensor:
-    """A value or a moment of the site, with its data on dimension 0."""
-    return value.movedim(_plate_dim(site), 0)
+def _by_datum(site: Any, value: Tensor, plate: str) -> Tensor:
+    """A value or a moment of the site, with its data on dimension 0; that of a global site as it is."""
+    dim = _plate_dim(site, plate)
+    return value if dim is None else value.movedim(dim, 0)
 
 
-def _in_plates(site: Any, value: Tensor) -> Tensor:
+def _in_plates(site: Any, value: Tensor, plate: str) -> Tensor:
     """A value with its data on dimension 0 as the site has it."""
-    return value.movedim(0, _plate_dim(site)).to(site["value"])
+    dim = _plate_dim(site, plate)
+    return (value if dim is None else value.movedim(0, dim)).to(site["value"])
 
 
-def _moment(site: Any, name: str) -> Tensor | None:
+def _moment(site: Any, name: str, plate: str) -> Tensor | None:
     """The distribution's mean or variance, data first; None where it has no closed form."""
     try:
-        return _by_datum(site, getattr(site["fn"], name))
+        return _by_datum(site, getattr(site["fn"], name), plate)
     except NotImplementedError:
         return None
 
 
-def _mean(site: Any) -> Tensor:
-    mean = _moment(site, "mean")
+def _mean(site: Any, plate: str) -> Tensor:
+    mean = _moment(site, "mean", plate)
     if mean is None:
         raise ValueError(f"expected p(x | z) with a mean in closed form, got {site['fn']}: use sample(...)")
     return mean
 
 
-def _named(z: Tensor | Mapping[str, Tensor], sites: Mapping[str, Any]) -> dict[str, Tensor]:
+def _named(z: Tensor | Mapping[str, Tensor], sites: Mapping[str, Any], plate: str) -> dict[str, Tensor]:
     """The latent values by site, checked against the model's own."""
     if isinstance(z, Tensor):
         if len(sites) != 1:
@@ -453,7 +501,7 @@ def _named(z: Tensor | Mapping[str, Tensor], sites: Mapping[str, Any]) -> dict[s
     if not z or not z.keys() <= sites.keys():
         raise ValueError(f"expected latent values for some of the sites {sorted(sites)}, got {sorted(z)}")
     for name, value in z.items():
-        shape = _by_datum(sites[name], sites[name]["value"]).shape[1:]
+        shape = _by_datum(sites[name], sites[name]["value"], plate).shape[1:]
         if value.ndim == 0 or len(value) == 0 or value.shape[1:] != shape:
             raise ValueError(f'expected "{name}" with shape {("N", *shape)}, got {tuple(value.shape)}')
     if len({len(value) for value in z.values()}) != 1:
@@ -467,6 +515,8 @@ def _stack(values: list[Tensor | None]) -> Tensor | None:
 
 
 def _joined(batches: list[Encoding]) -> Encoding:
+    if batches[0].is_global:
+        return batches[0]
     scales = [batch.scale for batch in batches if batch.scale is not None]
     draws = [batch.draws for batch in batches if batch.draws is not None]
     return Encoding(

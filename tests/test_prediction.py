@@ -137,7 +137,7 @@ def test_encodings_of_dependent_sites_have_the_marginal_moments():
     torch.testing.assert_close(encoded["top"].mean, x)
     torch.testing.assert_close(encoded["z"].mean, 3 * x, rtol=0, atol=5 * 6 / 1000**0.5)
     torch.testing.assert_close(encoded["z"].scale, torch.full((2,), (36 + 0.25) ** 0.5), rtol=0.12, atol=0)
-    with pytest.raises(ValueError, match=r"one latent site, got \['top', 'z'\]"):
+    with pytest.raises(ValueError, match=r"one latent site for each datum, got \['top', 'z'\]"):
         encode(chain_guide, x)
 
 

@@ -1,0 +1,273 @@
+"""Models with latent sites that all data share, against quadrature and closed forms."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.nn import PyroModule
+from torch import nn
+
+from pyro_vae import annealing, evaluate, evaluation, fit, prediction
+from pyro_vae.guides import AmortizedGuide, families
+from pyro_vae.models import BayesianVAE
+from pyro_vae.prediction import encode, encodings, reconstruct, scores, to_arviz
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+EFFECTS = torch.tensor([28.0, 8, -3, 7, -1, 1, 18, 12], dtype=torch.float64)
+ERRORS = torch.tensor([15.0, 10, 16, 11, 9, 11, 10, 18], dtype=torch.float64)
+SCHOOLS = torch.stack([EFFECTS, ERRORS], 1)
+
+
+def schools(data=None, num_data=None):
+    """mu ~ N(0, 10^2), tau ~ C+(0, 5), theta_i ~ N(mu, tau^2), x_i ~ N(theta_i, sd_i^2), in a plate of their own."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+    with pyro.plate("schools", num_data if data is None else len(data)):
+        theta = pyro.sample("theta", dist.Normal(mu, tau))
+        sd = 10.0 if data is None else data[:, 1]
+        return pyro.sample("x", dist.Normal(theta, sd), obs=None if data is None else data[:, 0])
+
+
+class Grid:
+    """mu and ln tau on a grid; theta is integrated out in closed form."""
+
+    def __init__(self):
+        mu, log_tau = torch.linspace(-60, 60, 1201)[:, None], torch.linspace(-12, 8, 2001)
+        self.mu, self.tau = mu, log_tau.exp()
+        log_p = dist.Normal(0.0, 10.0).log_prob(mu) + dist.HalfCauchy(5.0).log_prob(self.tau) + log_tau
+        for x, sd in SCHOOLS:
+            log_p = log_p + self.density(x, sd)
+        self.log_evidence = (log_p.flatten().logsumexp(0) + math.log(0.1 * 0.01)).item()
+        self.weights = log_p.flatten().softmax(0).view(log_p.shape)
+        self.mean_mu, self.mean_log_tau = (float((self.weights * v).sum()) for v in (mu, log_tau))
+        self.sd_mu = float((self.weights * (mu - self.mean_mu) ** 2).sum() ** 0.5)
+        self.sd_log_tau = float((self.weights * (log_tau - self.mean_log_tau) ** 2).sum() ** 0.5)
+
+    def density(self, x, sd):
+        return dist.Normal(self.mu, (self.tau**2 + sd**2).sqrt()).log_prob(x)
+
+
+@pytest.fixture(scope="module")
+def grid():
+    torch.set_default_dtype(torch.float64)
+    try:
+        return Grid()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def guide_of(grid):
+    """Heavy-tailed over the globals, and the exact p(theta_i | mu, tau, x_i)."""
+
+    def guide(data):
+        mu = pyro.sample("mu", dist.StudentT(5.0, grid.mean_mu, 1.2 * grid.sd_mu))
+        tau = pyro.sample("tau", dist.LogNormal(grid.mean_log_tau, 1.3 * grid.sd_log_tau))
+        precision = 1 / tau**2 + 1 / data[:, 1] ** 2
+        mean = (mu / tau**2 + data[:, 0] / data[:, 1] ** 2) / precision
+        with pyro.plate("schools", len(data)):
+            pyro.sample("theta", dist.Normal(mean, precision**-0.5))
+
+    return guide
+
+
+def test_eight_schools_against_quadrature(grid):
+    found = evaluate(schools, guide_of(grid), SCHOOLS, num_samples=2000, progress=False)
+    error = found.log_evidence_total.standard_error_draws
+    assert float(found.log_evidence_total) == pytest.approx(grid.log_evidence, abs=5 * error) and error < 0.02
+    assert float(found.log_evidence) == pytest.approx(float(found.log_evidence_total) / 8, rel=1e-12)
+    assert float(found.elbo) < float(found.log_evidence) and found.global_sites == ("mu", "tau")
+    assert found.ess.value > 1000 and found.khat.value < 0.5 and found.kl_per_dim is None
+    assert float(found.elbo) == pytest.approx(float(found.per_datum["elbo"].mean()), rel=1e-12)
+    q_mu, q_tau = (
+        dist.StudentT(5.0, grid.mean_mu, 1.2 * grid.sd_mu).log_prob(grid.mu),
+        dist.LogNormal(grid.mean_log_tau, 1.3 * grid.sd_log_tau).log_prob(grid.tau) + grid.tau.log(),
+    )
+    q = (q_mu + q_tau).flatten().softmax(0).view(grid.weights.shape)
+    for i, (x, sd) in enumerate(SCHOOLS):  # the draws of theta are of q, not of p(theta | x)
+        predictive = (q * grid.density(x, sd).exp()).sum().log()
+        assert float(found.per_datum["log_predictive"][i]) == pytest.approx(float(predictive), abs=0.05)
+    assert torch.equal(
+        scores(schools, guide_of(grid), SCHOOLS, num_samples=50),
+        evaluate(schools, guide_of(grid), SCHOOLS, num_samples=50, progress=False).per_datum["log_predictive"],
+    )
+    text = str(found)
+    assert "log_evidence_total" in text and "log_predictive" in text and "global sites mu, tau" in text
+
+
+def test_batches_share_the_draws_of_globals(grid, monkeypatch):
+    whole = evaluate(schools, guide_of(grid), SCHOOLS, num_samples=400, progress=False)
+    monkeypatch.setattr(evaluation, "MAX_ELEMENTS", 20 * 1_000 * 3)  # of three schools in a call
+    parts = evaluate(schools, guide_of(grid), SCHOOLS, num_samples=400, progress=False)
+    noise = 5 * whole.log_evidence_total.standard_error_draws
+    assert float(parts.log_evidence_total) == pytest.approx(float(whole.log_evidence_total), abs=noise)
+    # p(theta_i | mu, tau, x_i) is exact, so that the evidence given the globals has no noise but theirs
+    assert parts.ess.value > 200
+
+
+X = torch.randn(12, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+Y = torch.randn(12, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+NEW = torch.randn(5, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+def regression(x, y=None):
+    w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    with pyro.plate("rows", len(x), dim=-1):
+        return pyro.sample("x", dist.Normal((x * w).sum(-1), 0.5), obs=y)
+
+
+def posterior_of(x, y):
+    precision = torch.eye(2) + x.T @ x / 0.25
+    return dist.MultivariateNormal(torch.linalg.solve(precision, x.T @ y / 0.25), precision_matrix=precision)
+
+
+def test_regression_has_closed_forms():
+    """With the exact q(w) every draw's weight is ln p(y), and new rows have a Gaussian predictive density."""
+    q = posterior_of(X, Y)
+
+    def guide(x, y=None):
+        pyro.sample("w", q)
+
+    exact = dist.MultivariateNormal(torch.zeros(12), 0.25 * torch.eye(12) + X @ X.T).log_prob(Y)
+    found = evaluate(regression, guide, (X, Y), num_samples=30, progress=False)
+    assert float(found.log_evidence_total) == pytest.approx(float(exact), abs=1e-9)
+    assert float(found.elbo) == pytest.approx(float(exact) / 12, abs=1e-10)
+    assert float(found.kl) * 12 == pytest.approx(
+        float(torch.distributions.kl_divergence(q, dist.MultivariateNormal(torch.zeros(2), torch.eye(2)))), abs=1.5
+    )
+    fresh = torch.tensor([0.3, -1.0, 2.0, 0.0, 1.0])
+    found = evaluate(regression, guide, (NEW, fresh), num_samples=20_000, progress=False)
+    variance = 0.25 + ((NEW @ q.covariance_matrix) * NEW).sum(-1)
+    predictive = dist.Normal(NEW @ q.loc, variance.sqrt()).log_prob(fresh)
+    torch.testing.assert_close(found.per_datum["log_predictive"], predictive, atol=0.03, rtol=0)
+    assert float(found.log_predictive) == pytest.approx(float(predictive.mean()), abs=0.02)
+
+
+def test_without_globals_both_names_are_the_evidence():
+    def model(x):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("rows", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+
+    exact = dist.Normal(0.0, 2**0.5).log_prob(Y).mean()
+    found = evaluate(model, guide, Y, num_samples=5, progress=False)
+    assert float(found.log_evidence) == pytest.approx(float(exact), abs=1e-12) and found.global_sites == ()
+    assert found.log_predictive == found.log_evidence
+    assert float(found.log_evidence_total) == pytest.approx(12 * float(exact), abs=1e-10)
+    estimate = annealing.annealed(
+        model, Y, num_temperatures=20, leapfrog_steps=3, progress=False
+    )  # a plate of any name
+    assert float(estimate) == pytest.approx(float(exact), abs=0.1)
+
+
+def test_draws_for_arviz(grid, monkeypatch):
+    """Globals have no dimension of data, and each of their draws is one for all data, in whatever batches."""
+
+    def guide(data):
+        mu = pyro.sample("mu", dist.Normal(3.0, 2.0))
+        pyro.sample("tau", dist.LogNormal(0.0, 0.1))
+        with pyro.plate("schools", len(data)):
+            pyro.sample("theta", dist.Normal(mu, 1e-9))
+
+    monkeypatch.setattr(prediction, "MAX_ELEMENTS", 6)  # three schools in a batch
+    found = to_arviz(schools, guide, SCHOOLS, num_samples=7)
+    assert dict(found["posterior"].sizes) == {"chain": 1, "draw": 7, "datum": 8}
+    assert found["posterior"]["mu"].dims == ("chain", "draw")
+    assert found["posterior"]["theta"].dims == found["log_likelihood"]["x"].dims == ("chain", "draw", "datum")
+    theta, mu = (torch.tensor(found["posterior"][name].values) for name in ("theta", "mu"))
+    torch.testing.assert_close(theta, mu[..., None].expand_as(theta), atol=1e-7, rtol=0)
+    assert len({round(float(v), 6) for v in mu.flatten()}) == 7
+    log_p = dist.Normal(theta, ERRORS).log_prob(EFFECTS)
+    torch.testing.assert_close(torch.tensor(found["log_likelihood"]["x"].values), log_p)
+    assert found["prior"]["mu"].shape == (1, 7) and found["prior_predictive"]["x"].shape == (1, 7, 8)
+    found = to_arviz(regression, lambda x, y=None: pyro.sample("w", posterior_of(X, Y)), (X, Y), num_samples=4)
+    assert found["posterior"]["w"].dims == ("chain", "draw", "w_dim_0") and "x" in found["prior_predictive"]
+
+
+def test_codes(grid):
+    encoding = encode(guide_of(grid), SCHOOLS, num_samples=50)
+    assert encoding.mean.shape == (8,) and encoding.draws.shape == (50, 8)
+    every = encodings(guide_of(grid), SCHOOLS, num_samples=50)
+    assert every["mu"].mean.shape == () and every["tau"].draws.shape == (50,) and every["mu"].is_global
+    assert float(every["mu"].mean) == pytest.approx(grid.mean_mu)
+    with pytest.raises(ValueError, match=r"one latent site for each datum, got \[\]: call encodings"):
+        encode(lambda x, y=None: pyro.sample("w", posterior_of(X, Y)), (X, Y))
+    assert reconstruct(schools, guide_of(grid), SCHOOLS, num_samples=3).shape == (8,)
+
+
+class Topics(PyroModule):
+    """Words of documents: topics that all share, and each document's shares of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.strength = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        with pyro.plate("topics", 3):
+            words = pyro.sample("words", dist.Dirichlet(torch.full((9,), 0.3)))
+        with pyro.plate("documents", len(x)):
+            share = pyro.sample("share", dist.Dirichlet(self.strength.exp() * torch.ones(3)))
+            return pyro.sample("x", dist.Multinomial(probs=share @ words, validate_args=False), obs=x)
+
+
+def test_a_topic_model(tmp_path):
+    """Global topics in a plate of their own, 8 documents, `fit`'s own batch size, and every score."""
+    x = torch.distributions.Multinomial(30, torch.rand(8, 9)).sample()
+    model = Topics()
+    family = {"words": families.DiagonalNormal(initial_scale=0.1)}
+    guide = AmortizedGuide(model, nn.Linear(9, 8), family, example=((x,), {}))
+    run = fit(model, guide, x, epochs=60, out=tmp_path / "run", progress=False)
+    assert run.history[-1]["bound"] > run.history[0]["bound"] and run.history[-1]["steps"] == 60
+    found = run.evaluate(x, num_samples=100, progress=False)
+    assert found.global_sites == ("words",) and math.isfinite(float(found.log_evidence_total))
+    assert float(found.elbo) < float(found.log_evidence)
+    assert run.scores(x, num_samples=10).shape == (8,)
+    assert run.encode(x).mean.shape == (8, 3)
+    assert run.to_arviz(x, num_samples=5)["posterior"]["words"].shape == (1, 5, 3, 9)
+
+
+def test_a_bayesian_vae_is_scored():
+    """Its batch stands for all data in training; here the data are all there are."""
+    model = BayesianVAE((4,), size=50, latent_dim=2).double()
+    guide = AmortizedGuide(model, family={"w": families.DiagonalNormal(initial_scale=0.05)}).double()
+    x = torch.rand(9, 4).round()
+    found = evaluate(model, guide, x, num_samples=20, progress=False)
+    assert found.global_sites == ("w",) and float(found.elbo) < float(found.log_evidence) < 0
+    with torch.no_grad():
+        kl = torch.distributions.kl_divergence(
+            guide.heads["w"](torch.empty(0)), dist.Normal(0 * model.weight_scale, model.weight_scale).to_event(1)
+        )
+    assert float(found.kl) > float(kl) / 9 * 0.5
+
+
+def test_what_has_no_such_scores_is_refused(grid):
+    def late(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        pyro.sample("after", dist.Normal(z.sum(), 1.0))
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+        pyro.sample("after", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match='the global site "after" before the sites of the plate "data"'):
+        evaluate(late, guide, Y, num_samples=3, progress=False)
+    with pytest.raises(ValueError, match="local latent sites alone beside annealing"):
+        evaluate(schools, guide_of(grid), SCHOOLS, annealing=5, progress=False)
+
+    def unplated(x):
+        z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z[0], 1.0).expand([len(x)]).to_event(1), obs=x)
+
+    with pytest.raises(ValueError, match="expected a plate of the 12 data around all that is observed, got the plates"):
+        evaluate(unplated, lambda x: pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1)), Y, progress=False)
+    with pytest.raises(ValueError, match=r"AmortizedGuide\(model, example=\(\(x,\), \{\}\)\)"):
+        AmortizedGuide(schools)
