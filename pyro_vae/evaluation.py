@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyro
 import torch
@@ -18,6 +18,9 @@ from .compiled import Compiled
 from .data import as_data
 from .distributions import MarkovChain
 from .log_weights import LogWeights, Structure, Structures, log_weights, samples
+
+if TYPE_CHECKING:
+    from .annealing import Annealed
 
 __all__ = ["Estimate", "Evaluation", "evaluate", "generalized_pareto_shape"]
 
@@ -63,7 +66,8 @@ class Evaluation:
         ess: effective sample size of the K importance weights, 1 to K.
         khat: shape of the weights' Pareto tail; above 0.7 the weights cannot be trusted (arXiv 1507.02646).
         per_datum: each score's values, shape (N,): rank data by them.
-        annealed: log p(x) by annealed importance sampling from the prior, where it was asked for: see `annealing`.
+        annealed: log p(x) by annealed importance sampling from the prior, where it was asked for.
+        annealing: what its chains tell of it, an `annealing.Annealed`: whether they had temperatures enough.
         num_steps: (N,), how many steps each datum has where it is a sequence, else None.
     """
 
@@ -79,6 +83,7 @@ class Evaluation:
     per_datum: dict[str, Tensor]
     annealed: Estimate | None = None
     num_steps: Tensor | None = None
+    annealing: Annealed | None = None
 
     @property
     def per_step(self) -> dict[str, Estimate] | None:
@@ -106,6 +111,7 @@ class Evaluation:
                 "khat is above 0.7: few draws carry the weight, and log p(x) may lie well above log_evidence; more "
                 "draws (num_samples), annealing or a guide that is closer to the posterior help"
             )
+        rows += [] if self.annealing is None else self.annealing.notes
         count = f"{self.num_data} data" if self.num_data > 1 else "1 datum (no standard errors)"
         return "\n".join([f"{count}, {self.num_samples} draws each; nats per datum", *rows])
 
@@ -211,7 +217,8 @@ def evaluate(
         data: a tensor; a tuple of tensors, optionally ending in a dict of keyword tensors; or a split of a data set,
             whose standardisation is undone: scores are those of the original units.
         compile: run the draws as one compiled graph; by default where there are draws enough to pay for it.
-        annealing: number of temperatures, such as 1,000, of 16 chains of annealed importance sampling beside.
+        annealing: number of temperatures, such as 1,000, of 16 chains of annealed importance sampling beside; it warns
+            of too few.
 
     Raises:
         ValueError: data outside the likelihood's support (grey values under a Bernoulli are no log-likelihood), a
@@ -269,7 +276,7 @@ def evaluate(
 
     found = annealed(model, data, num_temperatures=annealing, seed=seed, progress=progress, compile=compile)
     per_datum = evaluation.per_datum | {"annealed": found.per_datum}
-    return replace(evaluation, per_datum=per_datum, annealed=found.log_evidence)
+    return replace(evaluation, per_datum=per_datum, annealed=found.log_evidence, annealing=found)
 
 
 def _num_steps(weights: LogWeights) -> dict[str, Tensor]:
@@ -349,8 +356,9 @@ def _summary(scores: dict[str, Tensor], K: int, log_jacobian: float | Tensor) ->
     active_units = None
     if "mean" in scores:
         active_units = int((_spread(scores, K) > 0.01).sum())
+    means: dict[str, Any] = {name: estimate(name) for name in ("elbo", "log_evidence", "kl", "ess", "khat")}
     return Evaluation(
-        **{name: estimate(name) for name in ("elbo", "log_evidence", "kl", "ess", "khat")},
+        **means,
         kl_per_dim=scores["kl_per_dim"].mean(0) if "kl_per_dim" in scores else None,
         active_units=active_units,
         num_samples=K,
