@@ -6,6 +6,7 @@ import contextlib
 import functools
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,10 +25,10 @@ from .compiled import Compiled, preserved
 from .data import Data, as_data
 from .distributions import Remembered
 from .draws import DRAWS, difference, warn_of
-from .evaluation import MAX_ELEMENTS, Estimate, check_support, isolated
-from .log_weights import on_plates, per_datum, samples, structure_of
+from .evaluation import MAX_ELEMENTS, Estimate, check_support, generalized_pareto_shape, isolated, plate_of_pair
+from .log_weights import on_plates, per_datum, plate_of_data, samples, structure_of
 
-__all__ = ["Annealed", "Sandwich", "annealed", "sandwich"]
+__all__ = ["Annealed", "AnnealingWarning", "Sandwich", "annealed", "sandwich"]
 
 TARGET = 0.65  # rate of acceptance, about the best for HMC (arXiv 1001.4460)
 JITTER = 0.2  # of the step size, against trajectories that come back to where they began
@@ -35,10 +36,17 @@ GAIN = 0.5  # of the logarithm of the step size, for each move and unit of the r
 PILOT_MOVES = 50  # at least
 FIRST_MOVES = 20  # of the pilot, at the first temperature, where it knows nothing
 WORTH_COMPILING = 5_000  # calls
+TAIL = 64  # chains from which on their weights' tail has a shape that can be fitted
+SEEDS = 1_000_003  # between the random streams of a check's chains
 PERIODIC = (dist.VonMises, dist.SineBivariateVonMises, dist.SineSkewed)
 
 Density = Callable[[Tensor, float], tuple[Tensor, Tensor, Tensor]]
 Batch = tuple[Sequence[Any], Mapping[str, Any]]
+
+
+class AnnealingWarning(UserWarning):
+    """Too few temperatures: half as many move the estimate by more than its error, or the chains' weights differ by
+    more than their number makes up for."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,12 @@ class Annealed:
         per_datum: ``log 1/K sum_k exp(log_weight_k)``, (N,), nats.
         log_weight: of each of the K chains, (K, N): ``E[exp(log_weight)] = p(x)`` exactly.
         acceptance: mean rate of acceptance of the HMC moves, aimed at 0.65.
+        halved: the estimate by as many chains at every other temperature; None for one temperature.
+        change: log_evidence - halved, with its standard errors. E of both is below log p(x), and the distance falls
+            with the temperatures: where it is far from 0, neither is near. None for one temperature.
+        log_weight_variance: Var(ln w) over chains, the mean over data; log_evidence is near log p(x) where it is small.
+        ess: effective sample size of the K chains, 1 to K, the mean over data.
+        khat: shape of the tail of the chains' weights, as in `evaluate`; NaN for fewer than 64 chains.
     """
 
     log_evidence: Estimate
@@ -58,12 +72,71 @@ class Annealed:
     acceptance: float
     num_chains: int
     num_temperatures: int
+    halved: Estimate | None
+    change: Estimate | None
+    log_weight_variance: float
+    ess: float
+    khat: float
 
     def __float__(self) -> float:
         return self.log_evidence.value
 
+    @property
+    def moved(self) -> bool:
+        """Whether half as many temperatures move the estimate by more than rounding and twice the change's standard error."""
+        if self.change is None:
+            return False
+        error = self.change.standard_error_draws
+        rounding = 1e-5 * (1 + abs(self.log_evidence.value))
+        return self.change.value > rounding + 2 * (self.change.standard_error if math.isnan(error) else error)
+
+    @property
+    def too_few(self) -> bool:
+        """Whether there are too few temperatures to trust the estimate: it has moved, or ``Var(ln w) > 2 ln K``.
+
+        The mean of K weights is near its expectation from about ``exp KL`` draws on (arXiv 1511.01437), and the
+        divergence is Var(ln w) / 2 where ln w is normal.
+        """
+        return self.moved or self.log_weight_variance > 2 * math.log(self.num_chains)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Where the mean of log p(x) of these data lies as far as can be told, from the estimate less 2 standard errors
+        over chains to the estimate and as many, and above it the more of ``E ln w + Var(ln w) / 2``, which log p(x) is
+        where ln w is normal, and of twice the change where the estimate has moved.
+        """
+        value, error = self.log_evidence.value, self.log_evidence.standard_error_draws
+        error = 0.0 if math.isnan(error) else error
+        above = 2 * self.change.value if self.change is not None and self.moved else 0.0
+        if self.num_chains > 1:
+            above = max(above, self.log_weight.mean().item() + self.log_weight_variance / 2 - value)
+        return value - 2 * error, value + 2 * error + above
+
+    @property
+    def notes(self) -> list[str]:
+        """What the chains tell of the estimate, a sentence each."""
+        said = [
+            f"annealed by {self.num_chains} chains of {self.num_temperatures:,} temperatures: Var(ln w) "
+            f"{self.log_weight_variance:.2f}, ess {self.ess:.1f}"
+        ]
+        if self.change is not None:
+            error = self.change.standard_error_draws
+            said[0] += f"; half the temperatures give {self.change.value:.2f} less"
+            said[0] += "" if math.isnan(error) else f", with an error of {error:.2f}"
+        if self.too_few:
+            said.append(
+                f"too few temperatures: log p(x) may be anything up to {self.interval[1]:.2f}; take "
+                f"{2 * self.num_temperatures:,} or more, or start from a guide"
+            )
+        if self.khat > 0.7:
+            said.append(
+                f"khat of the chains is {self.khat:.2f}, above 0.7: few of them carry the weight, and log p(x) may lie "
+                "well above the estimate; more temperatures help"
+            )
+        return said
+
     def __str__(self) -> str:
-        return str(self.log_evidence)
+        return "\n".join([str(self.log_evidence), *self.notes])
 
 
 @dataclass(frozen=True)
@@ -76,6 +149,8 @@ class Sandwich:
         gap: upper - lower for the same data, whose scatter cancels: in expectation the most by which either is wrong.
         per_datum: lower and upper, (2, N), nats.
         acceptance: mean rate of acceptance of the HMC moves.
+        log_weight_variance: Var(ln w) over the chains of each direction, the means over data.
+        ess: effective sample sizes of the K chains of each, 1 to K, the means over data.
     """
 
     lower: Estimate
@@ -85,6 +160,8 @@ class Sandwich:
     acceptance: float
     num_chains: int
     num_temperatures: int
+    log_weight_variance: tuple[float, float]
+    ess: tuple[float, float]
 
     def __str__(self) -> str:
         return f"{self.lower} to {self.upper}"
@@ -111,10 +188,14 @@ def annealed(
     are sigmoidal. A pilot run with draws of its own adapts the step size for each temperature and datum; the chains
     that count take these as given.
 
-    Every gradient is a call of the model: ``2 T (leapfrog_steps + 1)`` of K chains for each datum, pilot and all.
+    With too few temperatures the estimate is below log p(x), by tens of nats in 50 dimensions, and its standard error
+    does not tell it. So as many chains run at every other temperature, too: where that moves the estimate by more than
+    its error, or the weights differ too much for K of them, a warning says so.
+
+    Every gradient is a call of the model: ``5/2 T (leapfrog_steps + 1)`` of K chains for each datum, pilot and all.
 
     Args:
-        model: a Pyro model with continuous latent sites, constrained ones too, in the plate ``"data"``. Masks count,
+        model: a Pyro model with continuous latent sites, constrained ones too, in the plate of the data. Masks count,
             scales do not.
         data: as for `evaluate`: a standardised split's score is that of the original units.
         guide: q(z | x) to start from; a good one needs fewer temperatures.
@@ -123,8 +204,11 @@ def annealed(
         compile: run model and gradient as one compiled graph; by default where there are calls enough to pay for it.
 
     Raises:
-        ValueError: latent sites that are discrete, outside the plate ``"data"``, or without a density; data outside the
-            likelihood's support; numbers below 1.
+        ValueError: latent sites that are discrete, outside the plate of the data, or without a density; data outside
+            the likelihood's support; numbers below 1.
+
+    Warns:
+        AnnealingWarning: too few temperatures, as far as the chains tell: see `Annealed.too_few`.
 
     Example:
         >>> from pyro_vae.models import LinearVAE
@@ -138,10 +222,32 @@ def annealed(
     programs = [model] if guide is None else [model, guide]
     with isolated(*programs):
         torch.manual_seed(seed + 1)  # seed itself is that of the data's own draws
-        (log_weight,), acceptance = _run(model, guide, data, None, chains, seed, progress, compile)
+        (log_weight, log_weight_halved), acceptance = _run(model, guide, data, None, chains, seed, progress, compile)
     log_weight = log_weight + data.log_jacobian
     value, variance = _log_mean(log_weight)
-    return Annealed(_estimate(value, variance), value, log_weight, acceptance, num_chains, num_temperatures)
+    halved = change = None
+    if chains.between:
+        half, of_half = _log_mean(log_weight_halved + data.log_jacobian)
+        halved, change = _estimate(half, of_half), _estimate(value - half, variance + of_half)
+    spread, ess = _spread(log_weight)
+    tail = min(math.ceil(num_chains / 5), math.ceil(3 * math.sqrt(num_chains))) + 1
+    khat = generalized_pareto_shape(log_weight.topk(tail, dim=0).values) if num_chains >= TAIL else value * math.nan
+    found = Annealed(
+        _estimate(value, variance),
+        value,
+        log_weight,
+        acceptance,
+        num_chains,
+        num_temperatures,
+        halved,
+        change,
+        spread,
+        ess,
+        khat.mean().item(),
+    )
+    if found.too_few:
+        warnings.warn("; ".join(found.notes[:2]), AnnealingWarning, stacklevel=2)
+    return found
 
 
 def sandwich(
@@ -186,15 +292,17 @@ def sandwich(
     with isolated(*programs):
         torch.manual_seed(seed)
         simulated = poutine.trace(model).get_trace(num_data=num_data, **kwargs)
-        for name, site in _sites(simulated):
-            if any(frame.name == "data" for frame in site["cond_indep_stack"]):
-                _data_dim(name, site, num_data)
         x = simulated.nodes["_RETURN"]["value"]
         if not all(isinstance(part, Tensor) for part in (x if isinstance(x, tuple) else (x,))):
             raise ValueError(f"expected a model that returns the data it draws, got {type(x).__name__}: return x")
+        plate = plate_of_data([simulated], num_data)
+        for name, site in _sites(simulated):
+            if any(frame.name == plate for frame in site["cond_indep_stack"]):
+                _data_dim(name, site, plate, num_data)
         data = as_data((*(x if isinstance(x, tuple) else (x,)), kwargs))
         weights, acceptance = _run(model, guide, data, simulated, chains, seed, progress, compile)
     (lower, below), (negated, above) = (_log_mean(log_weight) for log_weight in weights)
+    spreads, sizes = zip(*map(_spread, weights), strict=True)
     return Sandwich(
         _estimate(lower, below),
         _estimate(-negated, above),
@@ -203,6 +311,8 @@ def sandwich(
         acceptance,
         num_chains,
         num_temperatures,
+        spreads,
+        sizes,
     )
 
 
@@ -212,6 +322,13 @@ def _log_mean(log_weight: Tensor) -> tuple[Tensor, Tensor]:
     value = log_weight.logsumexp(0) - math.log(K)
     relative = (log_weight - value).exp()
     return value, relative.var(0) / K if K > 1 else torch.full_like(value, math.nan)
+
+
+def _spread(log_weight: Tensor) -> tuple[float, float]:
+    """Var(ln w) over K chains, NaN for one, and their effective sample size; means over data."""
+    variance = log_weight.var(0).mean().item() if len(log_weight) > 1 else math.nan
+    ess = (2 * log_weight.logsumexp(0) - (2 * log_weight).logsumexp(0)).exp()
+    return variance, ess.mean().item()
 
 
 def _estimate(value: Tensor, variance: Tensor) -> Estimate:
@@ -233,6 +350,8 @@ class _Chains:
         self.temperatures: list[float] = ((sigmoid - sigmoid[0]) / (sigmoid[-1] - sigmoid[0])).tolist()
         self.pilot_moves = [0, *[-(-PILOT_MOVES // num_temperatures)] * self.between, 0]
         self.pilot_moves[1] += FIRST_MOVES if self.between else 0
+        self.every = range(num_temperatures + 1)
+        self.every_other = sorted({*self.every[::2], num_temperatures})
 
     def pilot(self, density: Density, u: Tensor, bar: tqdm) -> list[Tensor]:
         """Step sizes (B, 1) for each temperature, from chains that start at u, (K, B, S)."""
@@ -246,19 +365,19 @@ class _Chains:
         return steps
 
     def run(
-        self, density: Density, u: Tensor, steps: Sequence[Tensor], bar: tqdm, backward: bool = False
+        self, density: Density, u: Tensor, steps: Sequence[Tensor], bar: tqdm, order: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
-        """log w of chains from u ~ pi_0, or -log w of backward ones from u ~ pi_T, and rates of acceptance, (K, B)."""
-        order = range(len(steps))[:: -1 if backward else 1]
+        """log w of chains from u ~ pi_0 along temperatures in this order, or -log w of backward ones from u ~ pi_T, and
+        rates of acceptance, (K, B)."""
         *_, ratio = density(u, self.temperatures[1])
         log_weight, rates = ratio.new_zeros(ratio.shape, dtype=torch.float64), torch.zeros_like(ratio)
         for here, there in itertools.pairwise(order):
             log_weight += (self.temperatures[there] - self.temperatures[here]) * ratio
             if there != order[-1]:
                 u, ratio, rate = self.move(density, u, self.temperatures[there], steps[there])
-                rates += rate / self.between
+                rates += rate / (len(order) - 2)
                 bar.update()
-        return log_weight, rates if self.between else rates + math.nan
+        return log_weight, rates if len(order) > 2 else rates + math.nan
 
     def move(self, density: Density, u: Tensor, t: float, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One HMC move that leaves pi_t invariant: u and its ratio afterwards, and the rate of acceptance, (K, B)."""
@@ -291,20 +410,23 @@ def _run(
     progress: bool,
     compile: bool | None,
 ) -> tuple[Tensor, float]:
-    """log w, (1, K, N), and where the data were simulated, -log w of backward chains below; the rate of acceptance."""
+    """log w, and -log w of backward chains where the data were simulated, else log w at every other temperature, each
+    (K, N); the rate of acceptance."""
     programs = [model] if guide is None else [model, guide]
     modules = [program for program in programs if isinstance(program, nn.Module)]
     device = next((p.device for module in modules for p in module.parameters()), data.device)
     data = data.to(device)
-    K, N, directions = chains.count, len(data), 1 if simulated is None else 2
+    K, N = chains.count, len(data)
+    orders = [chains.every, chains.every_other if simulated is None else chains.every[::-1]]
     event = max(1_000, *(tensor[:1].numel() for tensor in data.args))  # as in evaluate
     rows = max(1, min(N, MAX_ELEMENTS // (event * K)))
     parts = -(-K // max(1, min(K, MAX_ELEMENTS // (event * rows))))
     counts = [K // parts + (i < K % parts) for i in range(parts)]
-    moves = -(-N // rows) * (sum(chains.pilot_moves) + parts * directions * chains.between)
+    between = sum(max(0, len(order) - 2) for order in orders)
+    moves = -(-N // rows) * (sum(chains.pilot_moves) + parts * between)
     worth_compiling = moves * (chains.leapfrog_steps + 1) >= WORTH_COMPILING if compile is None else compile
     generator = torch.Generator(device).manual_seed(seed)
-    results = torch.empty(2, directions, K, N, dtype=torch.float64)
+    results = torch.empty(2, 2, K, N, dtype=torch.float64)
     path: _Path | None = None
     with tqdm(total=moves, unit="move", disable=None if progress else True) as bar:
         for begin in range(0, N, rows):
@@ -317,14 +439,16 @@ def _run(
             of_batch = functools.partial(density, batch)
             steps = chains.pilot(of_batch, path.draws(counts[0], batch), bar)
             for first, count in zip(itertools.accumulate(counts, initial=0), counts, strict=False):
-                starts = [path.draws(count, batch)]
-                if simulated is not None:
-                    starts.append(path.exact(simulated, index, count, batch))
-                for i, u in enumerate(starts):
-                    both = torch.stack(chains.run(of_batch, u, steps, bar, backward=i == 1)).cpu()
+                for i, order in enumerate(orders):
+                    backward, check = i == 1 and simulated is not None, i == 1 and simulated is None
+                    with torch.random.fork_rng() if check else contextlib.nullcontext():
+                        if check:  # its draws leave those of the estimate what they are without it
+                            torch.manual_seed(seed + SEEDS * (1 + begin * K + first))
+                        u = path.exact(simulated, index, count, batch) if backward else path.draws(count, batch)
+                        both = torch.stack(chains.run(of_batch, u, steps, bar, order)).cpu()
                     results[:, i, first : first + count, begin : begin + rows] = both[..., : N - begin]
     log_weights, rates = results
-    return log_weights, rates.mean().item()
+    return log_weights, (rates[0] if simulated is None else rates).mean().item()
 
 
 class _Path:
@@ -337,7 +461,8 @@ class _Path:
         self.model, self.guide = model, guide
         self.start = poutine.block(model, hide_fn=_is_observed) if guide is None else guide
         try:
-            structure = structure_of(model, self.start, *batch, plate="data")
+            self.plate = plate_of_pair(model, self.start, *batch)
+            structure = structure_of(model, self.start, *batch, plate=self.plate)
         except NotImplementedError as error:
             raise ValueError(
                 f"expected draws to start chains from, got a site that has none ({error}): start from a guide, or take "
@@ -345,8 +470,8 @@ class _Path:
             ) from error
         for name in structure.global_sites:
             raise ValueError(
-                f'expected every site inside the plate "data", got "{name}" outside: its weight belongs to no single '
-                "datum; sample it in the plate, or give its value"
+                f'expected every site inside the plate "{self.plate}", got "{name}" outside: its weight belongs to no '
+                "single datum; sample it in the plate, or give its value"
             )
         self.nesting = structure.nesting
         self.together = False  # all chains in one call
@@ -361,7 +486,7 @@ class _Path:
         self.shapes: dict[str, torch.Size] = {}  # of an event and the plates within the data's, over the real numbers
         self.own: dict[str, int] = {}  # dimensions of a site's own plates
         for name, site in _sites(p):
-            self.data_dim = _data_dim(name, site, len(batch[0][0]))
+            self.data_dim = _data_dim(name, site, self.plate, len(batch[0][0]))
             if not site["is_observed"]:
                 _check_density(name, site)
                 self.shapes[name] = self._by_datum(site).shape[2:]
@@ -371,7 +496,7 @@ class _Path:
         if num_chains > 1:
             programs = [model] if guide is None else [guide, model]
             with preserved():
-                problem = difference(programs, *batch, num_chains, self.nesting, "data")
+                problem = difference(programs, *batch, num_chains, self.nesting, self.plate)
             self.together = problem is None
             if problem is not None:
                 warn_of(problem)
@@ -507,18 +632,18 @@ def _bijection(support: Any) -> Any:
         return None
 
 
-def _data_dim(name: str, site: Any, N: int) -> int:
+def _data_dim(name: str, site: Any, plate: str, N: int) -> int:
     """The dimension of the plate of the data, all N of them."""
     for frame in site["cond_indep_stack"]:
-        if frame.name != "data" and frame.full_size not in (None, frame.size):
+        if frame.name != plate and frame.full_size not in (None, frame.size):
             raise ValueError(
                 f'expected all elements of plate "{frame.name}" in every call, got {frame.size} of {frame.full_size}: '
                 "leave out its subsample_size"
             )
-    data = next(frame for frame in site["cond_indep_stack"] if frame.name == "data")
+    data = next(frame for frame in site["cond_indep_stack"] if frame.name == plate)
     if not data.vectorized or data.size != N:
         came = f"{data.size} of its {N} rows" if data.vectorized else "a sequential one"
-        raise ValueError(f'expected a vectorised plate "data" of all rows, got {came} at site "{name}": use len(x)')
+        raise ValueError(f'expected a vectorised plate "{plate}" of all rows, got {came} at site "{name}": use len(x)')
     return data.dim
 
 

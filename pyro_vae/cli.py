@@ -11,6 +11,7 @@ import re
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -644,12 +645,15 @@ def _evaluate(
     device: str = "auto",
     seed: int = 0,
 ) -> int:
+    from .annealing import AnnealingWarning
     from .evaluation import evaluate
 
     _check_out(out, overwrite)
     loaded = _load(run, device)
     part = _split(_dataset(loaded, data), split)
-    scores = evaluate(loaded.model, loaded.guide, part, num_samples=num_samples, seed=seed, annealing=annealing)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AnnealingWarning)  # what is printed says it
+        scores = evaluate(loaded.model, loaded.guide, part, num_samples=num_samples, seed=seed, annealing=annealing)
     print(f"{split} split: {scores}")
     if out is not None:
         table: Table = {
@@ -660,6 +664,16 @@ def _evaluate(
             "num_samples": scores.num_samples,
             "num_data": scores.num_data,
         }
+        if (found := scores.annealing) is not None:
+            halved = None if found.halved is None else found.halved.value
+            table["annealing"] = {
+                "num_chains": found.num_chains,
+                "num_temperatures": found.num_temperatures,
+                "half_the_temperatures": halved,
+                "log_weight_variance": found.log_weight_variance,
+                "ess": found.ess,
+                "interval": found.interval,
+            }
         for name, each in (scores.per_step or {}).items():
             table[f"{name}_per_step"] = {"value": each.value, "standard_error": each.standard_error}
         _write(out, json.dumps({"split": split, **table}, indent=2).encode() + b"\n")

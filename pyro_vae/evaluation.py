@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyro
 import torch
@@ -19,6 +19,9 @@ from .compiled import Compiled, preserved
 from .data import Data, as_data
 from .distributions import MarkovChain
 from .log_weights import LogWeights, Structure, Structures, log_weights, plate_of_data, samples
+
+if TYPE_CHECKING:
+    from .annealing import Annealed
 
 __all__ = ["Estimate", "Evaluation", "evaluate", "generalized_pareto_shape"]
 
@@ -69,7 +72,8 @@ class Evaluation:
         ess: effective sample size of the K importance weights, 1 to K.
         khat: shape of the weights' Pareto tail; above 0.7 the weights cannot be trusted (arXiv 1507.02646).
         per_datum: each score's values, shape (N,): rank data by them.
-        annealed: log p(x) by annealed importance sampling from the prior, where it was asked for: see `annealing`.
+        annealed: log p(x) by annealed importance sampling from the prior, where it was asked for.
+        annealing: what its chains tell of it, an `annealing.Annealed`: whether they had temperatures enough.
         num_steps: (N,), how many steps each datum has where it is a sequence, else None.
     """
 
@@ -86,6 +90,7 @@ class Evaluation:
     annealed: Estimate | None = None
     num_steps: Tensor | None = None
     global_sites: tuple[str, ...] = ()
+    annealing: Annealed | None = None
 
     @property
     def log_evidence_total(self) -> Estimate:
@@ -133,6 +138,7 @@ class Evaluation:
                 "khat is above 0.7: few draws carry the weight, and log p(x) may lie well above log_evidence; more "
                 "draws (num_samples), annealing or a guide that is closer to the posterior help"
             )
+        rows += [] if self.annealing is None else self.annealing.notes
         count = f"{self.num_data} data" if self.num_data > 1 else "1 datum (no standard errors)"
         return "\n".join([f"{count}, {self.num_samples} draws each; nats per datum", *rows])
 
@@ -241,7 +247,8 @@ def evaluate(
         data: a tensor; a tuple of tensors, optionally ending in a dict of keyword tensors; or a split of a data set,
             whose standardisation is undone: scores are those of the original units.
         compile: run the draws as one compiled graph; by default where there are draws enough to pay for it.
-        annealing: number of temperatures, such as 1,000, of 16 chains of annealed importance sampling beside.
+        annealing: number of temperatures, such as 1,000, of 16 chains of annealed importance sampling beside; it warns
+            of too few.
 
     Raises:
         ValueError: data outside the likelihood's support (grey values under a Bernoulli are no log-likelihood), no
@@ -307,7 +314,7 @@ def evaluate(
 
     found = annealed(model, data, num_temperatures=annealing, seed=seed, progress=progress, compile=compile)
     per_datum = evaluation.per_datum | {"annealed": found.per_datum}
-    return replace(evaluation, per_datum=per_datum, annealed=found.log_evidence)
+    return replace(evaluation, per_datum=per_datum, annealed=found.log_evidence, annealing=found)
 
 
 def plate_of_pair(model: Callable, guide: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
@@ -478,12 +485,9 @@ def _summary(scores: dict[str, Tensor], K: int, log_jacobian: float | Tensor) ->
     active_units = None
     if "mean" in scores:
         active_units = int((_spread(scores, K) > 0.01).sum())
+    means: dict[str, Any] = {name: estimate(name) for name in ("elbo", "log_evidence", "kl", "ess", "khat")}
     return Evaluation(
-        elbo=estimate("elbo"),
-        log_evidence=estimate("log_evidence"),
-        kl=estimate("kl"),
-        ess=estimate("ess"),
-        khat=estimate("khat"),
+        **means,
         kl_per_dim=scores["kl_per_dim"].mean(0) if "kl_per_dim" in scores else None,
         active_units=active_units,
         num_samples=K,

@@ -374,6 +374,12 @@ def _draw_groups(
     prior = _of_prior(model, args, kwargs)
     prior_trace = poutine.trace(poutine.replay(prior, of_prior)).get_trace(*args, **kwargs)
     latents, posterior = _latents(guide_trace), _observation(model_trace)
+    for frame in posterior["cond_indep_stack"]:
+        if frame.name != "data" and frame.full_size not in (None, frame.size):
+            raise ValueError(
+                f'expected every plate within "data" to be whole, got {frame.size} of {frame.full_size} elements of '
+                f'"{frame.name}", which make no log-likelihood of a datum: leave out its subsample_size'
+            )
     check_support(OBSERVATION, posterior["fn"], posterior["value"])
     log_prob = on_plates(posterior, posterior["fn"].log_prob(posterior["value"]))
     data_dim = next(frame.dim for frame in posterior["cond_indep_stack"] if frame.name == plate)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from pathlib import Path
 
 import pyro
@@ -14,11 +15,15 @@ from torch import nn
 from pyro_vae import annealing, evaluate, fit, load_dataset
 from pyro_vae.annealing import annealed, sandwich
 from pyro_vae.cli import main
+from pyro_vae.evaluation import generalized_pareto_shape
 from pyro_vae.guides import AmortizedGuide
 from pyro_vae.models import VAE, LinearVAE, priors
 from pyro_vae.nn import MLP
 
-pytestmark = pytest.mark.usefixtures("float64", "small_pilot")
+pytestmark = [
+    pytest.mark.usefixtures("float64", "small_pilot"),
+    pytest.mark.filterwarnings("ignore:annealed by"),  # few temperatures, and many chains or exact answers beside
+]
 
 
 @pytest.fixture
@@ -110,7 +115,7 @@ def test_backward_weights_are_unbiased_for_one_over_p(linear):
         density = lambda u, t: path(((x,), {}), u, t)  # noqa: E731
         steps = chains.pilot(density, path.draws(2000, ((x,), {})), Silent())
         u = model.posterior(x).sample((2000,))
-        negated, _ = chains.run(density, u, steps, Silent(), backward=True)
+        negated, _ = chains.run(density, u, steps, Silent(), chains.every[::-1])
     assert_unbiased(negated, -model.log_evidence(x))
 
 
@@ -487,3 +492,99 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert f"annealed  {written['annealed']['value']:.2f} ± " in capsys.readouterr().out
     assert main([*line, "0"]) == 2
     assert "expected annealing >= 1 temperatures, got 0" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------ too few temperatures
+
+
+def in_fifty_dimensions(scale, noise=1.0, rows=8):
+    """z ~ N(0, I) in 50 dimensions, x ~ N(W z, noise^2 I) in 50; data of the model's own, and ln p of each."""
+    draws = torch.Generator().manual_seed(0)
+    W = scale * torch.randn(50, 50, generator=draws)
+    x = torch.randn(rows, 50, generator=draws) @ W.mT + noise * torch.randn(rows, 50, generator=draws)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(50), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z @ W.mT, noise).to_event(1), obs=x)
+
+    of_x = dist.MultivariateNormal(torch.zeros(50), W @ W.mT + noise**2 * torch.eye(50))
+    return model, x, of_x.log_prob(x)
+
+
+QUICK = {"leapfrog_steps": 3, "progress": False, "compile": False}
+
+
+@pytest.mark.parametrize(("scale", "num_temperatures"), [(1.0, 16), (1.0, 64), (0.15, 4), (0.15, 10), (0.1, 10)])
+def test_too_few_temperatures_are_told(scale, num_temperatures):
+    """The estimate is low by 0.5 to 100 nats, more than its standard error; the interval holds the truth."""
+    model, x, exact = in_fifty_dimensions(scale)
+    with pytest.warns(annealing.AnnealingWarning, match="too few temperatures: log p"):
+        found = annealed(model, x, num_temperatures=num_temperatures, **QUICK)
+    low, high = found.interval
+    assert float(found) + found.log_evidence.standard_error_draws < float(exact.mean())
+    assert low < float(exact.mean()) < high
+    assert found.too_few
+    assert f"too few temperatures: log p(x) may be anything up to {high:.2f}" in str(found)
+    if scale == 1.0:
+        assert float(exact.mean()) - float(found) > 20
+        assert found.moved
+        assert found.change.value > 10 * found.change.standard_error_draws
+
+
+def test_temperatures_enough_are_right_without_a_warning():
+    model, x, exact = in_fifty_dimensions(0.05)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = annealed(model, x, num_temperatures=40, num_chains=32, **QUICK)
+    assert float(found) == pytest.approx(float(exact.mean()), abs=3 * found.log_evidence.standard_error_draws)
+    assert found.log_evidence.standard_error_draws < 0.1
+    assert found.interval[0] < float(exact.mean()) < found.interval[1]
+    assert not found.moved and not found.too_few and "too few" not in str(found)
+    assert found.ess > 16 and found.log_weight_variance < 1
+
+
+def test_what_the_chains_tell(linear):
+    """Each number by its formula; half the temperatures are every other one of them; the check changes no draw."""
+    model, x = linear
+    found = annealed(model, x, num_chains=64, num_temperatures=9, **QUICK)
+    w = found.log_weight.exp()
+    assert found.ess == pytest.approx(float((w.sum(0).square() / w.square().sum(0)).mean()))
+    assert found.log_weight_variance == pytest.approx(float(found.log_weight.var(0).mean()))
+    largest = found.log_weight.topk(14, dim=0).values  # min(64 / 5, 3 sqrt(64)) and the threshold
+    assert found.khat == pytest.approx(float(generalized_pareto_shape(largest).mean()))
+    assert found.change.value == pytest.approx(float(found.log_evidence) - float(found.halved))
+    assert found.change.standard_error_draws >= found.log_evidence.standard_error_draws
+    assert float(found.halved) == pytest.approx(model.log_evidence(x).mean().item(), abs=0.2)
+    assert math.isnan(annealed(model, x, num_chains=63, num_temperatures=2, **QUICK).khat)
+    assert annealing._Chains(3, 9, 1).every_other == [0, 2, 4, 6, 8, 9]
+    assert annealing._Chains(3, 4, 1).every_other == [0, 2, 4]
+    one = annealed(model, x, num_temperatures=1, num_chains=100, **QUICK)
+    assert one.change is None and one.halved is None and not one.moved
+    single = annealed(model, x, num_temperatures=4, num_chains=1, **QUICK)
+    assert math.isnan(single.log_weight_variance) and single.ess == 1.0 and not single.too_few
+    assert single.interval == (float(single), float(single)) or single.moved
+
+
+def test_the_tail_of_many_chains_is_told():
+    """The posterior is far narrower than the prior: khat of the chains is above 0.7."""
+    model, x, _ = in_fifty_dimensions(0.3)
+    with pytest.warns(annealing.AnnealingWarning):
+        found = annealed(model, x, num_chains=64, num_temperatures=3, **QUICK)
+    assert found.khat > 0.7 and "khat of the chains" in str(found)
+
+
+def test_scores_of_a_pair_tell_of_too_few_temperatures():
+    model, x, exact = in_fifty_dimensions(1.0)
+    guide = AmortizedGuide(model, encoder=nn.Identity())
+    with pytest.warns(annealing.AnnealingWarning):
+        scores = evaluate(model, guide, x, num_samples=5, annealing=8, progress=False)
+    assert scores.annealing.interval[1] > float(exact.mean()) > float(scores.annealed) + 20
+    assert "too few temperatures: log p(x) may be anything up to" in str(scores)
+
+
+def test_a_sandwich_tells_the_same_of_both_directions():
+    model = LinearVAE((3,), 2).double()
+    found = sandwich(model, 20, num_temperatures=6, **QUICK)
+    assert all(0 < each < 5 for each in found.log_weight_variance)
+    assert all(1 < each <= 16 for each in found.ess)

@@ -9,7 +9,9 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.nn import PyroModule
 
+from pyro_vae import SVI, CompiledSVI
 from pyro_vae.distributions import MarkovChain, OnePass, PlanarTransform
 from pyro_vae.estimators import IWAE, PIWAE, STL, DReG, Renyi
 
@@ -292,3 +294,36 @@ def test_a_global_draw_that_masked_and_counted_draws_depend_on(alpha):
             each.append(-torch.stack(torch.autograd.grad(loss, [*p.values()])) / rows)
         found[type(estimator)] = (weight[:, None] * torch.stack(each)).sum(0) / weight.sum()
     torch.testing.assert_close(found[DReG], found[Renyi], atol=0.008, rtol=0.0)
+
+
+class Masked(PyroModule):
+    """The guide of two draws, of which the first, or in every other row the second, is masked."""
+
+    def __init__(self):
+        super().__init__()
+        self.m, self.c = torch.nn.Parameter(torch.tensor(0.3)), torch.nn.Parameter(torch.tensor(0.9))
+
+    def forward(self, x):
+        first = torch.arange(len(x)) % 2 == 0
+        with pyro.plate("data", len(x)):
+            with poutine.mask(mask=first):
+                z = pyro.sample("z0", dist.Normal(self.m, 0.8).expand([len(x)]))
+            with poutine.mask(mask=~first):
+                pyro.sample("z1", dist.Normal(self.c * z, 0.7))
+
+
+def test_compiled_steps_are_the_same(recorded):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z0", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(pyro.sample("z1", dist.Normal(z, 0.8)), 0.6), obs=x)
+
+    found = []
+    for kind in (SVI, CompiledSVI):
+        guide = Masked()
+        svi = kind(model, guide, pyro.optim.Adam({"lr": 0.1}), DReG(3, alpha=0.3))
+        torch.manual_seed(0)
+        losses = [svi.step(torch.full((6,), X)) for _ in range(3)]
+        found.append(torch.tensor([*losses, guide.m.item(), guide.c.item()]))
+    assert svi.compiled
+    torch.testing.assert_close(*found)

@@ -13,7 +13,7 @@ from pyro_vae.annealing import annealed, sandwich
 from pyro_vae.distributions import MarkovChain
 from pyro_vae.estimators import ELBO, IWAE, FreeBits
 from pyro_vae.log_weights import log_weights
-from pyro_vae.prediction import scores
+from pyro_vae.prediction import scores, to_arviz
 from pyro_vae.svi import latent_scale
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -367,6 +367,17 @@ def test_scores_are_those_of_the_untempered_model(where):
     assert float(annealed(model, x, num_temperatures=60, leapfrog_steps=3, progress=False)) == pytest.approx(
         float(exact.mean()), abs=0.05
     )
+
+
+def test_log_likelihoods_for_arviz_are_of_whole_data():
+    def model(x=None, num_data=None):
+        with pyro.plate("data", num_data if x is None else len(x), dim=-2):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            with pyro.plate("words", 8, subsample_size=4, dim=-1) as i:
+                pyro.sample("x", dist.Normal(z, 1.0), obs=None if x is None else x[:, i])
+
+    with pytest.raises(ValueError, match='expected .*"words"'):
+        to_arviz(model, posterior, torch.randn(5, 8), num_samples=2)
 
 
 def test_a_sandwich_refuses_a_part_of_a_plate():

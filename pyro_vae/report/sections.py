@@ -188,6 +188,8 @@ def score_rows(subject: Subject) -> list[dict[str, Any]]:
                     f"above 0.7 for {share:.0%} of the {subject.noun}s: a few draws carry nearly all the "
                     "weight there, and log p(x) is likely higher than the log evidence"
                 )
+        if name == "annealed" and evaluation.annealing is not None:
+            hint = "; ".join([hint, *evaluation.annealing.notes[1:]])
         rows.append({"name": name.replace("_", " "), "estimate": estimate, "hint": hint})
     for name, estimate in (evaluation.per_step or {}).items():
         hint = "the same in nats per step, of which long sequences have more"
