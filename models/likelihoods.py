@@ -14,7 +14,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ..distributions import WithMissing
+from ..distributions import WithMissing, continuous, discrete
 from ..nn import Declared, bind, positive
 
 __all__ = [
@@ -59,7 +59,7 @@ class Bernoulli(Likelihood):
 
     def forward(self, parameters: Tensor) -> dist.Distribution:
         (logits,) = self.unpacked(parameters)
-        return dist.Bernoulli(logits=logits).to_event(len(self.event_shape))
+        return discrete.Bernoulli(logits=logits).to_event(len(self.event_shape))
 
 
 class Binomial(Likelihood):
@@ -73,7 +73,7 @@ class Binomial(Likelihood):
 
     def forward(self, parameters: Tensor) -> dist.Distribution:
         (logits,) = self.unpacked(parameters)
-        return dist.Binomial(self.total_count, logits=logits).to_event(len(self.event_shape))
+        return discrete.Binomial(self.total_count, logits).to_event(len(self.event_shape))
 
 
 class ContinuousBernoulli(Likelihood):
@@ -81,7 +81,7 @@ class ContinuousBernoulli(Likelihood):
 
     def forward(self, parameters: Tensor) -> dist.Distribution:
         (logits,) = self.unpacked(parameters)
-        return dist.ContinuousBernoulli(logits=logits).to_event(len(self.event_shape))
+        return continuous.ContinuousBernoulli(logits=logits).to_event(len(self.event_shape))
 
 
 class Normal(Likelihood):
@@ -126,10 +126,11 @@ class Normal(Likelihood):
 
     def forward(self, parameters: Tensor) -> dist.Distribution:
         mean, *predicted = self.unpacked(parameters)
-        log_scale = self.log_scale + predicted[0] if predicted else self.log_scale.expand_as(mean)
+        log_scale = self.log_scale + predicted[0] if predicted else self.log_scale
+        log_scale = torch.logaddexp(log_scale, torch.full_like(log_scale, math.log(self.minimum_scale)))
         if self.mean == "sigmoid":
             mean = mean.sigmoid()
-        return dist.Normal(mean, log_scale.exp() + self.minimum_scale).to_event(len(self.event_shape))
+        return continuous.Normal(mean, log_scale).to_event(len(self.event_shape))
 
 
 class Laplace(Likelihood):
@@ -146,7 +147,7 @@ class Laplace(Likelihood):
 
     def forward(self, parameters: Tensor) -> dist.Distribution:
         (location,) = self.unpacked(parameters)
-        return dist.Laplace(location, self.log_scale.exp()).to_event(len(self.event_shape))
+        return continuous.Laplace(location, self.log_scale).to_event(len(self.event_shape))
 
 
 class StudentT(Likelihood):
@@ -164,8 +165,7 @@ class StudentT(Likelihood):
 
     def forward(self, parameters: Tensor) -> dist.Distribution:
         (location,) = self.unpacked(parameters)
-        df = 1 + self.log_df.exp()
-        return dist.StudentT(df, location, self.log_scale.exp()).to_event(len(self.event_shape))
+        return continuous.StudentT(self.log_df, location, self.log_scale).to_event(len(self.event_shape))
 
 
 class Categorical(Likelihood):
@@ -182,7 +182,7 @@ class Categorical(Likelihood):
 
     def forward(self, parameters: Tensor) -> dist.Distribution:
         logits = torch.stack(self.unpacked(parameters), dim=-1)
-        return dist.Categorical(logits=logits).to_event(len(self.event_shape))
+        return discrete.Categorical(logits).to_event(len(self.event_shape))
 
 
 class Poisson(Likelihood):
@@ -195,19 +195,17 @@ class Poisson(Likelihood):
 
     def forward(self, parameters: Tensor) -> dist.Distribution:
         (log_rate,) = self.unpacked(parameters)
-        return dist.Poisson(log_rate.exp()).to_event(len(self.event_shape))
+        return discrete.Poisson(log_rate).to_event(len(self.event_shape))
 
 
 class NegativeBinomial(Likelihood):
     """Counts of mean m(z) and variance ``m + m^2 / n``, n > 0 learned for each dimension: more spread than `Poisson`.
 
     Example:
-        >>> NegativeBinomial().bind((4,))(torch.zeros(5, 1, 4)).mean
-        tensor([[1., 1., 1., 1.],
-                [1., 1., 1., 1.],
-                [1., 1., 1., 1.],
-                [1., 1., 1., 1.],
-                [1., 1., 1., 1.]], grad_fn=<MulBackward0>)
+        >>> NegativeBinomial().bind((2,))(torch.zeros(3, 1, 2)).mean
+        tensor([[1., 1.],
+                [1., 1.],
+                [1., 1.]])
     """
 
     def build(self, event_shape: Sequence[int]) -> None:
@@ -216,8 +214,7 @@ class NegativeBinomial(Likelihood):
 
     def forward(self, parameters: Tensor) -> dist.Distribution:
         (log_mean,) = self.unpacked(parameters)
-        n = self.log_total_count.exp()
-        return dist.NegativeBinomial(n, logits=log_mean - self.log_total_count).to_event(len(self.event_shape))
+        return discrete.NegativeBinomial(log_mean, self.log_total_count).to_event(len(self.event_shape))
 
 
 class Missing(Likelihood):
