@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints, register_kl
 
-from .stirling import residual, scaled_log1p, surprise
+from .stirling import residual, surprise
 
 __all__ = ["ContinuousBernoulli", "Dirichlet", "Gamma", "Laplace", "Normal", "StudentT"]
 
@@ -112,26 +112,29 @@ class StudentT(dist.StudentT):
         value = value.to(dtype)
         if self._validate_args:
             self._validate_sample(value)
-        log_2k, log_scale, difference = (
-            each.double() for each in (self.log_excess_df, self.log_scale, value - self.loc)
-        )
-        log_v, there = torch.logaddexp(log_2k, torch.zeros_like(log_2k)), difference != 0
-        log_z = torch.where(there, difference, 1.0).abs().log() - log_scale
-        near = (log_z < MAX_LOG / 2) & (log_scale > -MAX_LOG / 2)  # there z^2 and 1 / s are finite
-        z = torch.where(near, difference, 0.0) * (-torch.where(near, log_scale, 0.0)).exp()
-        v, log_far = 1 + log_2k.clamp(max=MAX_LOG).exp(), torch.where(near, 0.0, 2 * log_z - log_v)
-        far = torch.where(there, torch.logaddexp(log_far, torch.zeros_like(log_far)), 0.0)
-        kernel = (scaled_log1p(v, z.square()) + (z.square() / v).log1p()) / 2  # (v + 1) / 2 times ln(1 + z^2 / v)
-        kernel = torch.where(near, kernel, (v + 1) / 2 * far)
+        log_2k = self.log_excess_df.double().clamp(max=MAX_LOG)
+        log_scale, difference = self.log_scale.double(), (value - self.loc).double()
+        log_v = torch.logaddexp(log_2k, torch.zeros_like(log_2k))
+        log_unit = -log_scale - log_v / 2
+        u = difference * log_unit.clamp(max=MAX_LOG).exp()  # z / v^(1/2)
+        far = (u.abs() > 1e100) | ((log_unit > MAX_LOG) & (difference != 0))
+        log_u = torch.where(far, difference, 1.0).abs().log() + log_unit
+        log_one_more = torch.where(far, 2 * log_u, torch.where(far, 0.0, u).square().log1p())
+        kernel = (1 + log_2k.exp() / 2) * log_one_more
         return (self._log_normaliser(log_2k) - kernel - log_scale).to(dtype)
 
     def _log_normaliser(self, log_2k: Tensor) -> Tensor:
         """``ln Gamma(k + 1) - ln Gamma(k + 1/2) - ln(pi v) / 2``, which is a constant for large k."""
-        log_k = log_2k.clamp(max=MAX_LOG / 3) - math.log(2)
+        log_k = log_2k - math.log(2)
         k, half = log_k.exp(), torch.full_like(log_k, 0.5)
         log_more = torch.logaddexp(log_k, half.log())  # ln(k + 1/2)
         residuals = residual(k, log_k) - residual(k + half, log_more)
-        return residuals + surprise(k, half, log_k, log_more) + 0.5 - 0.5 * math.log(2 * math.pi)
+        return (
+            residuals
+            + surprise(k, half, log_k, log_more, (-log_k.clamp(min=-700)).exp())
+            + 0.5
+            - 0.5 * math.log(2 * math.pi)
+        )
 
 
 class Gamma(dist.Gamma):
@@ -201,9 +204,9 @@ def _powers(x: Tensor, a: Tensor, excess: Tensor, log_a: Tensor, log_typical: Te
     """``(a - 1) ln x - a ln t`` for x near or far from its typical value t, `excess` being ``a (x / t - 1)``."""
     near = excess.abs() < a / 2
     log_x = torch.where(near, x, 1.0).log()
-    change = scaled_log1p(torch.where(near, a, 1.0), torch.where(near, excess, 0.0))
+    change = torch.where(near, excess, 0.0) * (-log_a).exp()  # x / t - 1
     far = torch.xlogy(a - 1, torch.where(near, 1.0, x)) - a * log_typical
-    return torch.where(near, change - log_x, far)
+    return torch.where(near, a * change.log1p() - log_x, far)
 
 
 class ContinuousBernoulli(dist.ContinuousBernoulli):

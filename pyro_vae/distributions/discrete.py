@@ -79,7 +79,10 @@ class Poisson(dist.Poisson):
         x = value.double()
         if self._validate_args:
             self._validate_sample(x)
-        return _log_poisson(x, self.log_rate.double()).to(self.log_rate.dtype)
+        log_rate, (log_x, inverse) = self.log_rate.double(), _log_and_inverse(x)
+        excess = log_rate.exp() - x
+        log_p = -residual(x, log_x) - surprise(x, excess, log_x, log_rate, inverse) - excess
+        return log_p.to(self.log_rate.dtype)
 
 
 class Binomial(dist.Binomial):
@@ -118,9 +121,11 @@ class Binomial(dist.Binomial):
         x, l, n = value.double(), self.logits.double(), self.total_count  # noqa: E741  the formula's letter
         if self._validate_args:
             self._validate_sample(x)
-        log_n = n.log()
-        excess = torch.where(l < 0, n * l.sigmoid() - x, (n - x) - n * (-l).sigmoid())  # of successes expected
-        log_p = _log_binomial(x, n - x, excess, log_n, log_n + logsigmoid(l), log_n + logsigmoid(-l))
+        log_n, rest, rare = n.log(), n - x, torch.where(l < 0, l, -l).sigmoid()
+        excess = torch.where(l < 0, n * rare - x, rest - n * rare)  # of successes expected
+        log_share = logsigmoid(l)
+        log_e, of_rest = log_n + log_share, _log_and_inverse(rest)
+        log_p = _log_binomial(x, rest, excess, of_rest, log_n, log_e, log_e - l)
         return log_p.to(self.logits.dtype)
 
 
@@ -137,7 +142,7 @@ class NegativeBinomial(dist.NegativeBinomial):
     arg_constraints = {"log_mean": constraints.real, "log_total_count": constraints.real}
 
     def __init__(self, log_mean: Tensor, log_total_count: Tensor, validate_args: bool | None = None) -> None:
-        self.log_mean, self.log_total_count = torch.broadcast_tensors(log_mean, log_total_count)
+        self.log_mean, self.log_total_count = log_mean, log_total_count
         super().__init__(log_total_count.exp(), logits=log_mean - log_total_count, validate_args=validate_args)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> NegativeBinomial:
@@ -165,40 +170,39 @@ class NegativeBinomial(dist.NegativeBinomial):
             self._validate_sample(x)
         log_m, log_n = self.log_mean.double(), self.log_total_count.double()
         m, n = log_m.exp(), log_n.exp()
-        log_both = torch.logaddexp(log_n, torch.where(x > 0, x, 1.0).log())
-        log_both = torch.where(x > 0, log_both, log_n)  # ln(n + x)
+        log_both = torch.where(x > 0, torch.logaddexp(log_n, _log_and_inverse(x)[0]), log_n)  # ln(n + x)
         log_expected = torch.logaddexp(log_n, log_m)  # ln(n + m)
         # n (m - x) / (n + m): events expected among n + x, less those that are
         log_ratio = log_n - log_m
         tiny = log_ratio < -600
         excess = torch.where(tiny, n - x * torch.where(tiny, log_ratio, 0.0).exp(), log_ratio.sigmoid() * (m - x))
         log_x, log_rest = log_both + log_m - log_expected, log_both + log_n - log_expected
-        log_p = _log_binomial(x, n, excess, log_both, log_x, log_rest, log_n)
+        log_p = _log_binomial(x, n, excess, (log_n, (-log_n.clamp(min=-700)).exp()), log_both, log_x, log_rest)
         return (log_n - log_both + log_p).to(self.log_mean.dtype)
 
 
-def _log(count: Tensor) -> Tensor:
-    """ln k, and 0 at k = 0."""
-    return torch.where(count > 0, count, 1.0).log()
-
-
-def _log_poisson(x: Tensor, log_rate: Tensor) -> Tensor:
-    """``x l - e^l - ln Gamma(x + 1)`` for real x, in float64."""
-    excess, log_x = log_rate.exp() - x, _log(x)
-    return -residual(x, log_x) - surprise(x, excess, log_x, log_rate) - excess
+def _log_and_inverse(count: Tensor) -> tuple[Tensor, Tensor]:
+    """ln k and 1 / k, and 0 and 1 at k = 0."""
+    count = torch.where(count > 0, count, 1.0)
+    return count.log(), 1 / count
 
 
 def _log_binomial(
     x: Tensor,
     rest: Tensor,
     excess: Tensor,
+    of_rest: tuple[Tensor, Tensor],
     log_both: Tensor,
     log_expected: Tensor,
     log_rest_expected: Tensor,
-    log_rest: Tensor | None = None,
 ) -> Tensor:
-    """``ln Gamma(n + 1) - ln Gamma(x + 1) - ln Gamma(n - x + 1) + x ln(e / n) + (n - x) ln((n - e) / n)`` for real n,
-    `rest` being n - x, e the successes expected, and `excess` e - x; in float64."""
-    log_x, log_rest = _log(x), _log(rest) if log_rest is None else log_rest
+    """``ln Gamma(n + 1) - ln Gamma(x + 1) - ln Gamma(n - x + 1) + x ln(e / n) + (n - x) ln((n - e) / n)``, in float64.
+
+    Args:
+        rest: n - x, and `of_rest` its logarithm and inverse; excess: e - x, e being the successes expected.
+        log_both, log_expected, log_rest_expected: ln n, ln e and ln(n - e).
+    """
+    (log_x, inverse), (log_rest, inverse_of_rest) = _log_and_inverse(x), of_rest
     residuals = residual(x + rest, log_both) - residual(x, log_x) - residual(rest, log_rest)
-    return residuals - surprise(x, excess, log_x, log_expected) - surprise(rest, -excess, log_rest, log_rest_expected)
+    surprises = surprise(x, excess, log_x, log_expected, inverse)
+    return residuals - surprises - surprise(rest, -excess, log_rest, log_rest_expected, inverse_of_rest)
