@@ -100,7 +100,7 @@ def near_counts(top: float) -> list[Any]:
 
 def dispersed(top: float) -> list[Any]:
     found = [(x, output, (0.5,)) for x, output, _ in near_counts(top)]
-    for n in (-1e4, -100.0, -10.0, 0.0, 5.0, 20.0, 30.0, top):
+    for n in (-1e4, -100.0, -10.0, 0.0, 5.0, 20.0, 30.0, min(top, 650.0)):
         for x in (0.0, 1.0, 20.0, 1e6, 1e9):
             away = (float(mp.log(x)) if x else 0.0), -1e4, -30.0, top
             found += [(x, (log_mean,), (n,)) for log_mean in (*away, away[0] + 0.1)]
