@@ -20,6 +20,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import RenyiELBO, ReweightedWakeSleep, Trace_ELBO
+from pyro.optim import PyroOptim
 from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch import Tensor
 from tqdm import tqdm
@@ -115,8 +116,8 @@ def fit(
     valid: Any = None,
     loss: Any = None,
     optimizer: Optimizer | None = None,
-    learning_rate: Schedule | None = None,
-    kl_weight: Schedule | None = None,
+    learning_rate: Schedule | float | None = None,
+    kl_weight: Schedule | float | None = None,
     epochs: int = 100,
     batch_size: int = 100,
     clip_norm: float | None = None,
@@ -136,10 +137,11 @@ def fit(
         model, guide: Pyro programs: modules, or plain functions with ``pyro.param``.
         train, valid: a tensor; a tuple of tensors, optionally ending in a dict of keyword tensors, all indexed
             together; or a split of a data set.
-        loss: any ELBO of Pyro's form; ``Trace_ELBO()`` by default.
+        loss: any ELBO of Pyro's form, or its class; ``Trace_ELBO()`` by default.
         optimizer: one of ``pyro.optim``, or a callable from parameters to a torch optimiser; Adam at 1e-3 by default.
-        learning_rate, kl_weight: factors, pure functions of the epoch (`pyro_vae.schedules`). The KL weight scales
-            every latent site in model and guide.
+        learning_rate: the optimiser's rate as a number, or a factor of the optimiser's own rate as a pure function of
+            the epoch (`pyro_vae.schedules`).
+        kl_weight: of every latent site in model and guide: a number, or a pure function of the epoch.
         patience: stop after this many epochs without a better validation bound, and return the best weights.
         callbacks: each is called with the `Run` after every epoch; one that returns True ends the training.
         device: ``"auto"`` is CUDA where there is one.
@@ -165,8 +167,10 @@ def fit(
     """
     place = select_device(device)
     data, held_out = as_data(train).to(place), None if valid is None else as_data(valid).to(place)
-    loss, optimizer = loss or Trace_ELBO(), optimizer or functools.partial(torch.optim.Adam, lr=1e-3, fused=True)
+    loss = _loss(loss)
+    optimizer = functools.partial(torch.optim.Adam, lr=1e-3, fused=True) if optimizer is None else optimizer
     _check_arguments(data, epochs, batch_size, patience, held_out)
+    _check_optimizer(optimizer)
     _check_schedules(loss, optimizer, learning_rate, kl_weight)
     for module in modules_of(model=model, guide=guide, loss=loss).values():
         module.to(place).train()
@@ -184,7 +188,8 @@ def fit(
             long = epochs * len(data) >= WORTH_COMPILING * batch_size
             compile = long if resume is None else _was_compiled(resume)
         svi = (CompiledSVI if compile else SVI)(model, guide, optimizer, loss, clip_norm=clip_norm)
-        scale = latent_scale(1.0, place) if kl_weight else None
+        weight = _constant(kl_weight) if isinstance(kl_weight, float | int) else kl_weight
+        scale = latent_scale(1.0, place) if weight else None
         typical = data.typical_batches(batch_size)
         try:
             with scale or contextlib.nullcontext():
@@ -212,11 +217,12 @@ def fit(
             batches = data.batches(batch_size, _generator("cpu", seed, state.epoch))
             for index in batches[state.position :]:
                 now = svi.steps / steps_per_epoch
-                if scale and kl_weight:
-                    scale.weight = kl_weight(now)
-                if learning_rate:
+                if scale and weight:
+                    scale.weight = weight(now)
+                if learning_rate is not None:
                     for group, given in zip(svi.update.groups, svi.update.settings, strict=True):
-                        group["lr"] = given["lr"] * learning_rate(now)
+                        rate = given["lr"] * learning_rate(now) if callable(learning_rate) else learning_rate
+                        group["lr"] = rate
                 args, kwargs = data.trimmed_batch(index, state.generator)
                 with scale or contextlib.nullcontext():
                     state.total = state.total + svi.step_async(*args, **kwargs).reshape(-1)[0] * share(len(index))
@@ -233,7 +239,7 @@ def fit(
             record["bound"] = data.mean_log_jacobian - float(state.total) / len(data)
             if held_out is not None:
                 record["valid"] = _validation_bound(svi, held_out, share, 8 * batch_size, seed)
-            record["kl_weight"] = kl_weight((svi.steps - 1) / steps_per_epoch) if kl_weight else 1.0
+            record["kl_weight"] = weight((svi.steps - 1) / steps_per_epoch) if weight else 1.0
             record["learning_rate"] = svi.update.groups[0].get("lr")
             if isinstance(loss, Estimator):
                 record |= loss.record()
@@ -478,15 +484,61 @@ def _check_arguments(data: Data, epochs: int, batch_size: int, patience: int | N
                 raise ValueError(f"expected finite data, got {count} NaN or infinite values: drop or fill them")
 
 
-def _check_schedules(loss: Any, optimizer: Any, learning_rate: Schedule | None, kl_weight: Schedule | None) -> None:
+def _loss(loss: Any) -> Any:
+    """The loss, made where it is a class; Pyro's by default."""
+    if loss is None:
+        return Trace_ELBO()
+    if isinstance(loss, type):
+        try:
+            loss = loss()
+        except TypeError as error:
+            raise ValueError(
+                f"expected a loss, got the class {loss.__name__}, which cannot be made without arguments ({error}): "
+                f"hand over {loss.__name__}(...)"
+            ) from None
+    if not (callable(loss) or hasattr(loss, "loss")):
+        raise ValueError(f"expected a loss such as Trace_ELBO(), got {loss!r}: name one of pyro_vae.estimators")
+    return loss
+
+
+def _constant(weight: float) -> Schedule:
+    return lambda epoch: float(weight)
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    if isinstance(optimizer, PyroOptim):
+        return
+    is_made = isinstance(optimizer, torch.optim.Optimizer)
+    if is_made or not callable(optimizer) or (isinstance(optimizer, type) and issubclass(optimizer, PyroOptim)):
+        came = f"a {type(optimizer).__name__} that was made already" if is_made else repr(optimizer)
+        raise ValueError(
+            f"expected an optimiser of pyro.optim, or a callable from parameters to one of torch, got {came}: hand "
+            "over functools.partial(torch.optim.Adam, lr=1e-3)"
+        )
+
+
+def _check_schedules(
+    loss: Any, optimizer: Any, learning_rate: Schedule | float | None, kl_weight: Schedule | float | None
+) -> None:
+    for name, given in (("learning_rate", learning_rate), ("kl_weight", kl_weight)):
+        number = isinstance(given, float | int) and not isinstance(given, bool)
+        if given is None or (callable(given) and not isinstance(given, type)):
+            continue
+        if not number or not 0 < given < math.inf:  # type: ignore[operator]
+            raise ValueError(
+                f"expected {name} to be a positive number or a function of the epoch, got {given!r}: give 1e-3, or a "
+                "schedule such as pyro_vae.schedules.Warmup(20)"
+            )
     weighs_draws = isinstance(loss, RenyiELBO | ReweightedWakeSleep | ConstrainedELBO)
-    if kl_weight and (weighs_draws or not getattr(loss, "tempered", True)):
+    if kl_weight is not None and (weighs_draws or not getattr(loss, "tempered", True)):
         raise ValueError(
             f"expected a loss that is linear in the KL term beside kl_weight, got {type(loss).__name__}, whose weights "
             "or constraints it would change: leave kl_weight out, or use ELBO"
         )
     arguments = getattr(optimizer, "pt_optim_args", {})
-    if learning_rate and (isinstance(optimizer, PyroLRScheduler) or "lrd" in arguments or "eta" in arguments):
+    if learning_rate is not None and (
+        isinstance(optimizer, PyroLRScheduler) or "lrd" in arguments or "eta" in arguments
+    ):
         raise ValueError(
             "expected one rule for the learning rate, got learning_rate beside an optimiser that has its own (a "
             "scheduler, lrd or eta): leave one out"
