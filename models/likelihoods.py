@@ -44,6 +44,10 @@ class Likelihood(Declared):
     def forward(self, parameters: Tensor) -> dist.Distribution:
         raise NotImplementedError
 
+    def scaled(self, x: Tensor) -> Tensor:
+        """Data x on the scale that a network is best fed, whatever their range; 0 stays 0."""
+        return x
+
     def unpacked(self, parameters: Tensor) -> tuple[Tensor, ...]:
         expected = (self.num_parameters, *self.event_shape)
         if parameters.shape[-len(expected) :] != expected:
@@ -70,6 +74,9 @@ class Binomial(Likelihood):
         if total_count < 1:
             raise ValueError(f"expected total_count >= 1, got {total_count}")
         self.total_count = total_count
+
+    def scaled(self, x: Tensor) -> Tensor:
+        return x / self.total_count
 
     def forward(self, parameters: Tensor) -> dist.Distribution:
         (logits,) = self.unpacked(parameters)
@@ -180,12 +187,22 @@ class Categorical(Likelihood):
         super().__init__()
         self.num_parameters = positive("categories", categories)
 
+    def scaled(self, x: Tensor) -> Tensor:
+        return x / max(1, self.num_parameters - 1)
+
     def forward(self, parameters: Tensor) -> dist.Distribution:
         logits = torch.stack(self.unpacked(parameters), dim=-1)
         return discrete.Categorical(logits).to_event(len(self.event_shape))
 
 
-class Poisson(Likelihood):
+class _Unbounded(Likelihood):
+    """Base of counts without a bound."""
+
+    def scaled(self, x: Tensor) -> Tensor:
+        return x.clamp(min=0).log1p()  # noise may have led below 0
+
+
+class Poisson(_Unbounded):
     """Counts: ``p(x|z) = prod_d r_d^{x_d} e^{-r_d} / x_d!``, ``r = exp(l(z))``.
 
     Example:
@@ -198,7 +215,7 @@ class Poisson(Likelihood):
         return discrete.Poisson(log_rate).to_event(len(self.event_shape))
 
 
-class NegativeBinomial(Likelihood):
+class NegativeBinomial(_Unbounded):
     """Counts of mean m(z) and variance ``m + m^2 / n``, n > 0 learned for each dimension: more spread than `Poisson`.
 
     Example:
@@ -236,6 +253,9 @@ class Missing(Likelihood):
     def build(self, event_shape: Sequence[int]) -> None:
         super().build(event_shape)
         self.likelihood = bind(self.likelihood, event_shape)
+
+    def scaled(self, x: Tensor) -> Tensor:
+        return self.likelihood.scaled(x)
 
     def forward(self, parameters: Tensor) -> dist.Distribution:
         return WithMissing(self.likelihood(parameters))

@@ -309,7 +309,8 @@ class VampPrior(Prior):
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
-        """Start from data, shape ``(N, *event_shape)``, with zeros in the place of NaN, as for the guide's encoder.
+        """Start from data, shape ``(N, *event_shape)``, with zeros in the place of NaN, as for the guide's encoder, and
+        on its scale: ``model.scaled(x)``.
 
         Raises:
             ValueError: fewer data than components.

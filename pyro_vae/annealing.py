@@ -131,7 +131,7 @@ def annealed(
         >>> abs(float(estimate) - model.log_evidence(x).mean().item()) < 0.2
         True
     """
-    data = as_data(data)
+    data = as_data(data, model, guide)
     chains = _Chains(num_chains, num_temperatures, leapfrog_steps)
     programs = [model] if guide is None else [model, guide]
     with isolated(*programs):

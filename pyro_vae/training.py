@@ -166,7 +166,8 @@ def fit(
         True
     """
     place = select_device(device)
-    data, held_out = as_data(train).to(place), None if valid is None else as_data(valid).to(place)
+    data = as_data(train, model, guide).to(place)
+    held_out = None if valid is None else as_data(valid, model, guide).to(place)
     loss = _loss(loss)
     optimizer = functools.partial(torch.optim.Adam, lr=1e-3, fused=True) if optimizer is None else optimizer
     _check_arguments(data, epochs, batch_size, patience, held_out)
@@ -301,7 +302,9 @@ class _State:
         self.data = {
             "rows": len(data),
             "shapes": [list(tensor.shape[1:]) for tensor in tensors],
-            "checksums": [zlib.crc32(tensor.cpu().contiguous().numpy().tobytes()) for tensor in tensors],
+            "checksums": [
+                zlib.crc32(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()) for tensor in tensors
+            ],
         }
         self.folder = run.path / "checkpoints"
 
