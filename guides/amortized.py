@@ -158,13 +158,13 @@ class AmortizedGuide(Configured, PyroModule):
             (model, encoder, *_), tensors = self._declared, _tensors(args, kwargs)
             if not tensors:
                 raise ValueError("expected a tensor of data to encode, got none: call guide(x)")
-            x = tensors[0]
+            x = tensors[0] if tensors[0].is_floating_point() else tensors[0].to(torch.get_default_dtype())
+            x = self._in_own_dtype(x)
             if encoder is None or isinstance(encoder, Declared):
                 x = getattr(model, "scaled", _as_it_is)(x)
-            x = x if x.is_floating_point() else x.to(torch.get_default_dtype())
-        if not x.is_floating_point():
-            return x
-        x = x.where(x == x, 0.0)
+        return self._in_own_dtype(x.where(x == x, 0.0)) if x.is_floating_point() else x
+
+    def _in_own_dtype(self, x: Tensor) -> Tensor:
         return x.to(next((p.dtype for p in self.parameters() if p.is_floating_point()), x.dtype))
 
     def posterior(self, *args: Any, site: str = "z", **kwargs: Any) -> Any:
@@ -253,9 +253,10 @@ class AmortizedGuide(Configured, PyroModule):
         """The site's distribution given the encoder's output and the sites that it depends on."""
         site = self._sites[name]
         parts = [_on_its_plates(site, h, plates)] if self._data in site.plates else []
-        parts += [self._sites[parent].flat(values[parent]) for parent in self._parents[name]]
+        like = next(head.parameters())
+        parts += [self._sites[parent].flat(values[parent]).to(like.dtype) for parent in self._parents[name]]
         if unseen := self._unseen[name]:
-            parts.append(_which(unseen, plates).to(next(head.parameters())))
+            parts.append(_which(unseen, plates).to(like))
         batch = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
         features = torch.cat([part.expand(*batch, -1) for part in parts], dim=-1) if parts else h.new_empty(0)
         return site.constrained(head(features))

@@ -219,8 +219,8 @@ class StateSpaceGuide(Configured, PyroModule):
     ) -> tuple[tuple[Tensor, ...], Tensor]:
         """The network's state at the end, and `encoded`."""
         dtype = next(self.cells.parameters()).dtype
-        seen_x = steps.seen if self._scaled is None else self._scaled(steps.seen)
-        x, observed, u = seen_x.to(dtype), steps.counted, None if u is None else steps.inputs(u.to(dtype))
+        x, observed, u = steps.seen.to(dtype), steps.counted, None if u is None else steps.inputs(u.to(dtype))
+        x = x if self._scaled is None else self._scaled(x)
         seen = observed if self.missing == "entries" else observed.any(-1, keepdim=True)
         parts = [x, seen.to(x.dtype)] if u is None else [x, u, seen.to(x.dtype)]
         inputs = torch.cat(parts, -1).movedim(1, 0)

@@ -196,10 +196,13 @@ def fit(
             with scale or contextlib.nullcontext():
                 for rows in typical if compile else typical[:1]:
                     args, kwargs = data.trimmed_batch(rows.to(place), _generator(place, seed))
-                    svi.initialize(*args, **kwargs)
-        finally:  # data outside the support fail in either; this says it better
-            for part in (data, held_out):
-                _check_support(svi, part)
+                    _initialize(svi, args, kwargs)
+        except Exception:
+            with contextlib.suppress(RuntimeError):  # data outside the support fail in either; this says it better
+                _check_support(svi, data)
+            raise
+        for part in (data, held_out):
+            _check_support(svi, part)
         path = Path(resume) if resume is not None else checkpoint.new_run(out, overwrite)
         run = Run(model, guide, path, describe(settings | objects))
         state = _State(svi, run, _generator(place, seed), data, {"seed": seed, "batch_size": batch_size})
@@ -395,6 +398,25 @@ class _State:
     def _write_history(self) -> None:
         with checkpoint.atomic(self.run.path / "metrics.jsonl") as temporary:
             temporary.write_text("".join(json.dumps(record) + "\n" for record in self.run.history))
+
+
+def _initialize(svi: SVI, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    """`SVI.initialize`; what torch says of parameters that are not finite and of dtypes, in this library's words."""
+    try:
+        svi.initialize(*args, **kwargs)
+    except ValueError as error:
+        if not str(error).startswith("Expected parameter"):
+            raise
+        raise svi._diagnosis(torch.tensor(math.nan), get_random_state(), args, kwargs) from None
+    except RuntimeError as error:
+        (problem, *_), given = str(error).splitlines() or [""], (*args, *kwargs.values())
+        if "dtype" not in problem and "scalar type" not in problem:
+            raise
+        came = sorted({str(tensor.dtype) for tensor in given if isinstance(tensor, Tensor)})
+        raise ValueError(
+            f"expected data of the dtype that model and guide compute with, got {', '.join(came)} ({problem}): call "
+            "x.float() where networks are fed"
+        ) from error
 
 
 def _plain(value: Any) -> Any:
