@@ -152,20 +152,26 @@ class AmortizedGuide(Configured, PyroModule):
 
     def encoded(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the encoder is fed, shape ``(B, ...)``."""
+        model, encoder, *_ = self._declared
+        of_library = encoder is None or isinstance(encoder, Declared)
         if self._encoder_inputs is not None:
             x = self._encoder_inputs(*args, **kwargs)
         else:
-            (model, encoder, *_), tensors = self._declared, _tensors(args, kwargs)
+            tensors = _tensors(args, kwargs)
             if not tensors:
                 raise ValueError("expected a tensor of data to encode, got none: call guide(x)")
-            x = tensors[0] if tensors[0].is_floating_point() else tensors[0].to(torch.get_default_dtype())
-            x = self._in_own_dtype(x)
-            if encoder is None or isinstance(encoder, Declared):
+            x = self._as_numbers(tensors[0])
+            if of_library:
                 x = getattr(model, "scaled", _as_it_is)(x)
-        return self._in_own_dtype(x.where(x == x, 0.0)) if x.is_floating_point() else x
+        if not x.is_floating_point() and not of_library:  # a network of the user's own may look them up
+            return x
+        x = self._as_numbers(x)
+        return x.where(x == x, 0.0)
 
-    def _in_own_dtype(self, x: Tensor) -> Tensor:
-        return x.to(next((p.dtype for p in self.parameters() if p.is_floating_point()), x.dtype))
+    def _as_numbers(self, x: Tensor) -> Tensor:
+        """x in the dtype of the guide's parameters."""
+        default = x.dtype if x.is_floating_point() else torch.get_default_dtype()
+        return x.to(next((p.dtype for p in self.parameters() if p.is_floating_point()), default))
 
     def posterior(self, *args: Any, site: str = "z", **kwargs: Any) -> Any:
         """``q(z | x)`` of a latent site that depends on no other, as a distribution with batch shape ``(B,)``."""

@@ -249,12 +249,14 @@ class ContinuousBernoulli(dist.ContinuousBernoulli):
         return self._linear_in(value, 1 - value)
 
     def cdf(self, value: Tensor) -> Tensor:
-        value, (_, size, _) = value.to(self.logits.dtype), self._parts()
+        value = value.to(self.logits.dtype)
+        tiny = self.logits.abs() < torch.finfo(value.dtype).eps
+        size = torch.where(tiny, 1.0, self.logits.abs())
         low = torch.where(self.logits < 0, value, 1 - value)
         below = torch.expm1(-size * low) / torch.expm1(-size)
         below = torch.where(self.logits < 0, below, 1 - below)
-        small = value + self.logits / 2 * value * (value - 1)  # whose error is of the order of l^2
-        return torch.where(self.logits.abs() < torch.finfo(value.dtype).eps, small, below).clamp(0, 1)
+        uniform = value + self.logits / 2 * value * (value - 1)  # whose error is of the order of l^2
+        return torch.where(tiny, uniform, below).clamp(0, 1)
 
     def icdf(self, value: Tensor) -> Tensor:
         logits, u = self.logits.double(), value.double()

@@ -73,7 +73,7 @@ class Poisson(dist.Poisson):
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         with torch.no_grad():
             rate = self.log_rate.double().exp().expand(self._extended_shape(sample_shape))
-            return torch.poisson(rate).to(self.log_rate.dtype)
+            return _poisson(rate).to(self.log_rate.dtype)
 
     def log_prob(self, value: Tensor) -> Tensor:
         x = value.double()
@@ -160,9 +160,10 @@ class NegativeBinomial(dist.NegativeBinomial):
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         shape = self._extended_shape(sample_shape)
         with torch.no_grad():
-            gamma = torch._standard_gamma(self.log_total_count.double().exp().expand(shape))
-            rate = gamma * (self.log_mean.double() - self.log_total_count.double()).exp()
-            return torch.poisson(rate).to(self.log_mean.dtype)
+            log_m, log_n = self.log_mean.double().expand(shape), self.log_total_count.double().expand(shape)
+            # Gamma(n) = Gamma(n + 1) U^(1 / n), of which the logarithm exists for small n too
+            log_gamma = torch._standard_gamma(log_n.exp() + 1).log() + torch.rand_like(log_n).log() * (-log_n).exp()
+            return _poisson((log_gamma + (log_m - log_n)).exp()).to(self.log_mean.dtype)
 
     def log_prob(self, value: Tensor) -> Tensor:
         x = value.double()
@@ -179,6 +180,13 @@ class NegativeBinomial(dist.NegativeBinomial):
         log_x, log_rest = log_both + log_m - log_expected, log_both + log_n - log_expected
         log_p = _log_binomial(x, n, excess, (log_n, (-log_n.clamp(min=-700)).exp()), log_both, log_x, log_rest)
         return (log_n - log_both + log_p).to(self.log_mean.dtype)
+
+
+def _poisson(rate: Tensor) -> Tensor:
+    """Draws; torch's own of a rate beyond its integers are negative."""
+    most = 1e15
+    large = (rate * (1 + torch.randn_like(rate) / rate.clamp(min=most).sqrt())).round()
+    return torch.where(rate > most, large, torch.poisson(rate.clamp(max=most)))
 
 
 def _log_and_inverse(count: Tensor) -> tuple[Tensor, Tensor]:
