@@ -39,24 +39,21 @@ def feeds(train: Tensor) -> dict[str, Any]:
         "standardised": lambda x: (x - mean) / std,
     }
     if bool((train >= 0).all()):
-        unit = largest.log1p()
         found |= {
             "log1p": lambda x: x.log1p(),
             "square root": lambda x: x.sqrt(),
-            "log1p, to 3 at most": lambda x: 3 * x.log1p() / unit,
-            "square root, to 3 at most": lambda x: 3 * (x / largest).sqrt(),
             "centred": lambda x: 2 * x / largest - 1,
         }
     return found
 
 
 def simulated(spread: float, overdispersed: bool = False) -> Tensor:
-    """Counts of log-normal rates that three factors drive, (1500, 20)."""
+    """Counts of log-normal rates that three factors drive, (1000, 20)."""
     generator = torch.Generator().manual_seed(0)
-    z, W = torch.randn(1500, 3, generator=generator), torch.randn(3, 20, generator=generator)
+    z, W = torch.randn(1000, 3, generator=generator), torch.randn(3, 20, generator=generator)
     log_rate = spread * (z @ W) / 3**0.5 + 3
     if overdispersed:
-        log_rate = log_rate + 0.5 * torch.randn(1500, 20, generator=generator)
+        log_rate = log_rate + 0.5 * torch.randn(1000, 20, generator=generator)
     return torch.poisson(log_rate.clamp(max=13).exp(), generator=generator)
 
 
@@ -64,20 +61,20 @@ def data_sets(root: str | None) -> dict[str, tuple[Any, Tensor, Tensor, int]]:
     """Likelihood, training and validation data, and the epochs."""
     digits = load_dataset("digits")
     found = {
-        "digits, counts 0 to 16": (likelihoods.Binomial(16), digits.train.x, digits.valid.x, 20),
-        "digits as counts": (likelihoods.Poisson(), digits.train.x, digits.valid.x, 20),
-        "digits as categories": (likelihoods.Categorical(17), digits.train.x, digits.valid.x, 20),
+        "digits, counts 0 to 16": (likelihoods.Binomial(16), digits.train.x, digits.valid.x, 10),
+        "digits as counts": (likelihoods.Poisson(), digits.train.x, digits.valid.x, 10),
+        "digits as categories": (likelihoods.Categorical(17), digits.train.x, digits.valid.x, 10),
     }
     for name, spread in (("narrow", 0.5), ("wide", 2.0)):
         x = simulated(spread)
-        found[f"{name} counts to {x.max():,.0f}"] = (likelihoods.Poisson(), x[:1200], x[1200:], 40)
+        found[f"{name} counts to {x.max():,.0f}"] = (likelihoods.Poisson(), x[:800], x[800:], 20)
     x = simulated(1.5, overdispersed=True)
-    found[f"overdispersed counts to {x.max():,.0f}"] = (likelihoods.NegativeBinomial(), x[:1200], x[1200:], 40)
+    found[f"overdispersed counts to {x.max():,.0f}"] = (likelihoods.NegativeBinomial(), x[:800], x[800:], 20)
     try:
-        pixels = load_dataset("mnist", root=root).train.x[:2000].mul(255).round()
-        found["MNIST, 0 to 255"] = (likelihoods.Binomial(255), pixels[:1500], pixels[1500:], 10)
+        pixels = load_dataset("mnist", root=root).train.x[:1500].mul(255).round()
+        found["MNIST, 0 to 255"] = (likelihoods.Binomial(255), pixels[:1000], pixels[1000:], 10)
         faces = load_dataset("freyfaces", root=root)
-        found["Frey faces"] = (likelihoods.Normal(), faces.train.x, faces.valid.x, 10)
+        found["Frey faces"] = (likelihoods.Normal(), faces.train.x, faces.valid.x, 5)
     except FileNotFoundError as error:
         print(error)
     return found
