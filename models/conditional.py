@@ -46,9 +46,9 @@ class ConditionalVAE(VAE):
         self.covariates = covariates
 
     def beside(self, x: Tensor, y: Tensor) -> Tensor:
-        """Data beside their covariates, ``(B, dimensions + covariates)``: what an encoder is fed."""
+        """Data, `scaled`, beside their covariates, ``(B, dimensions + covariates)``: what an encoder is fed."""
         dtype = next(self.decoder.parameters(), torch.empty(0)).dtype
-        return torch.cat([x.flatten(1).to(dtype), y.to(dtype)], dim=-1)
+        return torch.cat([self.scaled(x.to(dtype)).flatten(1), y.to(dtype)], dim=-1)
 
     def observation(self, z: Tensor, y: Tensor) -> dist.Distribution:  # type: ignore[override]
         """``p(x | z, y)`` for z of shape ``(*batch, latent)``."""

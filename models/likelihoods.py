@@ -66,7 +66,14 @@ class Bernoulli(Likelihood):
         return discrete.Bernoulli(logits=logits).to_event(len(self.event_shape))
 
 
-class Binomial(Likelihood):
+class _Counts(Likelihood):
+    """Base of likelihoods of whole numbers, small and large (`benchmarks/encoder_inputs.py` has other scales)."""
+
+    def scaled(self, x: Tensor) -> Tensor:
+        return x.clamp(min=0).log1p()  # noise may have led below 0
+
+
+class Binomial(_Counts):
     """Counts out of `total_count`: ``p(x|z) = prod_d C(n, x_d) s_d^{x_d} (1 - s_d)^{n - x_d}``, ``s = sigma(l)``."""
 
     def __init__(self, total_count: int) -> None:
@@ -74,9 +81,6 @@ class Binomial(Likelihood):
         if total_count < 1:
             raise ValueError(f"expected total_count >= 1, got {total_count}")
         self.total_count = total_count
-
-    def scaled(self, x: Tensor) -> Tensor:
-        return x / self.total_count
 
     def forward(self, parameters: Tensor) -> dist.Distribution:
         (logits,) = self.unpacked(parameters)
@@ -175,7 +179,7 @@ class StudentT(Likelihood):
         return continuous.StudentT(self.log_df, location, self.log_scale).to_event(len(self.event_shape))
 
 
-class Categorical(Likelihood):
+class Categorical(_Counts):
     """``p(x|z) = prod_d softmax(l_d(z))_{x_d}`` for whole numbers x_d from 0 to `categories` - 1.
 
     Example:
@@ -187,22 +191,12 @@ class Categorical(Likelihood):
         super().__init__()
         self.num_parameters = positive("categories", categories)
 
-    def scaled(self, x: Tensor) -> Tensor:
-        return x / max(1, self.num_parameters - 1)
-
     def forward(self, parameters: Tensor) -> dist.Distribution:
         logits = torch.stack(self.unpacked(parameters), dim=-1)
         return discrete.Categorical(logits).to_event(len(self.event_shape))
 
 
-class _Unbounded(Likelihood):
-    """Base of counts without a bound."""
-
-    def scaled(self, x: Tensor) -> Tensor:
-        return x.clamp(min=0).log1p()  # noise may have led below 0
-
-
-class Poisson(_Unbounded):
+class Poisson(_Counts):
     """Counts: ``p(x|z) = prod_d r_d^{x_d} e^{-r_d} / x_d!``, ``r = exp(l(z))``.
 
     Example:
@@ -215,7 +209,7 @@ class Poisson(_Unbounded):
         return discrete.Poisson(log_rate).to_event(len(self.event_shape))
 
 
-class NegativeBinomial(_Unbounded):
+class NegativeBinomial(_Counts):
     """Counts of mean m(z) and variance ``m + m^2 / n``, n > 0 learned for each dimension: more spread than `Poisson`.
 
     Example:
