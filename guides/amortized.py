@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from ..config import Configured
-from ..nn import MLP, Heads, bind
+from ..nn import MLP, Declared, Heads, bind
 from .families import Bernoulli, Categorical, DiagonalNormal, Family
 from .structure import Call, Calls, Latent, Plate, check_static, data_plate, latents, traced, untouched
 
@@ -38,15 +38,17 @@ class AmortizedGuide(Configured, PyroModule):
     the data's plate are global: their q has parameters of its own, and local sites depend on them only where
     `dependencies` says so.
 
-    `encoder` is any module from a datum to a vector of features, or to ``(B, *plates, features)`` for plates within the
-    data's, from the outermost; it is fed `encoder_inputs(*args, **kwargs)`, by default the first tensor, with zeros in
-    the place of NaN. A site gets the mean of the features over plates that it is not in, and is told which element it
-    is of plates that they do not have. The data's plate is the one called "data", else the one of an observed site that
-    has as many elements as the first tensor, else the outermost. A latent site that a call observes is conditioned on,
-    not drawn: its value is the argument of its name. The model is traced once for each signature of its arguments, for
-    plates and what is observed, which must follow from the shapes of tensors and the values of the rest. The sizes come
-    from `example`, ``(args, kwargs)`` of a call, else from a draw ``model(num_data=2)``, else from the first call. The
-    model is not a submodule: its parameters are its own.
+    `encoder` is any module from a datum to a vector of features, or to ``(B, *plates, features)`` for plates within
+    the data's, from the outermost; it is fed `encoder_inputs(*args, **kwargs)`, with zeros in the place of NaN: by
+    default the first tensor, which a network of this library gets as ``model.scaled`` gives it, where the model has
+    such a function, like those of counts, and a network of your own as it is. A site gets the mean of the features
+    over plates that it is not in, and is told which element it is of plates that they do not have. The data's plate
+    is the one called "data", else the one of an observed site that has as many elements as the first tensor, else
+    the outermost. A latent site that a call observes is conditioned on, not drawn: its value is the argument of its
+    name. The model is traced once for each signature of its arguments, for plates and what is observed, which must
+    follow from the shapes of tensors and the values of the rest. The sizes come from `example`, ``(args, kwargs)``
+    of a call, else from a draw ``model(num_data=2)``, else from the first call. The model is not a submodule: its
+    parameters are its own.
 
     Raises:
         ValueError: sites, shapes or supports that differ between two runs of the model; supports that differ from datum
@@ -135,10 +137,11 @@ class AmortizedGuide(Configured, PyroModule):
                 "leave the family out"
             )
         self._sites = sites
-        features, like = 0, next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
+        drawn = [trace.nodes[name]["value"] for name in sites]  # whose dtype is that of the model's parameters
+        like = next((z for z in (*drawn, *tensors) if z.is_floating_point()), torch.empty(0, device=drawn[0].device))
+        features = 0
         if any(self._data in site.plates for site in sites.values()):
             inputs = self.encoded(*args, **kwargs)
-            like = inputs if inputs.is_floating_point() else torch.empty(0, device=inputs.device)
             self.encoder = bind(MLP() if encoder is None else encoder, inputs.shape[1:]).to(like)
             call = self._call(args, kwargs)
             with untouched(self.encoder), poutine.block(), torch.no_grad():
@@ -162,15 +165,26 @@ class AmortizedGuide(Configured, PyroModule):
 
     def encoded(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the encoder is fed, shape ``(B, ...)``."""
+        model, encoder, *_ = self._declared
+        of_library = encoder is None or isinstance(encoder, Declared)
         if self._encoder_inputs is not None:
             x = self._encoder_inputs(*args, **kwargs)
         else:
             tensors = _tensors(args, kwargs)
             if not tensors:
                 raise ValueError("expected a tensor of data to encode, got none: call guide(x)")
-            like = next(self.parameters(), torch.empty(0))
-            x = tensors[0] if tensors[0].is_floating_point() else tensors[0].to(like.dtype)
-        return x.where(x == x, 0.0) if x.is_floating_point() else x
+            x = self._as_numbers(tensors[0])
+            if of_library:
+                x = getattr(model, "scaled", _as_it_is)(x)
+        if not x.is_floating_point() and not of_library:  # a network of the user's own may look them up
+            return x
+        x = self._as_numbers(x)
+        return x.where(x == x, 0.0)
+
+    def _as_numbers(self, x: Tensor) -> Tensor:
+        """x in the dtype of the guide's parameters."""
+        default = x.dtype if x.is_floating_point() else torch.get_default_dtype()
+        return x.to(next((p.dtype for p in self.parameters() if p.is_floating_point()), default))
 
     def posterior(self, *args: Any, site: str = "z", **kwargs: Any) -> Any:
         """``q(z | x)`` of a latent site that depends on no other, as a distribution with batch shape ``(B,)``."""
@@ -258,12 +272,17 @@ class AmortizedGuide(Configured, PyroModule):
         """The site's distribution given the encoder's output and the sites that it depends on."""
         site = self._sites[name]
         parts = [_on_its_plates(site, h, plates)] if self._data in site.plates else []
-        parts += [self._sites[parent].flat(values[parent]) for parent in self._parents[name]]
+        like = next(head.parameters())
+        parts += [self._sites[parent].flat(values[parent]).to(like.dtype) for parent in self._parents[name]]
         if unseen := self._unseen[name]:
-            parts.append(_which(unseen, plates).to(next(head.parameters())))
+            parts.append(_which(unseen, plates).to(like))
         batch = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
         features = torch.cat([part.expand(*batch, -1) for part in parts], dim=-1) if parts else h.new_empty(0)
         return site.constrained(head(features))
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:

@@ -126,6 +126,7 @@ class StateSpaceGuide(Configured, PyroModule):
             if value not in known:
                 raise ValueError(f"expected {name} to be one of {', '.join(known)}, got {value!r}")
         self.structured, self.missing = structure == "ST", missing
+        self._scaled = getattr(model, "scaled", None)
         feedback = bool(getattr(model, "feedback", 0))
         if reads_transition and (not self.structured or feedback):
             raise ValueError(
@@ -145,6 +146,7 @@ class StateSpaceGuide(Configured, PyroModule):
             features = self.combiner.num_features
             self.before = nn.Parameter(torch.zeros(Z))
         self.family = bind(DiagonalNormal() if family is None else family, features, (Z,))
+        self.to(next((p.dtype for p in model.parameters()), torch.get_default_dtype()))
 
     @property
     def causal(self) -> bool:
@@ -163,7 +165,7 @@ class StateSpaceGuide(Configured, PyroModule):
         steps = steps_of(x, lengths, mask)
         parts = [self.encoded(steps, u, direction, carried) for direction in self.cells]
         if self.num_read:
-            parts.append(cast(Tensor, steps.inputs(u)))
+            parts.append(cast(Tensor, steps.inputs(u)).to(parts[0].dtype))
         h = torch.cat(parts, -1)
         before = self.before.expand(len(x), -1) if self.structured else None
         if self.structured and carried is not None:
@@ -216,7 +218,9 @@ class StateSpaceGuide(Configured, PyroModule):
         self, steps: Steps, u: Tensor | None, direction: str, carried: Carried | None
     ) -> tuple[tuple[Tensor, ...], Tensor]:
         """The network's state at the end, and `encoded`."""
-        x, observed, u = steps.seen, steps.counted, steps.inputs(u)
+        dtype = next(self.cells.parameters()).dtype
+        x, observed, u = steps.seen.to(dtype), steps.counted, None if u is None else steps.inputs(u.to(dtype))
+        x = x if self._scaled is None else self._scaled(x)
         seen = observed if self.missing == "entries" else observed.any(-1, keepdim=True)
         parts = [x, seen.to(x.dtype)] if u is None else [x, u, seen.to(x.dtype)]
         inputs = torch.cat(parts, -1).movedim(1, 0)

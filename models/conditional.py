@@ -47,12 +47,13 @@ class ConditionalVAE(VAE):
         self.covariates = covariates
 
     def beside(self, x: Tensor, y: Tensor) -> Tensor:
-        """Data beside their covariates, ``(B, dimensions + covariates)``: what an encoder is fed."""
-        return torch.cat([x.flatten(1), y], dim=-1)
+        """Data, `scaled`, beside their covariates, ``(B, dimensions + covariates)``: what an encoder is fed."""
+        dtype = next(self.decoder.parameters(), torch.empty(0)).dtype
+        return torch.cat([self.scaled(x.to(dtype)).flatten(1), y.to(dtype)], dim=-1)
 
     def observation(self, z: Tensor, y: Tensor) -> dist.Distribution:  # type: ignore[override]
         """``p(x | z, y)`` for z of shape ``(*batch, latent)``."""
-        batch = torch.broadcast_shapes(z.shape[:-1], y.shape[:-1])
+        batch, y = torch.broadcast_shapes(z.shape[:-1], y.shape[:-1]), y.to(z.dtype)
         return self.likelihood(folded(self.decoder, torch.cat([z.expand(*batch, -1), y.expand(*batch, -1)], dim=-1)))
 
     def forward(self, x: Tensor | None = None, y: Tensor | None = None, *, num_data: int | None = None) -> Tensor:

@@ -14,7 +14,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ..distributions import WithMissing
+from ..distributions import WithMissing, continuous, discrete
 from ..nn import Declared, bind, positive
 
 __all__ = [
@@ -44,6 +44,10 @@ class Likelihood(Declared):
     def forward(self, parameters: Tensor) -> dist.Distribution:
         raise NotImplementedError
 
+    def scaled(self, x: Tensor) -> Tensor:
+        """Data x on the scale that a network is best fed, whatever their range; 0 stays 0."""
+        return x
+
     def unpacked(self, parameters: Tensor) -> tuple[Tensor, ...]:
         expected = (self.num_parameters, *self.event_shape)
         if parameters.shape[-len(expected) :] != expected:
@@ -59,10 +63,17 @@ class Bernoulli(Likelihood):
 
     def forward(self, parameters: Tensor) -> dist.Distribution:
         (logits,) = self.unpacked(parameters)
-        return dist.Bernoulli(logits=logits).to_event(len(self.event_shape))
+        return discrete.Bernoulli(logits=logits).to_event(len(self.event_shape))
 
 
-class Binomial(Likelihood):
+class _Counts(Likelihood):
+    """Base of likelihoods of whole numbers, small and large (`benchmarks/encoder_inputs.py` has other scales)."""
+
+    def scaled(self, x: Tensor) -> Tensor:
+        return x.clamp(min=0).log1p()  # noise may have led below 0
+
+
+class Binomial(_Counts):
     """Counts out of `total_count`: ``p(x|z) = prod_d C(n, x_d) s_d^{x_d} (1 - s_d)^{n - x_d}``, ``s = sigma(l)``."""
 
     def __init__(self, total_count: int) -> None:
@@ -73,7 +84,7 @@ class Binomial(Likelihood):
 
     def forward(self, parameters: Tensor) -> dist.Distribution:
         (logits,) = self.unpacked(parameters)
-        return dist.Binomial(self.total_count, logits=logits).to_event(len(self.event_shape))
+        return discrete.Binomial(self.total_count, logits).to_event(len(self.event_shape))
 
 
 class ContinuousBernoulli(Likelihood):
@@ -81,7 +92,7 @@ class ContinuousBernoulli(Likelihood):
 
     def forward(self, parameters: Tensor) -> dist.Distribution:
         (logits,) = self.unpacked(parameters)
-        return dist.ContinuousBernoulli(logits=logits).to_event(len(self.event_shape))
+        return continuous.ContinuousBernoulli(logits=logits).to_event(len(self.event_shape))
 
 
 class Normal(Likelihood):
@@ -126,10 +137,11 @@ class Normal(Likelihood):
 
     def forward(self, parameters: Tensor) -> dist.Distribution:
         mean, *predicted = self.unpacked(parameters)
-        log_scale = self.log_scale + predicted[0] if predicted else self.log_scale.expand_as(mean)
+        log_scale = self.log_scale + predicted[0] if predicted else self.log_scale
+        log_scale = torch.logaddexp(log_scale, torch.full_like(log_scale, math.log(self.minimum_scale)))
         if self.mean == "sigmoid":
             mean = mean.sigmoid()
-        return dist.Normal(mean, log_scale.exp() + self.minimum_scale).to_event(len(self.event_shape))
+        return continuous.Normal(mean, log_scale).to_event(len(self.event_shape))
 
 
 class Laplace(Likelihood):
@@ -146,7 +158,7 @@ class Laplace(Likelihood):
 
     def forward(self, parameters: Tensor) -> dist.Distribution:
         (location,) = self.unpacked(parameters)
-        return dist.Laplace(location, self.log_scale.exp()).to_event(len(self.event_shape))
+        return continuous.Laplace(location, self.log_scale).to_event(len(self.event_shape))
 
 
 class StudentT(Likelihood):
@@ -164,11 +176,10 @@ class StudentT(Likelihood):
 
     def forward(self, parameters: Tensor) -> dist.Distribution:
         (location,) = self.unpacked(parameters)
-        df = 1 + self.log_df.exp()
-        return dist.StudentT(df, location, self.log_scale.exp()).to_event(len(self.event_shape))
+        return continuous.StudentT(self.log_df, location, self.log_scale).to_event(len(self.event_shape))
 
 
-class Categorical(Likelihood):
+class Categorical(_Counts):
     """``p(x|z) = prod_d softmax(l_d(z))_{x_d}`` for whole numbers x_d from 0 to `categories` - 1.
 
     Example:
@@ -182,10 +193,10 @@ class Categorical(Likelihood):
 
     def forward(self, parameters: Tensor) -> dist.Distribution:
         logits = torch.stack(self.unpacked(parameters), dim=-1)
-        return dist.Categorical(logits=logits).to_event(len(self.event_shape))
+        return discrete.Categorical(logits).to_event(len(self.event_shape))
 
 
-class Poisson(Likelihood):
+class Poisson(_Counts):
     """Counts: ``p(x|z) = prod_d r_d^{x_d} e^{-r_d} / x_d!``, ``r = exp(l(z))``.
 
     Example:
@@ -195,19 +206,17 @@ class Poisson(Likelihood):
 
     def forward(self, parameters: Tensor) -> dist.Distribution:
         (log_rate,) = self.unpacked(parameters)
-        return dist.Poisson(log_rate.exp()).to_event(len(self.event_shape))
+        return discrete.Poisson(log_rate).to_event(len(self.event_shape))
 
 
-class NegativeBinomial(Likelihood):
+class NegativeBinomial(_Counts):
     """Counts of mean m(z) and variance ``m + m^2 / n``, n > 0 learned for each dimension: more spread than `Poisson`.
 
     Example:
-        >>> NegativeBinomial().bind((4,))(torch.zeros(5, 1, 4)).mean
-        tensor([[1., 1., 1., 1.],
-                [1., 1., 1., 1.],
-                [1., 1., 1., 1.],
-                [1., 1., 1., 1.],
-                [1., 1., 1., 1.]], grad_fn=<MulBackward0>)
+        >>> NegativeBinomial().bind((2,))(torch.zeros(3, 1, 2)).mean
+        tensor([[1., 1.],
+                [1., 1.],
+                [1., 1.]])
     """
 
     def build(self, event_shape: Sequence[int]) -> None:
@@ -216,8 +225,7 @@ class NegativeBinomial(Likelihood):
 
     def forward(self, parameters: Tensor) -> dist.Distribution:
         (log_mean,) = self.unpacked(parameters)
-        n = self.log_total_count.exp()
-        return dist.NegativeBinomial(n, logits=log_mean - self.log_total_count).to_event(len(self.event_shape))
+        return discrete.NegativeBinomial(log_mean, self.log_total_count).to_event(len(self.event_shape))
 
 
 class Missing(Likelihood):
@@ -239,6 +247,9 @@ class Missing(Likelihood):
     def build(self, event_shape: Sequence[int]) -> None:
         super().build(event_shape)
         self.likelihood = bind(self.likelihood, event_shape)
+
+    def scaled(self, x: Tensor) -> Tensor:
+        return self.likelihood.scaled(x)
 
     def forward(self, parameters: Tensor) -> dist.Distribution:
         return WithMissing(self.likelihood(parameters))

@@ -7,6 +7,7 @@ function with sample statements that returns what the decoder is fed.
 from __future__ import annotations
 
 import io
+import math
 import pickle
 from collections.abc import Sequence
 from typing import Any, Literal, Self
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Configured
-from ..distributions import folded
+from ..distributions import continuous, discrete, folded
 from ..nn import MLP, bind, positive
 
 __all__ = [
@@ -111,17 +112,22 @@ class _Positive(Prior):
 
     def __init__(self, latent_dim: int, learned: bool, **parameters: float) -> None:
         super().__init__()
+        self.rounded_off: dict[str, float] = {}
         for name, value in parameters.items():
             if not value > 0:
                 raise ValueError(f"expected {name} > 0, got {value}: give a positive number")
-            log = torch.full((positive("latent_dim", latent_dim),), float(value)).log()
+            log = torch.full((positive("latent_dim", latent_dim),), math.log(value))
             if learned:
                 self.register_parameter(f"log_{name}", nn.Parameter(log))
             else:
                 self.register_buffer(f"log_{name}", log)
+            # a million has no logarithm in float32 that leads back to it
+            rounded = float(torch.tensor(math.log(value), device="cpu"))
+            self.rounded_off[name] = 0.0 if learned else math.log(value) - rounded
 
-    def parameter(self, name: str) -> Tensor:
-        return getattr(self, f"log_{name}").exp()
+    def logarithm(self, name: str) -> Tensor:
+        """In float64, that of the number given to rounding."""
+        return getattr(self, f"log_{name}").double() + self.rounded_off[name]
 
 
 class Laplace(_Positive):
@@ -132,12 +138,13 @@ class Laplace(_Positive):
         torch.Size([3])
     """
 
+    log_scale: Tensor
+
     def __init__(self, latent_dim: int, scale: float = 1.0, learned: bool = False) -> None:
         super().__init__(latent_dim, learned, scale=scale)
 
     def forward(self) -> dist.Distribution:
-        scale = self.parameter("scale")
-        return dist.Laplace(torch.zeros_like(scale), scale).to_event(1)
+        return continuous.Laplace(torch.zeros_like(self.log_scale), self.log_scale).to_event(1)
 
 
 class Gamma(_Positive):
@@ -148,11 +155,14 @@ class Gamma(_Positive):
         True
     """
 
+    log_rate: Tensor
+
     def __init__(self, latent_dim: int, concentration: float = 1.0, rate: float = 1.0, learned: bool = False) -> None:
         super().__init__(latent_dim, learned, concentration=concentration, rate=rate)
 
     def forward(self) -> dist.Distribution:
-        return dist.Gamma(self.parameter("concentration"), self.parameter("rate")).to_event(1)
+        logarithms = self.logarithm("concentration"), self.logarithm("rate")
+        return continuous.Gamma(*logarithms, dtype=self.log_rate.dtype).to_event(1)
 
 
 class Dirichlet(_Positive):
@@ -163,11 +173,13 @@ class Dirichlet(_Positive):
         True
     """
 
+    log_concentration: Tensor
+
     def __init__(self, latent_dim: int, concentration: float = 1.0, learned: bool = False) -> None:
         super().__init__(latent_dim, learned, concentration=concentration)
 
     def forward(self) -> dist.Distribution:
-        return dist.Dirichlet(self.parameter("concentration"))
+        return continuous.Dirichlet(self.logarithm("concentration"), dtype=self.log_concentration.dtype)
 
 
 class Categorical(Prior):
@@ -190,7 +202,7 @@ class Categorical(Prior):
             self.register_buffer("logits", torch.zeros(shape), persistent=False)
 
     def forward(self) -> dist.Distribution:
-        return dist.OneHotCategorical(logits=self.logits).to_event(self.logits.dim() - 1)
+        return dist.OneHotCategorical(logits=self.logits.log_softmax(-1)).to_event(self.logits.dim() - 1)
 
 
 class GaussianMixture(Prior):
@@ -214,12 +226,12 @@ class GaussianMixture(Prior):
         self.triangles = nn.Parameter(torch.zeros(K, D, D)) if covariance == "full" else None
 
     def forward(self) -> dist.Distribution:
-        return dist.MixtureSameFamily(dist.Categorical(logits=self.logits), self.components())
+        return dist.MixtureSameFamily(discrete.Categorical(self.logits), self.components())
 
     def components(self) -> dist.Distribution:
         """The Gaussians, batch shape ``(K,)``."""
         if self.triangles is None:
-            return dist.Normal(self.locations, self.log_scales.exp()).to_event(1)
+            return continuous.Normal(self.locations, self.log_scales).to_event(1)
         L = self.triangles.tril(-1) + self.log_scales.exp().diag_embed()
         return dist.MultivariateNormal(self.locations, scale_tril=L)
 
@@ -292,12 +304,13 @@ class VampPrior(Prior):
 
     def forward(self) -> dist.Distribution:
         return dist.MixtureSameFamily(
-            dist.Categorical(logits=self.logits), self.family(self.encoder(self.inputs)), validate_args=False
+            discrete.Categorical(self.logits), self.family(self.encoder(self.inputs)), validate_args=False
         )
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
-        """Start from data, shape ``(N, *event_shape)``, with zeros in the place of NaN, as for the guide's encoder.
+        """Start from data, shape ``(N, *event_shape)``, with zeros in the place of NaN, as for the guide's encoder, and
+        on its scale: ``model.scaled(x)``.
 
         Raises:
             ValueError: fewer data than components.
@@ -348,5 +361,5 @@ class Hierarchical(Prior):
         z = pyro.sample(f"z_{len(self.networks) + 1}", self.top())
         for level in reversed(range(len(self.networks))):
             location, log_scale = folded(self.networks[level], z).unbind(-2)
-            z = pyro.sample(f"z_{level + 1}", dist.Normal(location, log_scale.exp()).to_event(1))
+            z = pyro.sample(f"z_{level + 1}", continuous.Normal(location, log_scale).to_event(1))
         return z

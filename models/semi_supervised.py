@@ -55,6 +55,11 @@ class SemiSupervisedVAE(ConditionalVAE):
             raise ValueError("expected data x, labels y, or num_data=... to draw some, got none")
         if given is not None and num_data not in (None, len(given)):
             raise ValueError(f"expected num_data={len(given)}, as many as are given, got {num_data}: leave it out")
+        if y is not None and y.shape[-1:] != (self.covariates,):
+            raise ValueError(
+                f"expected one-hot labels of shape (B, {self.covariates}), got {y.dtype} of shape {tuple(y.shape)}: "
+                f"call torch.nn.functional.one_hot(y, {self.covariates}) where they are numbers of classes"
+            )
         with pyro.plate("data", num_data if given is None else len(given)):
             y = pyro.sample("y", self.label(), obs=y)
             return pyro.sample("x", self.observation(self.latent(), y), obs=x)

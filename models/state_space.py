@@ -134,13 +134,19 @@ class StateSpaceModel(Configured, PyroModule):
         """p(x_t | z_t, u_t) of whole sequences z (..., B, T, Z)."""
         return folded(self.emission, z, *inputs, data_dims=2)
 
+    @property
+    def scaled(self) -> Callable[[Tensor], Tensor] | None:
+        """What brings data to the scale that a guide's networks are best fed: the likelihood's, if there is one."""
+        return getattr(getattr(self.emission, "likelihood", None), "scaled", None)
+
     def _inputs(self, steps: Steps, u: Tensor | None, carried: Carried | None = None) -> Tensor | None:
         """What the parts get at each step beside z, (B, T, D + C)."""
-        u = steps.inputs(u)
+        dtype = next(iter([*self.parameters(), *self.buffers()]), torch.empty(0)).dtype
+        u = None if u is None else steps.inputs(u.to(dtype))
         if not self.feedback:
             return u
-        x = steps.seen
-        first = torch.zeros_like(x[:, :1]) if carried is None else carried.x[:, None]
+        x = steps.seen.to(dtype)
+        first = torch.zeros_like(x[:, :1]) if carried is None else carried.x[:, None].to(dtype)
         before = torch.cat([first, x[:, :-1]], 1)
         return before if u is None else torch.cat([before, u], -1)
 
@@ -148,7 +154,7 @@ class StateSpaceModel(Configured, PyroModule):
         """What the parts get beside z at the step after x (..., D)."""
         parts = [x] if self.feedback else []
         if u is not None:
-            parts.append(u.expand(*x.shape[:-1], -1))
+            parts.append(u.to(x.dtype).expand(*x.shape[:-1], -1))
         return (torch.cat(parts, -1),) if parts else ()
 
     def _generated(self, B: int, T: int, u: Tensor | None) -> Tensor:
@@ -350,7 +356,7 @@ class StateSpaceModel(Configured, PyroModule):
             )
         z = self.smooth(guide, *_given(x, u), num_samples=num_samples, **_options(lengths, mask))
         steps, rows = steps_of(x, lengths, mask), torch.arange(len(x), device=x.device)
-        z, latest = z[:, rows, steps.last], steps.seen[rows, steps.last].expand(num_samples, -1, -1)
+        z, latest = z[:, rows, steps.last], steps.seen[rows, steps.last].to(z.dtype).expand(num_samples, -1, -1)
         found = []
         for t in range(H):
             inputs = self._next(latest, None if u_future is None else u_future[:, t])

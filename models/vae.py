@@ -71,6 +71,11 @@ class VAE(Configured, PyroModule):
         prior = self.prior()
         return prior if isinstance(prior, Tensor) else pyro.sample("z", prior)
 
+    @property
+    def scaled(self) -> Callable[[Tensor], Tensor]:
+        """What brings data to the scale that an encoder is best fed: the likelihood's."""
+        return self.likelihood.scaled
+
     def observation(self, z: Tensor) -> dist.Distribution:
         """``p(x | z)`` for z of shape ``(*batch, *latent_shape)``."""
         return self.likelihood(folded(self.decoder, z, event_dim=len(self.latent_shape)))

@@ -83,7 +83,7 @@ class Annealed:
 
     @property
     def moved(self) -> bool:
-        """Whether half as many temperatures move the estimate by more than rounding and twice the change's standard error."""
+        """Whether half as many temperatures move the estimate by more than twice the standard error of the change."""
         if self.change is None:
             return False
         error = self.change.standard_error_draws
@@ -217,7 +217,7 @@ def annealed(
         >>> abs(float(estimate) - model.log_evidence(x).mean().item()) < 0.2
         True
     """
-    data = as_data(data)
+    data = as_data(data, model, guide)
     chains = _Chains(num_chains, num_temperatures, leapfrog_steps)
     programs = [model] if guide is None else [model, guide]
     with isolated(*programs):

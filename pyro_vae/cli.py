@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .options import (
     COMPONENTS,
+    NUMBERS,
     TABLES,
     Options,
     Table,
@@ -91,7 +92,8 @@ what is trained (--model.help, --guide.help, ... list the classes and their opti
   --guide CLASS        AmortizedGuide (default), StateSpaceGuide; --guide.family CLASS, --guide.inference ST-R
   --loss CLASS         Trace_ELBO (default), IWAE, DReG, ..., or your own; --loss.num_particles K
   --optimizer CLASS    Adam (default); --optimizer.lr 1e-3
-  --learning_rate, --kl_weight CLASS     schedules, as in --kl_weight Warmup --kl_weight.epochs 20
+  --learning_rate X    the optimiser's rate, or the class of a schedule that it is multiplied with
+  --kl_weight X|CLASS  a number, or a schedule, as in --kl_weight Warmup --kl_weight.epochs 20
 
 training:
   --epochs N (200)     passes over the data            --batch_size N (100)
@@ -589,6 +591,8 @@ def _check_references(components: Table, where: str) -> None:
         seen.add(path)
 
     for name, value in components.items():
+        if name in NUMBERS and isinstance(value, float | int):
+            continue
         if not isinstance(value, Mapping) or not value.keys() & {"class_path", "object", "reference"}:
             raise ValueError(f"expected {name} in {where} as class_path and init_args, got {value!r}: correct it")
         walk(value, name)

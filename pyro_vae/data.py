@@ -8,6 +8,7 @@ neither read nor moved.
 from __future__ import annotations
 
 import contextlib
+import operator
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -62,6 +63,8 @@ class Data:
         for name, value in [*((f"tensor {i}", a) for i, a in enumerate(self.args)), *self.kwargs.items()]:
             if not isinstance(value, Tensor):
                 raise ValueError(f"expected a tensor as {name}, got {kind_of(value)}: convert it with torch.as_tensor")
+            if value.is_complex():
+                raise ValueError(f"expected real numbers as {name}, got {value.dtype}: pass torch.view_as_real(...)")
             if value.ndim == 0:
                 raise ValueError(f"expected {name} with data on dimension 0, got a scalar tensor: pass shape (N, ...)")
             lengths[name] = len(value)
@@ -106,6 +109,21 @@ class Data:
             kwargs={name: tensor.to(device) for name, tensor in self.kwargs.items()},
             labels=None if self.labels is None else self.labels.to(device),
         )
+
+    def in_dtype(self, dtype: torch.dtype) -> Self:
+        """The same data with real numbers in this dtype."""
+
+        def brought(tensor: Tensor) -> Tensor:
+            if not tensor.is_floating_point() or tensor.dtype is dtype:
+                return tensor
+            now = tensor.to(dtype)
+            back = now.to(tensor.dtype)
+            return tensor if bool(((tensor == tensor.round()) & (back != tensor)).any()) else now
+
+        args = tuple(map(brought, self.args))
+        kwargs = {name: brought(tensor) for name, tensor in self.kwargs.items()}
+        same = all(map(operator.is_, (*args, *kwargs.values()), (*self.args, *self.kwargs.values())))
+        return self if same else replace(self, args=args, kwargs=kwargs)
 
     def batch(
         self, index: Tensor, generator: torch.Generator | None = None
@@ -351,12 +369,14 @@ def rows_of(split: Split, rows: list[int]) -> Split:
     )
 
 
-def as_data(data: Any) -> Data:
+def as_data(data: Any, *programs: Any) -> Data:
     """The data that `data` stands for.
 
     Args:
         data: a tensor (N, ...); a tuple of such tensors, optionally ending in a dict of keyword tensors; or
             `Data`, such as a split of a data set, which is returned as it is.
+        programs: model and guide. Real numbers among the data are brought to the floating-point dtype that all their
+            parameters have; whole numbers that it does not hold stay as they are, as do integers and booleans.
 
     Raises:
         ValueError: anything else, unequal lengths on dimension 0, or no data.
@@ -364,7 +384,17 @@ def as_data(data: Any) -> Data:
     Example:
         >>> as_data((torch.zeros(7, 2), {"u": torch.ones(7, 1)}))
         Data((7, 2), u=(7, 1))
+        >>> as_data(torch.zeros(7, 2, dtype=torch.float64), nn.Linear(2, 2)).args[0].dtype
+        torch.float32
     """
+    owners = (getattr(program, "__self__", program) for program in programs)
+    parameters = [p for owner in owners if isinstance(owner, nn.Module) for p in owner.parameters()]
+    dtypes = {parameter.dtype for parameter in parameters if parameter.is_floating_point()}
+    data = _as_data(data)
+    return data.in_dtype(*dtypes) if len(dtypes) == 1 else data
+
+
+def _as_data(data: Any) -> Data:
     if isinstance(data, Data):
         return data
     if isinstance(data, Tensor):

@@ -158,9 +158,10 @@ def _check_observed(weights: LogWeights) -> None:
 
 
 def check_support(name: str, distribution: Any, x: Tensor) -> None:
-    """Raises ValueError where observed values lie outside the distribution's support."""
-    if bool(distribution.support.check(x).all()):
-        return
+    """Raises ValueError where observed values lie outside the distribution's support, or are integers that it scores
+    otherwise than the same real numbers."""
+    if bool(distribution.support.check(x.to(torch.uint8) if x.dtype is torch.bool else x).all()):
+        return _check_integers(name, distribution, x)
     while hasattr(distribution, "base_dist"):
         distribution = distribution.base_dist
     if count := int((x != x).sum()):
@@ -175,6 +176,22 @@ def check_support(name: str, distribution: Any, x: Tensor) -> None:
         "'dynamic'), or take a likelihood for such values (ContinuousBernoulli for [0, 1], Binomial for counts, Normal "
         "for real numbers)"
     )
+
+
+def _check_integers(name: str, distribution: Any, x: Tensor) -> None:
+    """Raises ValueError where torch computes with integers in their own dtype, in which 255 + 1 may be 0."""
+    if x.is_floating_point():
+        return
+    found = distribution.log_prob(x)
+    try:
+        wanted = distribution.log_prob(x.to(found.dtype))
+    except (RuntimeError, IndexError, TypeError, ValueError):  # it takes integers alone
+        return
+    if not torch.allclose(found, wanted, rtol=1e-3, atol=1e-2, equal_nan=True):
+        raise ValueError(
+            f'expected values of site "{name}" that {type(distribution).__name__} scores as it does the same real '
+            f"numbers, got {x.dtype}, in which they overflow: observe x.float()"
+        )
 
 
 def _check_plates(structure: Structure) -> None:
@@ -267,7 +284,7 @@ def evaluate(
         raise ValueError(f"expected num_samples >= 1, got {num_samples}: give a positive number")
     if annealing is not None and annealing < 1:
         raise ValueError(f"expected annealing >= 1 temperatures, got {annealing}: give a positive number")
-    data = as_data(data)
+    data = as_data(data, model, guide)
     device = next((p.device for p in _parameters(model, guide)), data.device)
     data = data.to(device)
     event = max(1_000, *(tensor[:1].numel() for tensor in data.args))  # at least: networks have hidden layers too

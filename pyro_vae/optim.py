@@ -79,7 +79,10 @@ class Update:
             elif self.optimizers:
                 self.optimizers[0].add_param_group({"params": list(parameters.values())})
             else:
-                self.optimizers.append(self.optim(list(parameters.values())))
+                optimizer = self.optim(list(parameters.values()))
+                if not isinstance(optimizer, torch.optim.Optimizer):
+                    raise TypeError(f"{type(optimizer).__name__} in the place of a torch.optim.Optimizer")
+                self.optimizers.append(optimizer)
         except (TypeError, ValueError) as error:
             raise ValueError(f"expected arguments that the optimiser takes, got {error}: correct them") from None
         self.settings = [given.get(id(group["params"][0])) or _settings(group) for group in self.groups]

@@ -52,6 +52,7 @@ WHERE = {  # the short names of a component's classes are those of these modules
 }
 ESTIMATORS = ("loss", "estimators")
 COMPONENTS = ("model", "guide", "loss", "optimizer", "learning_rate", "kl_weight")
+NUMBERS = ("learning_rate", "kl_weight")  # of which a number may stand in a class's place
 USUAL = {
     "model": "VAE",
     "guide": "AmortizedGuide",
@@ -266,9 +267,20 @@ def _loaded(value: Any) -> Any:
         return value
 
 
+def _number(node: Any) -> float | None:
+    """What is a number, or a text that means one, in the place of a class."""
+    word: Any = node.get("class_path") if isinstance(node, dict) and not node.get("init_args") else node
+    try:
+        return None if isinstance(word, bool) else float(word)
+    except (TypeError, ValueError):
+        return None
+
+
 def resolved(path: str, value: Any) -> Any:
     """A component as `config.build` takes it: the class found, its arguments checked."""
     node = {"class_path": value} if isinstance(value, str) else value
+    if path in NUMBERS and (number := _number(node)) is not None:
+        return number
     if not isinstance(node, dict):
         raise ValueError(f"expected a class for --{path}, got {value!r}: name one, or see pyro-vae fit --{path}.help")
     if {"reference", "object"} & node.keys():

@@ -425,7 +425,7 @@ def _inference_data(groups: Mapping[str, Mapping[str, Tensor]], shared: Sequence
 def _batches(data: Any, seed: int, *programs: Any) -> Iterator[tuple[tuple[Tensor, ...], dict[str, Tensor]]]:
     """The data in order, as calls of a program, on the device that the programs' parameters are on."""
     modules = (program for program in programs if isinstance(program, nn.Module))
-    data = as_data(data)
+    data = as_data(data, *programs)
     device = next((p.device for module in modules for p in module.parameters()), data.device)
     data = data.to(device)
     generator = torch.Generator(device).manual_seed(seed)

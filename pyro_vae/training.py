@@ -28,6 +28,7 @@ from pyro.infer import (
     TraceGraph_ELBO,
     TraceMeanField_ELBO,
 )
+from pyro.optim import PyroOptim
 from pyro.optim.lr_scheduler import PyroLRScheduler
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
@@ -125,10 +126,10 @@ def fit(
     valid: Any = None,
     loss: Any = None,
     optimizer: Optimizer | None = None,
-    learning_rate: Schedule | None = None,
-    kl_weight: Schedule | None = None,
+    learning_rate: Schedule | float | None = None,
+    kl_weight: Schedule | float | None = None,
     epochs: int = 100,
-    batch_size: int = 100,
+    batch_size: int | None = None,
     clip_norm: float | None = None,
     patience: int | None = None,
     callbacks: Sequence[Callback] = (),
@@ -146,10 +147,11 @@ def fit(
         model, guide: Pyro programs: modules, or plain functions with ``pyro.param``.
         train, valid: a tensor; a tuple of tensors, optionally ending in a dict of keyword tensors, all indexed
             together; or a split of a data set.
-        loss: any ELBO of Pyro's form; ``Trace_ELBO()`` by default.
+        loss: any ELBO of Pyro's form, or its class; ``Trace_ELBO()`` by default.
         optimizer: one of ``pyro.optim``, or a callable from parameters to a torch optimiser; Adam at 1e-3 by default.
-        learning_rate, kl_weight: factors, pure functions of the epoch (`pyro_vae.schedules`). The KL weight scales
-            every latent site in model and guide.
+        learning_rate: the optimiser's rate as a number, or a factor of the optimiser's own rate as a pure function of
+            the epoch (`pyro_vae.schedules`).
+        kl_weight: of every latent site in model and guide: a number, or a pure function of the epoch.
         patience: stop after this many epochs without a better validation bound, and return the best weights.
         callbacks: each is called with the `Run` after every epoch; one that returns True ends the training.
         device: ``"auto"`` is CUDA where there is one.
@@ -174,9 +176,13 @@ def fit(
         True
     """
     place = select_device(device)
-    data, held_out = as_data(train).to(place), None if valid is None else as_data(valid).to(place)
-    loss, optimizer = loss or Trace_ELBO(), optimizer or functools.partial(torch.optim.Adam, lr=1e-3, fused=True)
+    data = as_data(train, model, guide).to(place)
+    held_out = None if valid is None else as_data(valid, model, guide).to(place)
+    loss = _loss(loss)
+    optimizer = functools.partial(torch.optim.Adam, lr=1e-3, fused=True) if optimizer is None else optimizer
+    batch_size = min(100, len(data)) if batch_size is None else batch_size
     _check_arguments(data, epochs, batch_size, patience, held_out)
+    _check_optimizer(optimizer)
     _check_schedules(loss, optimizer, learning_rate, kl_weight)
     for module in modules_of(model=model, guide=guide, loss=loss).values():
         module.to(place).train()
@@ -194,19 +200,25 @@ def fit(
             long = epochs * len(data) >= WORTH_COMPILING * batch_size
             compile = long if resume is None else _was_compiled(resume)
         svi = (CompiledSVI if compile else SVI)(model, guide, optimizer, loss, clip_norm=clip_norm)
-        scale = latent_scale(1.0, place) if kl_weight else None
+        weight = _constant(kl_weight) if isinstance(kl_weight, float | int) else kl_weight
+        scale = latent_scale(1.0, place) if weight else None
         typical = data.typical_batches(batch_size)
-        _check_guide(svi, loss, *data.trimmed_batch(typical[0].to(place), _generator(place, seed)))
         try:
             with scale or contextlib.nullcontext():
                 for rows in typical if compile else typical[:1]:
                     args, kwargs = data.trimmed_batch(rows.to(place), _generator(place, seed))
-                    if scale:
-                        _check_weight(svi, loss, scale, args, kwargs)
-                    svi.initialize(*args, **kwargs)
-        finally:  # data outside the support fail in either; this says it better
-            for part in (data, held_out):
-                _check_support(svi, part)
+                    _initialize(svi, loss, scale, args, kwargs)
+                _check_globals(svi, len(data), args, kwargs)
+        except Exception as problem:
+            try:  # data outside the support fail in either; this says it better
+                _check_support(svi, data)
+            except ValueError:
+                raise
+            except Exception:
+                raise problem from None
+            raise
+        for part in (data, held_out):
+            _check_support(svi, part)
         path = Path(resume) if resume is not None else checkpoint.new_run(out, overwrite)
         run = Run(model, guide, path, describe(settings | objects))
         state = _State(svi, run, _generator(place, seed), data, {"seed": seed, "batch_size": batch_size})
@@ -225,11 +237,12 @@ def fit(
             batches = data.batches(batch_size, _generator("cpu", seed, state.epoch))
             for index in batches[state.position :]:
                 now = svi.steps / steps_per_epoch
-                if scale and kl_weight:
-                    scale.weight = kl_weight(now)
-                if learning_rate:
+                if scale and weight:
+                    scale.weight = weight(now)
+                if learning_rate is not None:
                     for group, given in zip(svi.update.groups, svi.update.settings, strict=True):
-                        group["lr"] = given["lr"] * learning_rate(now)
+                        rate = given["lr"] * learning_rate(now) if callable(learning_rate) else learning_rate
+                        group["lr"] = rate
                 args, kwargs = data.trimmed_batch(index, state.generator)
                 with scale or contextlib.nullcontext():
                     state.total = state.total + svi.step_async(*args, **kwargs).reshape(-1)[0] * share(len(index))
@@ -246,7 +259,7 @@ def fit(
             record["bound"] = data.mean_log_jacobian - float(state.total) / len(data)
             if held_out is not None:
                 record["valid"] = _validation_bound(svi, held_out, share, 8 * batch_size, seed)
-            record["kl_weight"] = kl_weight((svi.steps - 1) / steps_per_epoch) if kl_weight else 1.0
+            record["kl_weight"] = weight((svi.steps - 1) / steps_per_epoch) if weight else 1.0
             record["learning_rate"] = svi.update.groups[0].get("lr")
             if isinstance(loss, Estimator):
                 record |= loss.record()
@@ -308,7 +321,9 @@ class _State:
         self.data = {
             "rows": len(data),
             "shapes": [list(tensor.shape[1:]) for tensor in tensors],
-            "checksums": [zlib.crc32(tensor.cpu().contiguous().numpy().tobytes()) for tensor in tensors],
+            "checksums": [
+                zlib.crc32(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()) for tensor in tensors
+            ],
         }
         self.folder = run.path / "checkpoints"
 
@@ -401,6 +416,29 @@ class _State:
             temporary.write_text("".join(json.dumps(record) + "\n" for record in self.run.history))
 
 
+def _initialize(svi: SVI, loss: Any, scale: LatentScale | None, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    """`SVI.initialize`, after what the loss does not look at itself; what torch says of parameters that are not finite
+    and of dtypes, in this library's words."""
+    try:
+        _check_guide(svi, loss, args, kwargs)
+        if scale is not None:
+            _check_weight(svi, loss, scale, args, kwargs)
+        svi.initialize(*args, **kwargs)
+    except ValueError as error:
+        if not str(error).startswith("Expected parameter"):
+            raise
+        raise svi._diagnosis(torch.tensor(math.nan), get_random_state(), args, kwargs) from None
+    except RuntimeError as error:
+        (problem, *_), given = str(error).splitlines() or [""], (*args, *kwargs.values())
+        if "dtype" not in problem and "scalar type" not in problem:
+            raise
+        came = sorted({str(tensor.dtype) for tensor in given if isinstance(tensor, Tensor)})
+        raise ValueError(
+            f"expected data of the dtype that model and guide compute with, got {', '.join(came)} ({problem}): call "
+            "x.float() where networks are fed"
+        ) from error
+
+
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
@@ -491,15 +529,61 @@ def _check_arguments(data: Data, epochs: int, batch_size: int, patience: int | N
                 raise ValueError(f"expected finite data, got {count} NaN or infinite values: drop or fill them")
 
 
-def _check_schedules(loss: Any, optimizer: Any, learning_rate: Schedule | None, kl_weight: Schedule | None) -> None:
+def _loss(loss: Any) -> Any:
+    """The loss, made where it is a class; Pyro's by default."""
+    if loss is None:
+        return Trace_ELBO()
+    if isinstance(loss, type):
+        try:
+            loss = loss()
+        except TypeError as error:
+            raise ValueError(
+                f"expected a loss, got the class {loss.__name__}, which cannot be made without arguments ({error}): "
+                f"hand over {loss.__name__}(...)"
+            ) from None
+    if not (callable(loss) or hasattr(loss, "loss")):
+        raise ValueError(f"expected a loss such as Trace_ELBO(), got {loss!r}: name one of pyro_vae.estimators")
+    return loss
+
+
+def _constant(weight: float) -> Schedule:
+    return lambda epoch: float(weight)
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    if isinstance(optimizer, PyroOptim):
+        return
+    is_made = isinstance(optimizer, torch.optim.Optimizer)
+    if is_made or not callable(optimizer) or (isinstance(optimizer, type) and issubclass(optimizer, PyroOptim)):
+        came = f"a {type(optimizer).__name__} that was made already" if is_made else repr(optimizer)
+        raise ValueError(
+            f"expected an optimiser of pyro.optim, or a callable from parameters to one of torch, got {came}: hand "
+            "over functools.partial(torch.optim.Adam, lr=1e-3)"
+        )
+
+
+def _check_schedules(
+    loss: Any, optimizer: Any, learning_rate: Schedule | float | None, kl_weight: Schedule | float | None
+) -> None:
+    for name, given in (("learning_rate", learning_rate), ("kl_weight", kl_weight)):
+        number = isinstance(given, float | int) and not isinstance(given, bool)
+        if given is None or (callable(given) and not isinstance(given, type)):
+            continue
+        if not number or not 0 < given < math.inf:  # type: ignore[operator]
+            raise ValueError(
+                f"expected {name} to be a positive number or a function of the epoch, got {given!r}: give 1e-3, or a "
+                "schedule such as pyro_vae.schedules.Warmup(20)"
+            )
     weighs_draws = isinstance(loss, RenyiELBO | ReweightedWakeSleep | ConstrainedELBO | Trace_MMD)
-    if kl_weight and (weighs_draws or not getattr(loss, "tempered", True)):
+    if kl_weight is not None and (weighs_draws or not getattr(loss, "tempered", True)):
         raise ValueError(
             f"expected a loss that is linear in the KL term beside kl_weight, got {type(loss).__name__}, whose weights "
             "or constraints it would change: leave kl_weight out, or use ELBO"
         )
     arguments = getattr(optimizer, "pt_optim_args", {})
-    if learning_rate and (isinstance(optimizer, PyroLRScheduler) or "lrd" in arguments or "eta" in arguments):
+    if learning_rate is not None and (
+        isinstance(optimizer, PyroLRScheduler) or "lrd" in arguments or "eta" in arguments
+    ):
         raise ValueError(
             "expected one rule for the learning rate, got learning_rate beside an optimiser that has its own (a "
             "scheduler, lrd or eta): leave one out"
@@ -512,6 +596,30 @@ def _check_guide(svi: SVI, loss: Any, args: Sequence[Any], kwargs: Mapping[str, 
     if of_pyro and not isinstance(poutine.unwrap(svi.guide), Messenger):
         with preserved(), torch.no_grad(), evaluating(*svi.modules.values()):
             check_draws_alone(poutine.trace(svi.guide).get_trace(*args, **kwargs))
+
+
+def _check_globals(svi: SVI, count: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """In batches the data's terms stand for all data, where latent sites are shared by all: else the prior of these is
+    counted in each batch."""
+    if len(args[0]) == count:
+        return
+    with preserved(), torch.no_grad(), evaluating(*svi.modules.values()):
+        q = poutine.trace(svi.guide).get_trace(*args, **kwargs)
+        p = poutine.trace(poutine.replay(svi.model, q)).get_trace(*args, **kwargs)
+    observed = [site for _, site in samples(p) if site["is_observed"] and site["cond_indep_stack"]]
+    plates = {frame.name: frame for site in observed for frame in site["cond_indep_stack"]}
+    shared = [name for name, site in samples(p) if not site["is_observed"] and not plates.keys() & _names(site)]
+    of_rows = [frame for frame in plates.values() if frame.size == len(args[0])]
+    if shared and of_rows and all((frame.full_size or frame.size) == frame.size for frame in of_rows):
+        raise ValueError(
+            f"expected a plate that stands for all {count} data, as the latent sites {shared} are shared by them, got "
+            f'"{of_rows[0].name}" of the {len(args[0])} rows of a batch: batch_size={count}, or pyro.plate('
+            f'"{of_rows[0].name}", {count}, subsample=torch.arange(len(x)))'
+        )
+
+
+def _names(site: Mapping[str, Any]) -> set[str]:
+    return {frame.name for frame in site["cond_indep_stack"]}
 
 
 def _check_weight(svi: SVI, loss: Any, scale: LatentScale, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

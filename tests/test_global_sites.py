@@ -213,7 +213,7 @@ class Topics(PyroModule):
             words = pyro.sample("words", dist.Dirichlet(torch.full((9,), 0.3)))
         with pyro.plate("documents", len(x)):
             share = pyro.sample("share", dist.Dirichlet(self.strength.exp() * torch.ones(3)))
-            return pyro.sample("x", dist.Multinomial(probs=share @ words, validate_args=False), obs=x)
+            return pyro.sample("x", dist.Multinomial(30, share @ words), obs=x)
 
 
 def test_a_topic_model(tmp_path):

@@ -108,8 +108,8 @@ def compare_estimators(
         raise ValueError(f"expected learning_rate > 0 or else an optimizer, got {came}: give one of them")
     optimizer = optimizer or functools.partial(torch.optim.Adam, lr=learning_rate or 1e-3, fused=True)
     contestants, skipped = contestants_of(estimators, num_particles)
-    data = as_data(data)
-    held_out = data if valid is None else as_data(valid)
+    data = as_data(data, model, guide)
+    held_out = data if valid is None else as_data(valid, model, guide)
     batch_size = min(100, len(data)) if batch_size is None else batch_size
     if not 1 <= batch_size <= len(data):
         raise ValueError(

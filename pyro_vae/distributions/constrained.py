@@ -23,6 +23,7 @@ NEGATIVE = {torch.neg, torch.negative, Tensor.neg, Tensor.negative, Tensor.__neg
 LOG1P = {torch.log1p, Tensor.log1p, torch.special.log1p}
 ONE_MINUS = {Tensor.__rsub__, torch.rsub}
 CLAMP = {torch.clamp, Tensor.clamp, torch.clip, Tensor.clip}
+CASTS = {Tensor.double, Tensor.float, Tensor.to}
 SHAPES = {  # of one tensor to one tensor, that move elements and change none
     *(Tensor.__getitem__, Tensor.unsqueeze, Tensor.squeeze, Tensor.expand, Tensor.expand_as, Tensor.reshape),
     *(Tensor.view, Tensor.flatten, Tensor.unflatten, Tensor.movedim, Tensor.transpose, Tensor.permute),
@@ -36,8 +37,8 @@ class Constrained(Tensor):
     """A tensor that remembers the logarithms of its elements, before these were rounded.
 
     It is the tensor `plain` to every function of torch but for logarithms: ``log(y)``, ``xlogy(a, y)``, and where
-    ``log(1 - y)`` is known ``log(1 - y)`` and ``log1p(-y)`` too. Functions that only move elements keep what is
-    remembered; the others give plain tensors.
+    ``log(1 - y)`` is known ``log(1 - y)`` and ``log1p(-y)`` too. Functions that only move elements, or change their
+    type, keep what is remembered; the others give plain tensors.
 
     Attributes:
         plain: the values, an ordinary tensor.
@@ -93,7 +94,7 @@ def _by_memory(function: Any, args: Sequence[Any], kwargs: Any) -> Any:
     log, log1m = _logarithms(value)
     if function in LOG:
         return log
-    if function in SHAPES:
+    if function in SHAPES or function in CASTS:
         return _mapped(lambda part: function(part, *args[1:], **kwargs), [value])
     if log1m is None:
         return None

@@ -1,0 +1,126 @@
+"""What `fit` takes as learning rate, KL weight, loss and optimiser, from Python and from the command line."""
+
+import functools
+import math
+
+import pyro.optim
+import pytest
+import torch
+from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
+
+from pyro_vae import fit, load_run
+from pyro_vae.cli import main
+from pyro_vae.estimators import ELBO
+from pyro_vae.guides import AmortizedGuide
+from pyro_vae.models import VAE
+from pyro_vae.schedules import Exponential, Warmup
+
+few = {"epochs": 2, "batch_size": 20, "progress": False}
+
+
+def trained(path, **options):
+    torch.manual_seed(0)
+    model = VAE((4,), latent_dim=2)
+    guide = AmortizedGuide(model)
+    x = torch.rand(40, 4, generator=torch.Generator().manual_seed(0)).round()
+    return fit(model, guide, x, **{**few, "out": path, "overwrite": True, **options})
+
+
+def weights(run):
+    return torch.cat([p.detach().flatten() for p in (*run.model.parameters(), *run.guide.parameters())])
+
+
+def adam(rate):
+    return functools.partial(torch.optim.Adam, lr=rate, fused=True)
+
+
+EQUALS = {
+    "a rate is Adam's": ({"learning_rate": 0.01}, {"optimizer": adam(0.01)}),
+    "a rate takes the place of the optimiser's": (
+        {"optimizer": adam(0.5), "learning_rate": 0.01},
+        {"optimizer": adam(0.01)},
+    ),
+    "a rate of a Pyro optimiser": (
+        {"optimizer": pyro.optim.Adam({"lr": 0.5}), "learning_rate": 0.01},
+        {"optimizer": pyro.optim.Adam({"lr": 0.01})},
+    ),
+    "a schedule is a factor": (
+        {"optimizer": adam(0.5), "learning_rate": lambda epoch: 0.02},
+        {"optimizer": adam(0.01)},
+    ),
+    "a weight is constant": ({"kl_weight": 0.5}, {"kl_weight": lambda epoch: 0.5}),
+    "a weight of one": ({"kl_weight": 1}, {}),
+    "a loss's class": ({"loss": TraceMeanField_ELBO}, {"loss": TraceMeanField_ELBO()}),
+    "an estimator's class": ({"loss": ELBO}, {"loss": ELBO()}),
+    "an optimiser's class": ({"optimizer": torch.optim.Adam}, {"optimizer": adam(1e-3)}),
+}
+
+
+@pytest.mark.parametrize("name", EQUALS)
+def test_a_number_or_a_class_is_what_it_stands_for(name, tmp_path):
+    given, meant = EQUALS[name]
+    ours, theirs = trained(tmp_path / "a", **given), trained(tmp_path / "b", **meant)
+    torch.testing.assert_close(weights(ours), weights(theirs), rtol=1e-6, atol=1e-7)
+    assert ours.history[-1]["bound"] == pytest.approx(theirs.history[-1]["bound"], abs=1e-4)
+
+
+REFUSED = {
+    "learning_rate": (
+        {"learning_rate": each}
+        for each in (0, 0.0, -1e-3, math.nan, math.inf, "1e-3", True, Warmup, torch.tensor([1.0]))
+    ),
+    "kl_weight": ({"kl_weight": each} for each in (0, -0.5, math.nan, math.inf, "0.5", False, Exponential, [1.0])),
+    "loss": ({"loss": each} for each in ("ELBO", 1, 0, False, dict, int)),
+    "optimiser": (
+        {"optimizer": each}
+        for each in ("Adam", 1e-3, 0, torch.optim.Adam([torch.zeros(1)]), pyro.optim.PyroOptim, lambda p: p)
+    ),
+}
+CASES = [(name, options) for name, all_options in REFUSED.items() for options in all_options]
+
+
+@pytest.mark.parametrize(("name", "options"), CASES, ids=lambda each: str(each)[:40])
+def test_what_is_none_of_them_is_refused_in_one_line(name, options, tmp_path):
+    with pytest.raises(ValueError, match="expected .*, got .*: ") as raised:
+        trained(tmp_path / "run", **options)
+    assert name in str(raised.value) and "\n" not in str(raised.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_numbers_are_kept_and_gone_on_with(tmp_path):
+    numbers = {"learning_rate": 0.01, "kl_weight": 0.5, "loss": Trace_ELBO}
+    with pytest.raises(ValueError, match="expected a loss that is linear in the KL term beside kl_weight, got Renyi"):
+        trained(tmp_path / "run", **numbers | {"loss": RenyiELBO})
+    whole = trained(tmp_path / "whole", **numbers)
+    trained(tmp_path / "part", **{**numbers, "epochs": 1})
+    again = trained(tmp_path / "part", **numbers, out=None, overwrite=False, resume=tmp_path / "part")
+    assert torch.equal(weights(whole), weights(again))
+    assert [record["learning_rate"] for record in again.history] == [0.01, 0.01]
+    assert [record["kl_weight"] for record in again.history] == [0.5, 0.5]
+    config = load_run(again.path).config
+    assert (config["learning_rate"], config["kl_weight"]) == (0.01, 0.5)
+
+
+def test_the_command_line_takes_numbers(tmp_path, capsys):
+    path = tmp_path / "run"
+    few = [
+        "--epochs",
+        "1",
+        "--model.decoder.hidden",
+        "[8]",
+        "--guide.encoder.hidden",
+        "[8]",
+        "--evaluate.num_samples",
+        "2",
+    ]
+    assert (
+        main(["fit", "--data", "digits", "--out", str(path), "--learning_rate", "1e-2", "--kl_weight", "0.5", *few])
+        == 0
+    )
+    run = load_run(path)
+    assert run.config["learning_rate"] == 0.01 and run.history[0]["learning_rate"] == 0.01
+    assert main(["fit", "--resume", str(path), "--epochs", "2"]) == 0
+    assert [record["kl_weight"] for record in load_run(path).history] == [0.5, 0.5]
+    capsys.readouterr()
+    assert main(["fit", "--data", "digits", "--out", str(tmp_path / "not"), "--learning_rate", "-1", *few]) == 2
+    assert "expected learning_rate to be a positive number" in capsys.readouterr().err
