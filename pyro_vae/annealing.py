@@ -36,6 +36,7 @@ GAIN = 0.5  # of the logarithm of the step size, for each move and unit of the r
 PILOT_MOVES = 50  # at least
 FIRST_MOVES = 20  # of the pilot, at the first temperature, where it knows nothing
 WORTH_COMPILING = 5_000  # calls
+ROUNDING = 1e-6  # of an estimate, in float32
 TAIL = 64  # chains from which on their weights' tail has a shape that can be fitted
 SEEDS = 1_000_003  # between the random streams of a check's chains
 PERIODIC = (dist.VonMises, dist.SineBivariateVonMises, dist.SineSkewed)
@@ -87,8 +88,8 @@ class Annealed:
         if self.change is None:
             return False
         error = self.change.standard_error_draws
-        rounding = 1e-5 * (1 + abs(self.log_evidence.value))
-        return self.change.value > rounding + 2 * (self.change.standard_error if math.isnan(error) else error)
+        error = 2 * (self.change.standard_error if math.isnan(error) else error)
+        return self.change.value > max(error, ROUNDING * (1 + abs(float(self))))
 
     @property
     def too_few(self) -> bool:

@@ -198,7 +198,9 @@ def _check_steps(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None
     """A closed form of the divergence of two chains has one mask for both."""
     for name, site in samples(guide_trace):
         masks = _steps(site["fn"]), _steps(model_trace.nodes[name]["fn"]) if name in model_trace.nodes else None
-        if masks[0] is not None and masks[1] is not None and bool((masks[0] != masks[1]).any()):
+        if masks[0] is None or masks[1] is None or masks[0].is_meta:  # which have no values
+            continue
+        if bool((masks[0] != masks[1]).any()):
             raise ValueError(
                 f'expected latent site "{name}" masked in model and guide alike, got chains that differ in which steps '
                 "are there: give both the same mask"

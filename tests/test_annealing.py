@@ -588,3 +588,14 @@ def test_a_sandwich_tells_the_same_of_both_directions():
     found = sandwich(model, 20, num_temperatures=6, **QUICK)
     assert all(0 < each < 5 for each in found.log_weight_variance)
     assert all(1 < each <= 16 for each in found.ess)
+
+
+def test_rounding_moves_no_estimate(linear):
+    """From the exact posterior all weights are p(x), but for rounding."""
+    model, x = linear
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for rows in (x, x[:1]):
+            found = annealed(model, rows, guide=posterior_guide(model, rows), num_temperatures=4, **QUICK)
+            assert not found.moved and not found.too_few
+            assert float(found) == pytest.approx(model.log_evidence(rows).mean().item(), abs=1e-9)
