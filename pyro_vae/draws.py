@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from .distributions import rearranged
 
-__all__ = ["DRAWS", "DrawsPlate", "SeparateDrawsWarning", "are_joint", "difference", "warn_of"]
+__all__ = ["DRAWS", "DrawsPlate", "SeparateDrawsWarning", "are_joint", "difference", "log_prob_of", "warn_of"]
 
 DRAWS = "_draws"
 DROPOUTS = {
@@ -123,6 +123,21 @@ def difference(
     return None
 
 
+def log_prob_of(site: Mapping[str, Any]) -> Tensor:
+    """``ln p`` of a site's value. Whole numbers that are observed are scored as real ones, as 255 + 1 is 0 in uint8.
+
+    A distribution that takes whole numbers alone, as indices, is given them.
+    """
+    p, value = site["fn"], site["value"]
+    if not site["is_observed"] or not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex():
+        return p.log_prob(value)
+    wide = value.dtype in (torch.int32, torch.int64)  # of which float32 does not hold all
+    try:
+        return p.log_prob(value.to(torch.float64 if wide else torch.get_default_dtype()))
+    except (IndexError, RuntimeError, TypeError, ValueError):
+        return p.log_prob(value)
+
+
 def _scores(
     programs: Sequence[Callable], drawn: poutine.Trace, args: Any, kwargs: Any, plate: Any = None
 ) -> Iterator[dict[str, Tensor]]:
@@ -138,7 +153,7 @@ def _scores(
                 if name not in drawn:
                     drawn.add_node(name, **site)  # its rows are those of every call
             elif not _is_point(site["fn"]):
-                log_prob = site["fn"].log_prob(site["value"])
+                log_prob = log_prob_of(site)
                 if site["mask"] is not None:
                     log_prob = torch.where(torch.as_tensor(site["mask"]), log_prob, log_prob.new_zeros(()))
                 scores[name] = log_prob

@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .compiled import preserved
 from .distributions import check_masks, leaf_of, mixes_rows
-from .draws import DRAWS, DrawsPlate, difference, warn_of
+from .draws import DRAWS, DrawsPlate, difference, log_prob_of, warn_of
 from .guards import python_state
 
 __all__ = [
@@ -79,8 +79,8 @@ def structure_of(
         _check_steps(model_trace, guide_trace)
         if is_validation_enabled():
             for trace in (guide_trace, model_trace):
-                trace.compute_log_prob()
                 for _, site in samples(trace):
+                    site["log_prob"] = log_prob_of(site)
                     check_site_shape(site, structure.nesting)
     return structure
 
@@ -633,7 +633,7 @@ class _Reader:
         divergences = {name: self._divergence(name) for name in self.shared} if self.analytic_kl else {}
         for trace, part in ((self.q, "log_q"), (self.p, "log_p")):
             for name, site in samples(trace):
-                log_prob = site["fn"].log_prob(site["value"])
+                log_prob = log_prob_of(site)
                 if trace is self.q and name in self.own_log_q:
                     log_prob = self.own_log_q[name] + (log_prob - log_prob.detach())
                 value = self._weighted(site, on_plates(site, log_prob))

@@ -12,7 +12,7 @@ from torch import nn
 from pyro_vae import evaluate, fit, load_dataset
 from pyro_vae.annealing import annealed
 from pyro_vae.data import as_data
-from pyro_vae.estimators import IWAE, SemiSupervisedELBO
+from pyro_vae.estimators import ELBO, IWAE, SemiSupervisedELBO
 from pyro_vae.guides import AmortizedGuide, StateSpaceGuide
 from pyro_vae.models import (
     VAE,
@@ -321,3 +321,35 @@ def test_counts_of_a_wide_range_train_by_default(likelihood, tmp_path):
         guide = StateSpaceGuide(chain, inference, hidden=4)
         run = fit(chain, guide, x.reshape(60, 4, 2), epochs=1, batch_size=20, out=tmp_path / inference, **quiet)
         assert run.history[-1]["bound"] < 0
+
+
+STOCK = {
+    "Poisson": (lambda: dist.Poisson(torch.tensor(200.0)), 255),
+    "Binomial": (lambda: dist.Binomial(255, logits=torch.tensor(0.3)), 255),
+    "Bernoulli": (lambda: dist.Bernoulli(logits=torch.tensor(0.3)), 1),
+    "Normal": (lambda: dist.Normal(torch.tensor(250.0), 3.0), 255),
+    "Categorical": (lambda: dist.Categorical(logits=torch.arange(4.0)), 3),
+    "Geometric": (lambda: dist.Geometric(torch.tensor(0.1)), 200),
+    "NegativeBinomial": (lambda: dist.NegativeBinomial(torch.tensor(5.0), logits=torch.tensor(2.0)), 255),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool])
+@pytest.mark.parametrize("name", STOCK)
+def test_estimators_score_whole_numbers_of_a_users_program_as_real_ones(name, dtype):
+    make, value = STOCK[name]
+    x = torch.full((3,), value).to(dtype)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", make(), obs=x)
+        return z
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+
+    exact = float(make().log_prob(x.float()).sum())
+    for estimator in (ELBO(2), IWAE(3)):
+        assert -estimator.loss(model, guide, x) == pytest.approx(exact, rel=1e-5)
