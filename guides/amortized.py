@@ -99,7 +99,7 @@ class AmortizedGuide(Configured, PyroModule):
                 with untouched(model), poutine.block():
                     model(*example[0])
             except Exception as error:
-                message = f"{type(error).__name__}: {error}".partition("\n")[0]
+                message = str(error).partition("\n")[0]
                 raise ValueError(
                     "expected a model whose draw, model(num_data=2), is what it takes as data, got one that cannot be "
                     f"called with it ({message}): give the arguments of a call, AmortizedGuide(model, example=((x,), "
