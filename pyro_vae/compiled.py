@@ -718,7 +718,7 @@ def _wake_compiler() -> None:
     """Compile a tiny kernel beside the recording: torch probes a C++ compiler at its first, for seconds."""
 
     def compile() -> None:
-        with contextlib.suppress(Exception):  # which the graph's own kernels meet too, and name
+        with contextlib.suppress(Exception), _quiet():  # which the graph's own kernels meet too, and name
             CppPythonBindingsCodeCache.load_pybinding(["float*"], TINY_KERNEL)
 
     with contextlib.suppress(Exception), _quiet():

@@ -13,6 +13,7 @@ import logging
 import operator
 import random
 import sys
+import threading
 import types
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
@@ -289,13 +290,13 @@ def _slots(kind: type) -> set[str]:
 
 
 class _Heard:
-    """A stream that notes what is written, and passes it on."""
+    """A stream that notes what this thread writes, and passes it on."""
 
     def __init__(self, stream: Any, heard: list[str]) -> None:
-        self._stream, self._heard = stream, heard
+        self._stream, self._heard, self._thread = stream, heard, threading.get_ident()
 
     def write(self, text: str) -> Any:
-        if text.strip():
+        if text.strip() and threading.get_ident() == self._thread:
             self._heard.append(text.strip())
         return self._stream.write(text)
 
@@ -305,12 +306,12 @@ class _Heard:
 
 @contextlib.contextmanager
 def watched() -> Iterator[list[str]]:
-    """What is printed, and logged by other loggers than those of the libraries below, within the block."""
+    """What this thread prints, and logs by other loggers than those of the libraries below, within the block."""
     heard: list[str] = []
-    handle = logging.Logger.handle
+    handle, thread = logging.Logger.handle, threading.get_ident()
 
     def noted(self: logging.Logger, record: logging.LogRecord) -> None:
-        if not is_library(record.name):
+        if record.thread == thread and not is_library(record.name):
             heard.append(record.getMessage())
         handle(self, record)
 

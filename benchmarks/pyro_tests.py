@@ -1,0 +1,168 @@
+"""Pyro's own test-suite, once with `pyro.infer.SVI` and once with `CompiledSVI` in its place: the tests that differ.
+
+    python benchmarks/pyro_tests.py CHECKOUT [tests/infer/test_gradient.py ...] [--inductor] [--out pyro_tests.json]
+
+CHECKOUT is a work tree of Pyro's repository, of whose tests alone are used: Pyro is the installed one. Without names, the
+files that mention SVI are run, but for those in `SLOW`. Graphs are interpreted as they were recorded, as a compiler
+takes seconds for each of some thousand; with ``--inductor`` they are compiled. The outcome of each test, how many SVIs
+it makes, and the reasons for which steps run eagerly go to the JSON file.
+"""
+
+import argparse
+import collections
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+SLOW = (
+    "tests/infer/mcmc",
+    "tests/perf",
+    "tests/test_examples.py",
+    "tests/contrib/funsor",
+    "tests/contrib/epidemiology",
+)
+FIGURES = "PYRO_VAE_PYRO_TESTS"  # the environment variable by which the two runs know themselves
+
+
+class Plugin:
+    """Puts one class in the place of SVI before any test is collected, and keeps the outcomes."""
+
+    def __init__(self, kind: str, inductor: bool, out: str) -> None:
+        self.kind, self.inductor, self.out = kind, inductor, Path(out)
+        self.tests: dict[str, dict] = {}
+        self.made: list = []
+
+    def pytest_configure(self, config) -> None:
+        import pyro.contrib.cevae
+        import pyro.contrib.forecast
+        import pyro.infer
+
+        import pyro_vae.compiled
+
+        config.addinivalue_line("filterwarnings", "ignore::pyro_vae.compiled.FallbackWarning")
+        stock, made = pyro.infer.SVI, self.made
+        base = stock if self.kind == "SVI" else pyro_vae.CompiledSVI
+        if not self.inductor:
+            pyro_vae.compiled._compile = lambda graph, tensors: graph
+
+        class SVI(base):
+            def __init__(self, *args, **kwargs) -> None:
+                made.append(self)
+                super().__init__(*args, **kwargs)
+
+        SVI.__name__ = SVI.__qualname__ = base.__name__
+        for name, module in [*sys.modules.items()]:
+            if name.partition(".")[0] == "pyro":
+                for key, value in [*vars(module).items()]:
+                    if value is stock:
+                        setattr(module, key, SVI)
+
+    def pytest_runtest_setup(self, item) -> None:
+        self.made.clear()
+
+    def pytest_runtest_logreport(self, report) -> None:
+        test = self.tests.setdefault(report.nodeid, {"outcome": "passed", "svis": 0})
+        if report.outcome != "passed":
+            text = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)
+            lines = [line for line in text.splitlines() if line.startswith("E  ")] or text.splitlines()[-1:]
+            test.update(outcome=report.outcome, why="\n".join(line[:300] for line in lines[:4]))
+        if report.when == "call":
+            test["svis"] = len(self.made)
+            reasons = {getattr(svi, "fallback_reason", None) for svi in self.made} - {None}
+            test["eager"] = sorted(reason.split(" at /")[0][:160] for reason in reasons)
+            test["compiled"] = sum(bool(getattr(svi, "compiled", False)) for svi in self.made)
+        if report.when == "teardown":
+            self.out.write_text(json.dumps(self.tests))
+
+
+if FIGURES in os.environ:
+    kind, inductor, out = json.loads(os.environ[FIGURES])
+    plugin = Plugin(kind, inductor, out)
+    pytest_configure = plugin.pytest_configure
+    pytest_runtest_setup = plugin.pytest_runtest_setup
+    pytest_runtest_logreport = plugin.pytest_runtest_logreport
+
+
+def run(kind: str, checkout: Path, names: list[str], inductor: bool, seconds: float) -> dict[str, dict]:
+    """The outcomes of the tests in these files, each file in a process of its own."""
+    outcomes: dict[str, dict] = {}
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder:
+            for part in ("tests", "setup.cfg", "examples"):  # and not Pyro itself
+                (Path(folder) / part).symlink_to(checkout.resolve() / part)
+            out = Path(folder) / "outcomes.json"
+            here = str(Path(__file__).parent)
+            path = os.pathsep.join([here, folder, os.environ.get("PYTHONPATH", str(Path(here).parent))])
+            environment = {**os.environ, "PYTHONPATH": path, FIGURES: json.dumps([kind, inductor, str(out)])}
+            command = [sys.executable, "-m", "pytest", "-q", "-x", "--maxfail=1000", "-p", "pyro_tests", name]
+            begin = time.monotonic()
+            try:
+                subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=seconds, check=False)
+            except subprocess.TimeoutExpired:
+                print(f"{kind} {name}: not finished", flush=True)
+            outcomes |= json.loads(out.read_text()) if out.exists() else {}
+            print(f"{kind} {name}: {time.monotonic() - begin:.0f} s", flush=True)
+    return outcomes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkout", type=Path)
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--inductor", action="store_true")
+    parser.add_argument("--seconds", type=float, default=900, help="for each file and class")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    arguments = parser.parse_args()
+    files = sorted((arguments.checkout / "tests").rglob("test_*.py"))
+    mention = [str(f.relative_to(arguments.checkout)) for f in files if "SVI" in f.read_text()]
+    names = arguments.names or [name for name in mention if not name.startswith(SLOW)]
+    kinds = ("SVI", "CompiledSVI")
+    found = {kind: run(kind, arguments.checkout, names, arguments.inductor, arguments.seconds) for kind in kinds}
+    record(arguments, names, found)
+
+
+def record(arguments: argparse.Namespace, names: list[str], found: dict[str, dict[str, dict]]) -> None:
+    """Print what differs, and write the results."""
+    import pyro
+    import torch
+
+    stock, compiled = found["SVI"], found["CompiledSVI"]
+    nothing = {"outcome": "absent", "svis": 0}
+    all_tests = sorted(stock.keys() & compiled.keys())  # a file may run out of time
+    using = [t for t in all_tests if stock.get(t, nothing)["svis"] or compiled.get(t, nothing)["svis"]]
+    differ = {
+        test: {kind: {**tests.get(test, nothing)} for kind, tests in found.items()}
+        for test in all_tests
+        if stock.get(test, nothing)["outcome"] != compiled.get(test, nothing)["outcome"]
+    }
+    reasons = collections.Counter(reason for test in using for reason in compiled.get(test, nothing).get("eager", ()))
+    commit = subprocess.run(
+        ["git", "-C", str(arguments.checkout), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    results = {
+        "pyro": pyro.__version__,
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+        "checkout": commit.stdout.strip(),
+        "compiler": "inductor" if arguments.inductor else "none, graphs are interpreted",
+        "files": names,
+        "tests": len(all_tests),
+        "tests_that_one_class_ran_out_of_time_for": len(stock.keys() ^ compiled.keys()),
+        "tests_with_svi": len(using),
+        "svis": sum(compiled.get(test, nothing)["svis"] for test in using),
+        "svis_compiled": sum(compiled.get(test, nothing).get("compiled", 0) for test in using),
+        "alike_with_svi": len([test for test in using if test not in differ]),
+        "outcomes": {kind: collections.Counter(t["outcome"] for t in tests.values()) for kind, tests in found.items()},
+        "differ": differ,
+        "eager": dict(reasons.most_common()),
+    }
+    arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+    print(json.dumps({key: value for key, value in results.items() if key not in ("files", "eager")}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
