@@ -2,10 +2,10 @@
 
     python benchmarks/pyro_tests.py CHECKOUT [tests/infer/test_gradient.py ...] [--inductor] [--out pyro_tests.json]
 
-CHECKOUT is a work tree of Pyro's repository, of whose tests alone are used: Pyro is the installed one. Without names, the
+CHECKOUT is a work tree of Pyro's repository, whose tests alone are used: Pyro is the installed one. Without names, the
 files that mention SVI are run, but for those in `SLOW`. Graphs are interpreted as they were recorded, as a compiler
-takes seconds for each of some thousand; with ``--inductor`` they are compiled. The outcome of each test, how many SVIs
-it makes, and the reasons for which steps run eagerly go to the JSON file.
+takes seconds for each of them; with ``--inductor`` they are compiled. How many tests pass, those that differ, and the
+reasons for which steps run eagerly go to the JSON file.
 """
 
 import argparse
