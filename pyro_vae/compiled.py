@@ -43,6 +43,7 @@ from .guards import (
     Walk,
     get_value,
     is_library,
+    no_run_but,
     place_of,
     restore,
     set_by_each_run,
@@ -421,7 +422,8 @@ class _Recording:
                     self._evaluate(leaves)  # makes what programs make at their first run
                 if heard:
                     raise NotStaticError(does_say(heard))
-                states = [walk(programs, places).entries]
+                first = walk(programs, places)
+                states = [first.entries]
                 was = {place_of(*entry[:2]): entry[2] for entry in before.entries}
                 self.written = [
                     (container, key)
@@ -434,11 +436,15 @@ class _Recording:
                     states.append(walk(programs, places).entries)
             moved = {place_of(*place) for place in moving}
             entries = [entry for entry in stable(states) if place_of(*entry[:2]) not in moved]
-            set_each_time = {place_of(*place) for place in set_by_each_run(states)}
+            set_each_time = {place_of(*entry[:2]): entry for entry in set_by_each_run(states)}
             self.kept = [place_of(*place) in set_each_time for place in self.written]
+            for place in (set_each_time.keys() & first.of_users) - {place_of(*place) for place in self.written}:
+                raise no_run_but(set_each_time[place])
             self.graph, self.live = _lifted(graphs)
             hooks = [hook for tensor in self.live for part in _hook_lists(tensor) for hook in (part or {}).values()]
-            self.guards = Guards([*entries, *walk(hooks).entries])
+            known = {place_of(*entry[:2]) for entry in first.entries}
+            of_hooks = [entry for entry in walk(hooks).entries if place_of(*entry[:2]) not in known]
+            self.guards = Guards([*entries, *of_hooks])
             self.compute = _compile(self.graph, [*self._tensors(leaves), *self.live])
             self._compare(leaves, self.compute, self.graph, 1e-3, "the compiled graph and the recorded one differ")
             if all(tensor.is_cuda for tensor in (*self._tensors(leaves), *self.live)):
@@ -495,10 +501,12 @@ class _Recording:
         with torch.no_grad():
             results = self.compute(*self._tensors(leaves), *self.live)
         if self.written:
-            results, values = results[: -len(self.written)], results[-len(self.written) :]
-            for (container, key), value, is_set in zip(self.written, values, self.kept, strict=True):
+            rest = iter(results[self.num_results :])
+            for (container, key), structure, is_set in zip(self.written, self.trees, self.kept, strict=True):
+                value = pytree.tree_unflatten([next(rest) for _ in range(structure.num_leaves)], structure)
                 if is_set:
                     container[key] = value
+            results = results[: self.num_results]
         return tuple(results) if self.plain else pytree.tree_unflatten(self._filled(results), self.outputs)
 
     def _epsilon(self) -> float:
@@ -532,7 +540,16 @@ class _Recording:
     def _evaluate(self, leaves: Sequence[Any]) -> list[Any]:
         """The function itself, run eagerly."""
         results = pytree.tree_leaves(self._run(leaves))
-        return [*results, *(get_value(*place) for place in self.written)]
+        return [*results, *pytree.tree_leaves([get_value(*place) for place in self.written])]
+
+    def _compared(self, values: Sequence[Any]) -> list[Any]:
+        """The results of a run without what places hold that the program leaves alone."""
+        sizes = [structure.num_leaves for structure in self.trees]
+        begins = itertools.accumulate(sizes, initial=len(values) - sum(sizes))
+        left = {
+            i for b, size, kept in zip(begins, sizes, self.kept, strict=False) if not kept for i in range(b, b + size)
+        }
+        return [value for i, value in enumerate(values) if i not in left]
 
     def _record(self, leaves: Sequence[Any]) -> GraphModule:
         def function(*tensors: Tensor) -> list[Tensor]:
@@ -541,8 +558,10 @@ class _Recording:
             results, self.outputs = pytree.tree_flatten(self._run(given))
             self.fixed = [None if isinstance(result, Tensor) else (result,) for result in results]
             self.plain = self.outputs == pytree.tree_structure((*results,)) and not any(self.fixed)
-            values = [get_value(*place).detach() for place in self.written]
-            return [*(result for result in results if isinstance(result, Tensor)), *values]
+            tensors_of = [result for result in results if isinstance(result, Tensor)]
+            trees = [pytree.tree_flatten(get_value(*place)) for place in self.written]
+            self.num_results, self.trees = len(tensors_of), [structure for _, structure in trees]
+            return [*tensors_of, *(tensor.detach() for values, _ in trees for tensor in values)]
 
         one_for_all = torch._guards.TracingContext(FakeTensorMode())  # else make_fx builds one for each operation
         with _recordable(self.read), torch._guards.tracing(one_for_all), _steps_compiled():
@@ -567,7 +586,7 @@ class _Recording:
             with preserved(*tensors), torch.set_grad_enabled(needs_gradients):
                 if seed is not None:
                     _move(self.live, seed)
-                values = compute(*tensors)
+                values = self._compared(compute(*tensors))
                 return [v.detach().clone() for v in values if isinstance(v, Tensor)], torch.get_rng_state()
 
         (found, state), (results, expected_state) = evaluated(actual), evaluated(expected)
@@ -746,10 +765,10 @@ def does_say(heard: Sequence[str]) -> str:
 
 
 def _is_set(container: Any, key: Any) -> bool:
-    """Whether a place holds a tensor that a graph's result may take the place of."""
-    value = get_value(container, key)
-    is_parameter = isinstance(value, Tensor) and value.is_leaf and value.requires_grad
-    return isinstance(value, Tensor) and not is_parameter and hasattr(container, "__setitem__")
+    """Whether a place holds tensors that a graph's results may take the place of."""
+    leaves = pytree.tree_leaves(get_value(container, key))
+    computed = (isinstance(leaf, Tensor) and not (leaf.is_leaf and leaf.requires_grad) for leaf in leaves)
+    return hasattr(container, "__setitem__") and any(computed) and all(isinstance(leaf, Tensor) for leaf in leaves)
 
 
 class _Read:

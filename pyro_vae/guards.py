@@ -33,6 +33,7 @@ __all__ = [
     "Scalar",
     "Walk",
     "get_value",
+    "no_run_but",
     "is_library",
     "place_of",
     "restore",
@@ -99,6 +100,7 @@ class Walk:
 
     Attributes:
         entries: where a number, a tensor or an object is kept, and what is there.
+        of_users: the places among them that are no library's own.
         acting: what reads or writes outside of the program when it is used, such as an iterator, in words.
     """
 
@@ -106,6 +108,8 @@ class Walk:
         self.names = names
         self.named: set[str] = set()  # by the functions that were met
         self.entries: list[Entry] = []
+        self.of_users: set[Hashable] = set()
+        self._in_library = False
         self.acting: list[str] = []
         self.seen: set[int] = set()
         self._contents: dict[int, Callable[[], None]] = {}  # what puts the contents of a container back
@@ -147,7 +151,7 @@ class Walk:
         elif isinstance(value, dict):
             for key in list(value)[:1000]:
                 self.add(value, key, sized=True)
-        elif isinstance(value, list | tuple):
+        elif isinstance(value, list | tuple | collections.deque):
             for index in range(min(1000, len(value))):
                 self.add(value, index, sized=True)
         if isinstance(value, type):
@@ -171,12 +175,21 @@ class Walk:
                 return
             skipped = _MODULE_INTERNALS if isinstance(value, nn.Module) else ()
             keys = [key for key in attributes if key not in skipped]
+            was, self._in_library = self._in_library, True
+            self.add_object(value, keys)
+            self._in_library = was
         else:
+            was, self._in_library = self._in_library, False
             self.entries.append((_Attributes(value), "__dict__", attributes))
             keys = [key for key in attributes if key in self.names or key in _MODULE_KEYS]
             for key in self.names - attributes.keys():  # that the instance may get, in the place of its class's
                 if any(key in vars(kind) for kind in type(value).__mro__):
                     self.add(attributes, key)
+            self.add_object(value, keys)
+            self._in_library = was
+
+    def add_object(self, value: Any, keys: Sequence[str]) -> None:
+        attributes = vars(value)
         if isinstance(value, nn.Module):
             self.add(attributes, "forward")
             for name in _MODULE_HOOKS:
@@ -221,6 +234,8 @@ class Walk:
         before, self._at = self._at, _name(container, key)
         if not isinstance(container, tuple):
             self.entries.append((container, key, value))
+            if not self._in_library:
+                self.of_users.add(place_of(container, key))
         if sized:
             self.size(value)
         self.visit(value)
@@ -336,12 +351,12 @@ def is_library(module: str | None) -> bool:
 
 @functools.cache
 def _names(code: types.CodeType) -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
-    """The global variables and the attributes that code reads, and the modules that it imports."""
+    """The global variables and the attributes that code reads or sets, and the modules that it imports."""
     variables, attributes, modules = set(), set(), set()
     for instruction in dis.get_instructions(code):
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL"):
             variables.add(instruction.argval)
-        elif instruction.opname.endswith(("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "IMPORT_FROM")):
+        elif instruction.opname.endswith(("LOAD_ATTR", "STORE_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "IMPORT_FROM")):
             attributes.add(instruction.argval)
         elif instruction.opname == "IMPORT_NAME":
             modules.add(instruction.argval)
@@ -368,21 +383,29 @@ def stable(states: Sequence[list[Entry]]) -> list[Entry]:
                 "no compiled step would do. Mend: keep it outside of the program; for a log, let the program return "
                 "nothing and read parameters and losses after the step"
             )
-        elif all(isinstance(other, Scalar) for other in values):
+        elif all(isinstance(other, Scalar) for other in values) or any(isinstance(v, int | float) for v in values):
+            shown = ", ".join(f"{value!r:.40}" for value in values)
             raise NotStaticError(
-                f"{_name(container, key)} changes as the program runs ({', '.join(map(repr, values))}). Mend: hand it "
-                "over as an argument of the step"
+                f"{_name(container, key)} changes as the program runs ({shown}). Mend: "
+                "hand it over as an argument of the step, or keep a tensor there"
             )
     return entries
 
 
-def set_by_each_run(states: Sequence[list[Entry]]) -> list[tuple[Any, Any]]:
-    """The places in which each run leaves another tensor."""
-    return [
-        (container, key)
-        for (container, key, _), values in _over_runs(states)
-        if all(isinstance(v, Tensor) for v in values) and all(map(operator.is_not, values, values[1:]))
-    ]
+def set_by_each_run(states: Sequence[list[Entry]]) -> Iterator[Entry]:
+    """The places in which each run leaves another object, and what the first has left."""
+    for entry, values in _over_runs(states):
+        if all(map(operator.is_not, values, values[1:])) and not any(isinstance(v, Scalar) for v in values):
+            yield entry
+
+
+def no_run_but(entry: Entry) -> NotStaticError:
+    """The error of a program whose each run leaves an object there that no graph makes."""
+    container, key, value = entry
+    return NotStaticError(
+        f"each run of the program sets {_name(container, key)} to another {type(value).__name__}, which no compiled "
+        "step would do. Mend: keep tensors there, or what changes no more"
+    )
 
 
 def _over_runs(states: Sequence[list[Entry]]) -> Iterator[tuple[Entry, list[Any]]]:
@@ -400,7 +423,7 @@ class Guards:
             {place_of(container, key): (container, key, v) for container, key, v in entries}.values()
         )
         self.in_dicts = _transposed([entry for entry in entries if isinstance(entry[0], dict)])
-        self.in_lists = _transposed([entry for entry in entries if isinstance(entry[0], list)])
+        self.in_lists = _transposed([entry for entry in entries if isinstance(entry[0], list | collections.deque)])
         self.in_classes = _transposed([(vars(c.inner), key, v) for c, key, v in entries if isinstance(c, _Class)])
         self.slots = _transposed([(c.inner, key, value) for c, key, value in entries if isinstance(c, _Attributes)])
         self.sizes = _transposed([(c.inner, key, value) for c, key, value in entries if isinstance(c, _Size)])
@@ -482,6 +505,9 @@ class _Class:
 
     def __getitem__(self, key: str) -> Any:
         return vars(self.inner)[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        setattr(self.inner, key, value)
 
 
 class _Size:
