@@ -31,8 +31,8 @@ FIGURES = "PYRO_VAE_PYRO_TESTS"  # the environment variable by which the two run
 class Plugin:
     """Puts one class in the place of SVI before any test is collected, and keeps the outcomes."""
 
-    def __init__(self, kind: str, inductor: bool, out: str) -> None:
-        self.kind, self.inductor, self.out = kind, inductor, Path(out)
+    def __init__(self, kind: str, inductor: bool, out: str, wanted: list[str] | None) -> None:
+        self.kind, self.inductor, self.out, self.wanted = kind, inductor, Path(out), wanted
         self.tests: dict[str, dict] = {}
         self.made: list = []
 
@@ -61,6 +61,9 @@ class Plugin:
                     if value is stock:
                         setattr(module, key, SVI)
 
+    def pytest_collection_modifyitems(self, items) -> None:
+        items[:] = [item for item in items if self.wanted is None or item.nodeid in self.wanted]
+
     def pytest_runtest_setup(self, item) -> None:
         self.made.clear()
 
@@ -80,33 +83,34 @@ class Plugin:
 
 
 if FIGURES in os.environ:
-    kind, inductor, out = json.loads(os.environ[FIGURES])
-    plugin = Plugin(kind, inductor, out)
+    plugin = Plugin(*json.loads(os.environ[FIGURES]))
     pytest_configure = plugin.pytest_configure
+    pytest_collection_modifyitems = plugin.pytest_collection_modifyitems
     pytest_runtest_setup = plugin.pytest_runtest_setup
     pytest_runtest_logreport = plugin.pytest_runtest_logreport
 
 
-def run(kind: str, checkout: Path, names: list[str], inductor: bool, seconds: float) -> dict[str, dict]:
-    """The outcomes of the tests in these files, each file in a process of its own."""
-    outcomes: dict[str, dict] = {}
-    for name in names:
-        with tempfile.TemporaryDirectory() as folder:
-            for part in ("tests", "setup.cfg", "examples"):  # and not Pyro itself
-                (Path(folder) / part).symlink_to(checkout.resolve() / part)
-            out = Path(folder) / "outcomes.json"
-            here = str(Path(__file__).parent)
-            path = os.pathsep.join([here, folder, os.environ.get("PYTHONPATH", str(Path(here).parent))])
-            environment = {**os.environ, "PYTHONPATH": path, FIGURES: json.dumps([kind, inductor, str(out)])}
-            command = [sys.executable, "-m", "pytest", "-q", "-x", "--maxfail=1000", "-p", "pyro_tests", name]
-            begin = time.monotonic()
-            try:
-                subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=seconds, check=False)
-            except subprocess.TimeoutExpired:
-                print(f"{kind} {name}: not finished", flush=True)
-            outcomes |= json.loads(out.read_text()) if out.exists() else {}
-            print(f"{kind} {name}: {time.monotonic() - begin:.0f} s", flush=True)
-    return outcomes
+def run(kind: str, name: str, arguments: argparse.Namespace, wanted: list[str] | None = None) -> dict[str, dict]:
+    """The outcomes of the tests in a file, or of those `wanted`, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        for part in ("tests", "setup.cfg", "examples"):  # and not Pyro itself
+            (Path(folder) / part).symlink_to(arguments.checkout.resolve() / part)
+        out = Path(folder) / "outcomes.json"
+        here = Path(__file__).resolve().parent
+        path = os.pathsep.join([str(here), folder, str(here.parent), os.environ.get("PYTHONPATH", "")])
+        figures = json.dumps([kind, arguments.inductor, str(out), wanted])
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "pyro_tests", name]
+        environment = {**os.environ, "PYTHONPATH": path, FIGURES: figures}
+        begin, end = time.monotonic(), ""
+        try:
+            subprocess.run(
+                command, cwd=folder, env=environment, capture_output=True, timeout=arguments.seconds, check=False
+            )
+        except subprocess.TimeoutExpired:
+            end = ", not finished"
+        found = json.loads(out.read_text()) if out.exists() else {}
+        print(f"{kind} {name}: {len(found)} tests in {time.monotonic() - begin:.0f} s{end}", flush=True)
+        return found
 
 
 def main() -> None:
@@ -120,9 +124,13 @@ def main() -> None:
     files = sorted((arguments.checkout / "tests").rglob("test_*.py"))
     mention = [str(f.relative_to(arguments.checkout)) for f in files if "SVI" in f.read_text()]
     names = arguments.names or [name for name in mention if not name.startswith(SLOW)]
-    kinds = ("SVI", "CompiledSVI")
-    found = {kind: run(kind, arguments.checkout, names, arguments.inductor, arguments.seconds) for kind in kinds}
-    record(arguments, names, found)
+    found: dict[str, dict[str, dict]] = {"SVI": {}, "CompiledSVI": {}}
+    for i, name in enumerate(names):
+        stock = run("SVI", name, arguments)
+        using = [test for test, outcome in stock.items() if outcome["svis"]]
+        found["SVI"] |= stock
+        found["CompiledSVI"] |= run("CompiledSVI", name, arguments, using) if using else {}
+        record(arguments, names[: i + 1], found)
 
 
 def record(arguments: argparse.Namespace, names: list[str], found: dict[str, dict[str, dict]]) -> None:
@@ -131,15 +139,13 @@ def record(arguments: argparse.Namespace, names: list[str], found: dict[str, dic
     import torch
 
     stock, compiled = found["SVI"], found["CompiledSVI"]
-    nothing = {"outcome": "absent", "svis": 0}
-    all_tests = sorted(stock.keys() & compiled.keys())  # a file may run out of time
-    using = [t for t in all_tests if stock.get(t, nothing)["svis"] or compiled.get(t, nothing)["svis"]]
+    using = sorted(stock.keys() & compiled.keys())  # a file may run out of time
     differ = {
-        test: {kind: {**tests.get(test, nothing)} for kind, tests in found.items()}
-        for test in all_tests
-        if stock.get(test, nothing)["outcome"] != compiled.get(test, nothing)["outcome"]
+        test: {kind: tests[test] for kind, tests in found.items()}
+        for test in using
+        if stock[test]["outcome"] != compiled[test]["outcome"]
     }
-    reasons = collections.Counter(reason for test in using for reason in compiled.get(test, nothing).get("eager", ()))
+    reasons = collections.Counter(reason for test in using for reason in compiled[test].get("eager", ()))
     commit = subprocess.run(
         ["git", "-C", str(arguments.checkout), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     )
@@ -150,18 +156,17 @@ def record(arguments: argparse.Namespace, names: list[str], found: dict[str, dic
         "checkout": commit.stdout.strip(),
         "compiler": "inductor" if arguments.inductor else "none, graphs are interpreted",
         "files": names,
-        "tests": len(all_tests),
-        "tests_that_one_class_ran_out_of_time_for": len(stock.keys() ^ compiled.keys()),
         "tests_with_svi": len(using),
-        "svis": sum(compiled.get(test, nothing)["svis"] for test in using),
-        "svis_compiled": sum(compiled.get(test, nothing).get("compiled", 0) for test in using),
-        "alike_with_svi": len([test for test in using if test not in differ]),
-        "outcomes": {kind: collections.Counter(t["outcome"] for t in tests.values()) for kind, tests in found.items()},
+        "not_reached": sum(bool(outcome["svis"]) for outcome in stock.values()) - len(using),
+        "svis": sum(compiled[test]["svis"] for test in using),
+        "svis_compiled": sum(compiled[test].get("compiled", 0) for test in using),
+        "alike": len(using) - len(differ),
+        "outcomes": {kind: collections.Counter(tests[t]["outcome"] for t in using) for kind, tests in found.items()},
         "differ": differ,
         "eager": dict(reasons.most_common()),
     }
     arguments.out.write_text(json.dumps(results, indent=1) + "\n")
-    print(json.dumps({key: value for key, value in results.items() if key not in ("files", "eager")}, indent=1))
+    print(json.dumps({key: value for key, value in results.items() if key not in ("files", "eager")}), flush=True)
 
 
 if __name__ == "__main__":

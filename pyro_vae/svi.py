@@ -554,11 +554,11 @@ class CompiledSVI(SVI):
         left = [parameter.grad for parameter in parameters]
         try:
             with preserved():
-                *_, expected, _ = self._step_without_update(args, kwargs)
+                loss, *_, expected, _ = self._step_without_update(args, kwargs)
             with preserved():
                 for parameter in parameters:
                     parameter.grad = None
-                self.loss_and_grads(self.model, self.guide, *args, **kwargs)
+                told = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
                 found = [parameter.grad for parameter in parameters]
         except Exception:
             return None  # a recording meets it too
@@ -566,13 +566,13 @@ class CompiledSVI(SVI):
             for parameter, gradient in zip(parameters, left, strict=True):
                 parameter.grad = gradient
             before.restore()
-        pairs = [(a, b) for a, b in zip(expected, found, strict=True) if a is not None or b is not None]
+        pairs = [(loss, torch.as_tensor(told, dtype=loss.dtype).detach()), *zip(expected, found, strict=True)]
         if all(_is_close(a, b) for a, b in pairs):
             return None
         name = type(self.objective).__name__
         return (
-            f"the gradients that {name}.loss_and_grads leaves are not those of {name}.differentiable_loss, which would "
-            "be recorded. Mend: make them the same function"
+            f"the loss or the gradients of {name}.loss_and_grads are not those of {name}.differentiable_loss, which "
+            "would be recorded. Mend: make them the same function"
         )
 
     def _loss(self, *args: Any, **kwargs: Any) -> Tensor:
