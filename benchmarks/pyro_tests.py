@@ -55,6 +55,7 @@ class Plugin:
                 super().__init__(*args, **kwargs)
 
         SVI.__name__ = SVI.__qualname__ = base.__name__
+        SVI.__module__ = base.__module__
         for name, module in [*sys.modules.items()]:
             if name.partition(".")[0] == "pyro":
                 for key, value in [*vars(module).items()]:

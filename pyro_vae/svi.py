@@ -359,9 +359,15 @@ class CompiledSVI(SVI):
     def _make_graphs(self) -> None:
         places: list[tuple[Any, Any]] = [(vars(pyro.get_param_store()), name) for name in ("_params", "_constraints")]
         places += [(vars(self), name) for name in ("model", "guide", "objective")]
-        self._whole = Compiled(self._whole_step, places=places, roots=self._hooks)
-        self._gradients = Compiled(self._loss_and_gradients, places=places, roots=self._hooks)
-        self._bound = Compiled(self._loss, places=[*places, (vars(self), "loss")])
+        # functions of this module, and not methods of what may be a class of a user, which guards would walk through
+        whole, gradients, bound = (
+            lambda *args: self._whole_step(*args),
+            lambda *args: self._loss_and_gradients(*args),
+            lambda *args, **kwargs: self._loss(*args, **kwargs),
+        )
+        self._whole = Compiled(whole, places=places, roots=self._hooks)
+        self._gradients = Compiled(gradients, places=places, roots=self._hooks)
+        self._bound = Compiled(bound, places=[*places, (vars(self), "loss")])
         self._unsettled: collections.deque[_Step] = collections.deque()
 
     def __getstate__(self) -> dict[str, Any]:
