@@ -25,6 +25,7 @@ SLOW = (
     "tests/contrib/funsor",
     "tests/contrib/epidemiology",
 )
+NAMES = "two parameters"  # under one name: what CompiledSVI warns of and SVI does not
 FIGURES = "PYRO_VAE_PYRO_TESTS"  # the environment variable by which the two runs know themselves
 
 
@@ -44,6 +45,7 @@ class Plugin:
         import pyro_vae.compiled
 
         config.addinivalue_line("filterwarnings", "ignore::pyro_vae.compiled.FallbackWarning")
+        config.addinivalue_line("filterwarnings", f"default:{NAMES}:UserWarning")
         stock, made = pyro.infer.SVI, self.made
         base = stock if self.kind == "SVI" else pyro_vae.CompiledSVI
         if not self.inductor:
@@ -65,6 +67,10 @@ class Plugin:
     def pytest_collection_modifyitems(self, items) -> None:
         items[:] = [item for item in items if self.wanted is None or item.nodeid in self.wanted]
 
+    def pytest_warning_recorded(self, warning_message, nodeid) -> None:
+        if str(warning_message.message).startswith(NAMES) and nodeid in self.tests:
+            self.tests[nodeid]["told"] = str(warning_message.message).partition(":")[0]
+
     def pytest_runtest_setup(self, item) -> None:
         self.made.clear()
 
@@ -82,13 +88,18 @@ class Plugin:
         if report.when == "teardown":
             self.out.write_text(json.dumps(self.tests))
 
+    def pytest_sessionfinish(self) -> None:
+        self.out.write_text(json.dumps(self.tests))
+
 
 if FIGURES in os.environ:
     plugin = Plugin(*json.loads(os.environ[FIGURES]))
     pytest_configure = plugin.pytest_configure
+    pytest_warning_recorded = plugin.pytest_warning_recorded
     pytest_collection_modifyitems = plugin.pytest_collection_modifyitems
     pytest_runtest_setup = plugin.pytest_runtest_setup
     pytest_runtest_logreport = plugin.pytest_runtest_logreport
+    pytest_sessionfinish = plugin.pytest_sessionfinish
 
 
 def run(kind: str, name: str, arguments: argparse.Namespace, wanted: list[str] | None = None) -> dict[str, dict]:
@@ -164,6 +175,7 @@ def record(arguments: argparse.Namespace, names: list[str], found: dict[str, dic
         "alike": len(using) - len(differ),
         "outcomes": {kind: collections.Counter(tests[t]["outcome"] for t in using) for kind, tests in found.items()},
         "differ": differ,
+        "told": {test: compiled[test]["told"] for test in using if "told" in compiled[test]},
         "eager": dict(reasons.most_common()),
     }
     arguments.out.write_text(json.dumps(results, indent=1) + "\n")

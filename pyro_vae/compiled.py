@@ -540,7 +540,7 @@ class _Recording:
     def _evaluate(self, leaves: Sequence[Any]) -> list[Any]:
         """The function itself, run eagerly."""
         results = pytree.tree_leaves(self._run(leaves))
-        return [*results, *pytree.tree_leaves([get_value(*place) for place in self.written])]
+        return [*results, *pytree.tree_leaves([get_value(*place) for place in self.written if _is_set(*place)])]
 
     def _compared(self, values: Sequence[Any]) -> list[Any]:
         """The results of a run without what places hold that the program leaves alone."""
@@ -559,7 +559,7 @@ class _Recording:
             self.fixed = [None if isinstance(result, Tensor) else (result,) for result in results]
             self.plain = self.outputs == pytree.tree_structure((*results,)) and not any(self.fixed)
             tensors_of = [result for result in results if isinstance(result, Tensor)]
-            trees = [pytree.tree_flatten(get_value(*place)) for place in self.written]
+            trees = [pytree.tree_flatten(get_value(*place) if _is_set(*place) else ()) for place in self.written]
             self.num_results, self.trees = len(tensors_of), [structure for _, structure in trees]
             return [*tensors_of, *(tensor.detach() for values, _ in trees for tensor in values)]
 

@@ -88,8 +88,7 @@ def walk(roots: Sequence[Any], places: Sequence[tuple[Any, Any]] = ()) -> Walk:
         found = Walk(frozenset(names))
         for root in roots:
             found.visit(root)
-        for container, key in places:
-            found.add(container, key)
+        found.enter_places(places)
         if found.named <= names:
             return found
         names |= found.named
@@ -121,6 +120,11 @@ class Walk:
         for put_back in self._contents.values():
             put_back()
 
+    def enter_places(self, places: Sequence[tuple[Any, Any]]) -> None:
+        for container, key in places:
+            self.add(container, key)
+        self.of_users -= {place_of(*place) for place in places}
+
     def visit(self, value: Any) -> None:
         if id(value) in self.seen or isinstance(value, (*Scalar, Tensor)):
             return
@@ -140,6 +144,8 @@ class Walk:
                 self.add(vars(value), name, sized=True)
         elif isinstance(value, types.MethodType):
             self.visit_all([value.__self__, value.__func__])
+        elif isinstance(value, types.BuiltinMethodType | types.MethodWrapperType):  # as the append of a list
+            self.visit_all([value.__self__])
         elif isinstance(value, functools.partial):
             self.visit_all([value.func, *value.args, value.keywords])
         elif isinstance(value, property):
@@ -360,6 +366,8 @@ def _names(code: types.CodeType) -> tuple[frozenset[str], frozenset[str], frozen
             attributes.add(instruction.argval)
         elif instruction.opname == "IMPORT_NAME":
             modules.add(instruction.argval)
+    if variables & {"getattr", "setattr", "hasattr", "delattr"}:
+        attributes |= {constant for constant in code.co_consts if isinstance(constant, str) and constant.isidentifier()}
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             inner = _names(constant)
@@ -383,6 +391,8 @@ def stable(states: Sequence[list[Entry]]) -> list[Entry]:
                 "no compiled step would do. Mend: keep it outside of the program; for a log, let the program return "
                 "nothing and read parameters and losses after the step"
             )
+        elif isinstance(container, _Size) or any(other is _MISSING for other in values):
+            pass
         elif all(isinstance(other, Scalar) for other in values) or any(isinstance(v, int | float) for v in values):
             shown = ", ".join(f"{value!r:.40}" for value in values)
             raise NotStaticError(

@@ -170,14 +170,14 @@ def remembered(kind):
     holder, items = Holder(), {}
     holder.z = None
     if kind == "pair":
-        return leaving(lambda z: setattr(holder, "z", (z, 2 * z)), lambda: [float(z) for z in holder.z])
+        return leaving(lambda z: setattr(holder, "z", (z, 2 * z)), lambda: [z.item() for z in holder.z])
     if kind == "item":
         return leaving(lambda z: setattr(holder, "z", z.item()), lambda: (type(holder.z), holder.z))
     if kind == "distribution":
-        return leaving(lambda z: setattr(holder, "z", dist.Normal(z, 1.0)), lambda: float(holder.z.loc))
+        return leaving(lambda z: setattr(holder, "z", dist.Normal(z, 1.0)), lambda: holder.z.loc.item())
     if kind == "dictionary":
-        return leaving(lambda z: items.update(z=z), lambda: float(items["z"]))
-    return leaving(lambda z: setattr(holder, "z", z), lambda: float(holder.z))
+        return leaving(lambda z: items.update(z=z), lambda: items["z"].item())
+    return leaving(lambda z: setattr(holder, "z", z), lambda: holder.z.item())
 
 
 def cached():
@@ -399,7 +399,7 @@ COMPILED = {
     "a batch as argument": (lambda: argument(lambda i: Batch(X + i), lambda b: (b.x, 1 / b.rows)), 1),
     "a dataclass as argument": (lambda: argument(lambda i: Data(X + i, 0.1 * i + 1), lambda b: (b.x, b.weight)), 1),
     "a named tuple as argument": (lambda: argument(lambda i: Pair(X + i, 0.1 * i + 1), tuple), 1),
-    "caches": (cached, 2),
+    "caches": (cached, 3),
     "the last draw": (lambda: remembered("draw"), 1),
     "the last draw in a dictionary": (lambda: remembered("dictionary"), 1),
     "the last pair": (lambda: remembered("pair"), 1),
@@ -428,9 +428,9 @@ EAGER = {
     "norms of gradients": (norms, "host"),
     "gradients in a list": (gradients_in_a_list, "adds to 'found'"),
     "a generator": (generator, "'batch', an iterator"),
-    "an iterator of an object": (lambda: loader("batch"), "'batches', an iterator"),
+    "an iterator of an object": (lambda: loader("batch"), "an iterator"),
     "an object that is an iterator": (lambda: loader("next"), "'made', an iterator"),
-    "a counter of batches": (lambda: loader("counted"), "'count' changes|an iterator"),
+    "a counter of batches": (lambda: loader("counted"), "an iterator"),
     "a list that is emptied": (lambda: full(list), "takes from it"),
     "a deque that is emptied": (lambda: full(collections.deque), "takes from it"),
     "a queue": (queued, "a Queue"),
