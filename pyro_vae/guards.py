@@ -359,10 +359,14 @@ def is_library(module: str | None) -> bool:
 def _names(code: types.CodeType) -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
     """The global variables and the attributes that code reads or sets, and the modules that it imports."""
     variables, attributes, modules = set(), set(), set()
+    reads = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "IMPORT_FROM")
+    named = (
+        reads if code.co_name in ("__init__", "__post_init__") else (*reads, "STORE_ATTR")
+    )  # of an object that is new
     for instruction in dis.get_instructions(code):
         if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL"):
             variables.add(instruction.argval)
-        elif instruction.opname.endswith(("LOAD_ATTR", "STORE_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "IMPORT_FROM")):
+        elif instruction.opname.endswith(named):
             attributes.add(instruction.argval)
         elif instruction.opname == "IMPORT_NAME":
             modules.add(instruction.argval)
