@@ -278,19 +278,16 @@ def _generator_state(value: Any) -> Callable[[], None] | None:
 
 
 def _contents(container: Any) -> Callable[[], None]:
-    """What gives a container the items of now."""
-    before = container.copy()
+    """What gives a container the items of now, past what a class of the user's own makes of it."""
+    kind: Any = next(kind for kind in _CONTAINERS if isinstance(container, kind))
+    before = kind.copy(container)
 
     def put_back() -> None:
-        items = container.items() if isinstance(container, dict) else container
-        known = before.items() if isinstance(before, dict) else before
-        if len(items) == len(known) and (
-            isinstance(container, set) or all(_alike(a, b) for a, b in zip(items, known, strict=True))
-        ):
-            return
-        with contextlib.suppress(Exception):  # of a class of the user's own
-            container.clear()
-            container.update(before) if isinstance(container, dict | set) else container.extend(before)
+        items, known = (kind.items(each) if kind is dict else each for each in (container, before))
+        same = container == before if kind is set else all(map(_alike, items, known))
+        if kind.__len__(container) != len(before) or not same:
+            kind.clear(container)
+            (kind.update if kind in (dict, set) else kind.extend)(container, before)
 
     return put_back
 

@@ -261,6 +261,23 @@ def list_of(kind):
     return acting(add.get(kind, lambda x: log.append(len(log))), lambda: sorted(log.items() if kind is dict else log))
 
 
+class Counted(list):
+    """A list that keeps count of what is done to it."""
+
+    def __init__(self):
+        super().__init__()
+        self.done = 0
+
+    def append(self, item):
+        self.done += 1
+        super().append(item)
+
+    def copy(self):
+        raise TypeError("it is the only one")
+
+    clear = extend = copy
+
+
 def log_of_items():
     log = []
     return leaving(lambda z: log.append(z.item()), lambda: [(type(value), value) for value in log])
@@ -416,6 +433,7 @@ COMPILED = {
 EAGER = {
     "a list": (lambda: list_of(list), "adds to 'log'"),
     "a deque": (lambda: list_of(functools.partial(collections.deque, maxlen=3)), "'log'"),
+    "a list of the user's own": (lambda: list_of(Counted), "changes as the program runs|adds to 'log'"),
     "a set": (lambda: list_of(set), "adds to 'log'"),
     "a counter": (lambda: list_of(collections.Counter), "'a' changes as the program runs"),
     "a log of items": (log_of_items, "adds to 'log'"),
