@@ -30,6 +30,7 @@ FUSED = {
     torch.optim.Adagrad: ("cpu",),
 }
 OWN_CALLS = (PyroOptim.__call__, PyroLRScheduler.__call__)  # what `Update` does in their place
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 MAX_IN_GRAPH = 32  # parameters: each takes a C++ compiler half a second, and torch's fused kernel is nearly as fast
 # that update each element from its own history: one of them for all parameters is as good as one for each
 ELEMENTWISE = {
@@ -91,6 +92,7 @@ class Update:
         self._places: list[Iterable[Any]] = []  # of all that a joint optimiser is made from
         self._held: list[Any] = []  # there
         self._members: list[list[dict[str, Any]]] = []
+        self._largest: float | None = None  # of the gradients so far, where they are known
         self._zeros: dict[int, Tensor] = {}  # the gradients that steps leave
         self._copies: list[Tensor] = []  # where `_Before` keeps its own
 
@@ -168,13 +170,15 @@ class Update:
         if clip := optim.grad_clip[parameter]:
             self._clips.append((clip, parameter))
 
-    def step(self, used: Sequence[bool]) -> Overflow | None:
+    def step(self, used: Sequence[bool], largest: float = math.inf) -> Overflow | None:
         """Clip the gradients as the optimiser asks, update the parameters, and leave gradients of zero.
 
         A parameter that was `used` and has no gradient has one of zero, as in Pyro, if it ever had another. Where a
         parameter would not be finite afterwards, all is as it was but the gradients, and what would overflow is told.
+        `largest` is the largest absolute value among the gradients: where it makes sure of the update, nothing is
+        looked at.
         """
-        before = _Before(self)
+        before = None if self._is_sure(largest) else _Before(self)
         unused = [] if isinstance(self.optim, PyroOptim) else [*self.parameters.values()]
         zeros = [(parameter, parameter.grad) for parameter in unused if is_left_zero(parameter.grad)]
         for parameter, _ in zeros:
@@ -186,10 +190,35 @@ class Update:
                 parameter.grad = zero
             self.leave_zeros()
         self._measured = False
-        if overflow := before.overflow():
+        overflow = before.overflow() if before is not None else None
+        if before is not None and overflow is not None:
             before.put_back()
             self._joint = None
         return overflow
+
+    def _is_sure(self, largest: float) -> bool:
+        """Whether Adam, AdamW or SGD cannot but leave finite numbers, by the bounds of `AdamUpdate`."""
+        kinds = {type(optimizer) for optimizer in self.optimizers}
+        if self.is_called or not kinds or not kinds <= {torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD}:
+            return False
+        if any(any(_hooks(optimizer)) or _own_step(optimizer) for optimizer in self.optimizers):
+            return False
+        if self._joint is None or not self._unchanged() or self._largest is None:
+            moments = [
+                (value.abs().amax(), 0.5 if key == "exp_avg_sq" else 1.0)
+                for optimizer in self.optimizers
+                for state in optimizer.state.values()
+                for key, value in state.items()
+                if key in MOMENTS and isinstance(value, Tensor) and value.numel()
+            ]
+            sizes = [float(size) ** power for size, power in moments]
+            self._largest = max(sizes, default=0.0)
+        self._largest = max(self._largest, largest)
+        number = min((torch.finfo(p.dtype) for p in self.parameters.values()), key=lambda info: info.max)
+        limit = number.max * number.eps / 4
+        return all(self._largest * _reach(group) <= limit for group in self.groups) and (
+            self._largest < math.sqrt(number.max) / 2
+        )
 
     def _act(self, used: Sequence[bool]) -> None:
         if self.is_called:
@@ -235,6 +264,7 @@ class Update:
         """
         if self.is_called:
             return None
+        self._largest = None  # of which the graph keeps its own
         joint = self._joined()
         if self._takes_adam and not self._begun:
             if self._adam is None or not self._adam.acts_on(joint):
@@ -343,7 +373,7 @@ class Update:
                 for p, its in getattr(part, "state", {}).items():
                     known = {key: value for key, value in before.get(p, {}).items() if isinstance(value, Tensor)}
                     its |= {key: value.copy_(its[key]) for key, value in known.items()}  # the tensors that graphs know
-        self._measured = False
+        self._measured, self._largest = False, None
 
 
 class _Before:
@@ -395,6 +425,15 @@ class _Before:
 
 def _fits(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype and a.device == b.device
+
+
+def _reach(group: Mapping[str, Any]) -> float:
+    """How far an update moves a parameter at most, for gradients of at most 1; infinite where it is not known."""
+    lr, decay = abs(float(group["lr"])), group["weight_decay"]
+    if "betas" not in group:
+        return 2 * lr / (1 - group["momentum"]) if decay == 0 and 0 <= group["momentum"] < 1 else math.inf
+    decays_well = decay == 0 or (group["decoupled_weight_decay"] and abs(1 - group["lr"] * decay) <= 1)
+    return lr / (1 - group["betas"][0]) / group["eps"] if decays_well and group["eps"] > 0 else math.inf
 
 
 def _own_step(optimizer: torch.optim.Optimizer) -> bool:

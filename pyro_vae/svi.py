@@ -149,13 +149,13 @@ class SVI(pyro.infer.SVI):
         """
         self._follow()
         random_state = get_random_state()
-        loss, finite, used = self._backward(*args, **kwargs)
+        loss, finite, used, largest = self._backward(*args, **kwargs)
         if not bool(finite):
             raise self._diagnosis(loss, random_state, args, kwargs)
         gradients = [gradient_of(parameter) for parameter in self.parameters.values()]
         if self.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.clip_norm)
-        if overflow := self.update.step(used):
+        if overflow := self.update.step(used, float(largest)):
             raise self._diagnosis_of_update(overflow, loss, gradients)
         self.steps += 1
         return loss
@@ -167,8 +167,10 @@ class SVI(pyro.infer.SVI):
             if parameters:
                 self.update.add(parameters)
 
-    def _backward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Sequence[bool]]:
-        """The loss; whether it and the gradients, left in the parameters, are finite; which parameters were used."""
+    def _backward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Sequence[bool], Tensor]:
+        """The loss; whether it and the gradients, left in the parameters, are finite; which parameters were used; the
+        largest absolute value among the gradients.
+        """
         zeros = [(p, p.grad) for p in self.parameters.values() if is_left_zero(p.grad)]
         for parameter, _ in zeros:
             parameter.grad = None
@@ -185,7 +187,8 @@ class SVI(pyro.infer.SVI):
         self._warn_of_names(captured.others)
         gradients = [g for p in self.parameters.values() if (g := gradient_of(p)) is not None]
         values = torch.stack(losses) if isinstance(loss, tuple) else losses[0]
-        return values, _finite(sum(losses), gradients)[0], self._used(captured.trace)
+        finite, largest = _finite(sum(losses), gradients)
+        return values, finite, self._used(captured.trace), largest
 
     def _used(self, trace: poutine.Trace) -> list[bool]:
         """Which of the parameters this step takes up: all but those of ``pyro.param`` statements that did not run."""
@@ -491,23 +494,26 @@ class CompiledSVI(SVI):
         if self.fallback_reason is None:
             self._gradients.prepare(frozenset(self.parameters), args, kwargs)
 
-    def _backward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Sequence[bool]]:
+    def _backward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Sequence[bool], Tensor]:
         problem = None
         if self.parameters and self.fallback_reason is None and self._adam() is None:
             try:
-                loss, finite, used, gradients = self._gradients.replay(frozenset(self.parameters), args, kwargs)
+                loss, finite, used, gradients, largest = self._gradients.replay(
+                    frozenset(self.parameters), args, kwargs
+                )
             except NotNowError:
                 pass
             except NotStaticError as error:
                 problem = error
             else:
+                had = any(gradient_of(parameter) is not None for parameter in self.parameters.values())
                 for parameter, gradient in zip(self.parameters.values(), gradients, strict=True):
                     if gradient is not None:
                         if gradient.stride() != parameter.stride():  # fused optimisers expect the parameter's layout
                             gradient = torch.empty_like(parameter).copy_(gradient)
                         before = gradient_of(parameter)
                         parameter.grad = gradient if before is None else before + gradient
-                return loss, finite, used
+                return loss, finite, used, torch.full_like(largest, math.inf) if had else largest
         if self.compiled or self.fallback_reason is not None:
             results = super()._backward(*args, **kwargs)
         else:
@@ -525,7 +531,7 @@ class CompiledSVI(SVI):
         return loss, finite, *adam(dict(zip(self.parameters.values(), gradients, strict=True)), finite, largest)
 
     def _loss_and_gradients(self, names: frozenset[str], args: Any, kwargs: Any) -> tuple[Any, ...]:
-        return self._step_without_update(args, kwargs)[:4]
+        return self._step_without_update(args, kwargs)
 
     def _step_without_update(self, args: Any, kwargs: Any) -> tuple[Any, ...]:
         loss_function = getattr(self.objective, "differentiable_loss", self.objective)
