@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
+import dataclasses
 import functools
 import itertools
+import logging
 import operator
 import random
 import sys
@@ -27,12 +30,27 @@ from pyro.poutine import runtime
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule
+from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .guards import Entry, Guards, NotStaticError, Scalar, python_state, restore, stable
+from .guards import (
+    Guards,
+    NotStaticError,
+    Scalar,
+    Walk,
+    get_value,
+    is_library,
+    no_run_but,
+    place_of,
+    restore,
+    set_by_each_run,
+    stable,
+    walk,
+    watched,
+)
 from .scan import compiler
 
 __all__ = ["Compiled", "FallbackWarning", "get_random_state", "keep_freed_memory", "set_random_state"]
@@ -45,6 +63,7 @@ _hook_lists = operator.attrgetter("_backward_hooks", "_post_accumulate_grad_hook
 PACKAGE = Path(__file__).parent
 PYRO, TORCH = (Path(str(module.__file__)).parent for module in (pyro, torch))
 FLOATS = (float, np.floating)
+OF_TORCH = ("artifact generation failed, cannot save", "No CUDA runtime is found")
 TINY_KERNEL = """
 #include <torch/csrc/inductor/cpp_prefix.h>
 extern "C" void kernel(float* x) { at::vec::Vectorized<float>::loadu(x).store(x); }
@@ -97,10 +116,11 @@ class Compiled:
     """``function(*args, **kwargs)``, a pytree of tensors, as one compiled graph per signature.
 
     A signature is the shapes, types and devices of the tensors among the arguments, the values of the others (a float
-    enters as a tensor), the handlers around the call, and the Python state that the function and `programs` read:
-    attributes, closures, globals. The first signature is compiled at its first call, others at their second. What
-    cannot be recorded runs eagerly, and `fallback_reason` says why. At calls 1, 2, 4 ... a graph is held against the
-    function itself, run with the same draws.
+    enters as a tensor), the handlers around the call, and the Python state that the function, `programs` and what
+    `roots` gives read: attributes, closures, globals. A place whose tensor is another at the next call enters like an
+    argument from then on, and one whose float changes twice. The first signature is compiled at its first call, others
+    at their second. What cannot be recorded runs eagerly, and `fallback_reason` says why. At calls 1, 2, 4 ... a graph
+    is held against the function itself, run with the same draws.
 
     From the same random state a replay gives what the function gives, up to rounding. Random state, buffers and the
     parameter store are after a recording what they were before.
@@ -111,14 +131,24 @@ class Compiled:
         (tensor([2., 2., 2.]), True)
     """
 
-    def __init__(self, function: Callable, *programs: Any, places: Sequence[tuple[Any, Any]] = ()) -> None:
+    def __init__(
+        self,
+        function: Callable,
+        *programs: Any,
+        places: Sequence[tuple[Any, Any]] = (),
+        roots: Callable[[], Sequence[Any]] = tuple,
+    ) -> None:
         self.function = function
         self.programs = (function, *programs)
         self.places = places
+        self.roots = roots
         self.fallback_reason: str | None = None
         self.seconds = 0.0  # spent on recording and compiling
         self._recordings: dict[Hashable, list[_Recording]] = {}
         self._seen: set[Hashable] = set()
+        self._moving: list[Place] = []  # whose values enter like arguments
+        self._changed: set[Hashable] = set()  # the places of floats that have changed once
+        self._by_value: set[Hashable] = set()  # those on which the structure depends
 
     @property
     def compiled(self) -> bool:
@@ -144,9 +174,9 @@ class Compiled:
             NotNowError: there is none now. NotStaticError: there can be none; `fall_back` is due.
         """
         if self.fallback_reason is None:
-            leaves, key = _signature(args, kwargs)
-            recording = self._find(leaves, key, args, kwargs)
-            if recording is not None:
+            found = self._find(args, kwargs)
+            if found is not None:
+                recording, leaves = found
                 return recording.replay(leaves)
         raise NotNowError
 
@@ -154,9 +184,7 @@ class Compiled:
         """Compile for arguments like these now, not at their second call."""
         if self.fallback_reason is None:
             try:
-                leaves, key = _signature(args, kwargs)
-                self._seen.add(key)
-                self._find(leaves, key, args, kwargs)
+                self._find(args, kwargs, now=True)
             except NotStaticError as error:
                 self.fall_back(str(error))
 
@@ -168,11 +196,14 @@ class Compiled:
         inner = itertools.takewhile(lambda frame: Path(frame.f_code.co_filename).parent == PACKAGE, frames)
         warnings.warn(f"running eagerly: {reason}", FallbackWarning, stacklevel=1 + len(list(inner)))
 
-    def _find(self, leaves: Sequence[Any], key: Hashable, args: Any, kwargs: Any) -> _Recording | None:
-        """The recording for these arguments, made where it is due."""
+    def _find(self, args: Any, kwargs: Any, now: bool = False) -> tuple[_Recording, list[Any]] | None:
+        """The recording for these arguments, made where it is due or to be made `now`, and the leaves of its call."""
+        leaves, key = _signature(self._moving, args, kwargs)
         for recording in self._recordings.get(key, ()):
             if recording.holds():
-                return recording
+                return recording, leaves
+        if now:
+            self._seen.add(key)
         if self._recordings and key not in self._seen:
             if len(self._seen) == MAX_SEEN_ONCE:
                 raise NotStaticError(
@@ -181,6 +212,17 @@ class Compiled:
                 )
             self._seen.add(key)
             return None
+        if key in self._recordings and (further := self._found_moving(self._recordings[key][-1])):
+            moving = [*self._moving, *further]
+            leaves_then, key_then = _signature(moving, args, kwargs)
+            try:
+                recording = self._record(moving, leaves_then, args, kwargs)
+            except NotStaticError:  # the structure may depend on a float among them
+                self._by_value |= {place_of(*place) for place in further}
+            else:
+                self._moving, self._recordings = moving, {key_then: [recording]}
+                self._seen.add(key_then)
+                return recording, leaves_then
         if sum(map(len, self._recordings.values())) == MAX_VARIANTS:
             alike = self._recordings.get(key)
             change = alike[-1].guards.difference() if alike else None
@@ -188,22 +230,59 @@ class Compiled:
                 f"{MAX_VARIANTS} graphs have been compiled, and {change or 'another signature came'}. Mend: pad the "
                 "data to a few shapes, and hand over what changes from step to step as float or tensor arguments"
             )
+        self._recordings.setdefault(key, []).append(recording := self._record(self._moving, leaves, args, kwargs))
+        return recording, leaves
+
+    def _found_moving(self, last: _Recording) -> list[Place]:
+        """The places that another tensor has come to, or another float again, since the last recording."""
+        found = []
+        for container, key, before, now in last.guards.differences():
+            if type(before) is not type(now) or not _can_move(container, before) or not _can_move(container, now):
+                continue
+            place = place_of(container, key)
+            if place in self._by_value:
+                continue
+            if isinstance(now, FLOATS) and place not in self._changed:
+                self._changed.add(place)
+            else:
+                found.append((container, key))
+        return found
+
+    def _record(self, moving: Sequence[Place], leaves: Sequence[Any], args: Any, kwargs: Any) -> _Recording:
         begin = time.monotonic()
-        objects = [leaf for leaf in leaves if not isinstance(leaf, (*Scalar, Tensor))]
-        structure = pytree.tree_structure((args, kwargs))
-        recording = _Recording(self.function, (*self.programs, *objects), self.places, leaves, structure)
-        self.seconds += time.monotonic() - begin
-        self._recordings.setdefault(key, []).append(recording)
-        return recording
+        try:
+            objects = [leaf for leaf in leaves if not isinstance(leaf, (*Scalar, Tensor))]
+            programs = (*self.programs, *objects, *self.roots())
+            return _Recording(self.function, programs, self.places, moving, leaves, args, kwargs)
+        finally:
+            self.seconds += time.monotonic() - begin
 
 
-def _signature(args: Any, kwargs: Any) -> tuple[list[Any], Hashable]:
+Place = tuple[Any, Any]  # container and key
+
+
+def _can_move(container: Any, value: Any) -> bool:
+    """Whether a value may enter like an argument: a float, a tensor without gradient, or a batch of such."""
+    if isinstance(container, tuple) or not hasattr(container, "__setitem__"):
+        return False
+    if isinstance(value, FLOATS):
+        return True
+    leaves: list[Any] = []
+    if isinstance(value, Tensor | tuple | list | dict) or _fields(value) is not None:
+        with contextlib.suppress(NotStaticError):
+            _tree_key(value, leaves)
+            return any(isinstance(leaf, Tensor) for leaf in leaves)
+    return False
+
+
+def _signature(moving: Sequence[Place], args: Any, kwargs: Any) -> tuple[list[Any], Hashable]:
     """The leaves, in pytree's order, and what a graph for them depends on."""
     leaves: list[Any] = []
     casts = [torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in ("cpu", "cuda")]
     surroundings = (torch.is_grad_enabled(), torch.get_default_dtype(), *casts)
     handlers = tuple(map(_handler_key, runtime._PYRO_STACK))
-    return leaves, (surroundings, handlers, _tree_key(args, leaves), _tree_key(kwargs, leaves))
+    values = [get_value(*place) for place in moving]
+    return leaves, (surroundings, handlers, *(_tree_key(tree, leaves) for tree in (values, args, kwargs)))
 
 
 def _tree_key(tree: Any, leaves: list[Any]) -> Hashable:
@@ -213,12 +292,60 @@ def _tree_key(tree: Any, leaves: list[Any]) -> Hashable:
         return kind, *[_tree_key(item, leaves) for item in tree]
     if kind is dict:
         return kind, *[(name, _tree_key(item, leaves)) for name, item in tree.items()]
-    if isinstance(tree, Tensor) or pytree.tree_is_leaf(tree):
+    if isinstance(tree, (Tensor, *Scalar)):
         leaves.append(tree)
         return _leaf_key(tree)
-    its_leaves, structure = pytree.tree_flatten(tree)
-    leaves += its_leaves
-    return structure, *map(_leaf_key, its_leaves)
+    fields = _fields(tree)
+    if fields is not None:
+        return kind, *[(name, _tree_key(item, leaves)) for name, item in fields.items()]
+    if pytree.tree_is_leaf(tree):
+        leaves.append(tree)
+        return _leaf_key(tree)
+    items, structure = pytree.tree_flatten(tree)
+    return structure, *[_tree_key(item, leaves) for item in items]
+
+
+def _builder(tree: Any) -> Callable[[Iterator[Any]], Any]:
+    """What makes a tree like this of other leaves, in the order of `_tree_key`."""
+    kind = type(tree)
+    if kind is tuple or kind is list:
+        parts = [*map(_builder, tree)]
+        return lambda rest: kind([part(rest) for part in parts])
+    if kind is dict:
+        named = {name: _builder(item) for name, item in tree.items()}
+        return lambda rest: {name: part(rest) for name, part in named.items()}
+    fields = None if isinstance(tree, (Tensor, *Scalar)) else _fields(tree)
+    if fields is not None:
+        empty, named = copy.copy(tree), {name: _builder(item) for name, item in fields.items()}
+        for name in named:
+            object.__setattr__(empty, name, None)
+
+        def build(rest: Iterator[Any]) -> Any:
+            made = copy.copy(empty)
+            for name, part in named.items():
+                object.__setattr__(made, name, part(rest))
+            return made
+
+        return build
+    if isinstance(tree, Tensor) or pytree.tree_is_leaf(tree):
+        return next
+    items, structure = pytree.tree_flatten(tree)
+    parts = [*map(_builder, items)]
+    return lambda rest: pytree.tree_unflatten([part(rest) for part in parts], structure)
+
+
+def _fields(value: Any) -> dict[str, Any] | None:
+    """The attributes of a batch: an object that holds tensors and numbers, and nothing else but containers of them."""
+    kind = type(value)
+    if is_library(kind.__module__) or isinstance(value, type) or callable(value):
+        return None
+    if dataclasses.is_dataclass(value):
+        fields = {field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)}
+    else:
+        fields = getattr(value, "__dict__", {})
+    leaves = pytree.tree_leaves(fields)
+    holds = any(isinstance(leaf, Tensor) for leaf in leaves)
+    return fields if holds and all(isinstance(leaf, (Tensor, *Scalar)) for leaf in leaves) else None
 
 
 def _leaf_key(leaf: Any) -> Hashable:
@@ -262,48 +389,83 @@ class _Recording:
         self,
         function: Callable,
         programs: Sequence[Any],
-        places: Sequence[tuple[Any, Any]],
+        places: Sequence[Place],
+        moving: Sequence[Place],
         leaves: Sequence[Any],
-        structure: Any,
+        args: Any,
+        kwargs: Any,
     ) -> None:
-        self.function, self.structure = function, structure
+        self.function, self.moving = function, moving
+        self.build = _builder(([get_value(*place) for place in moving], args, kwargs))
         self.leaves = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
         self.handlers = [dict(vars(handler)) for handler in runtime._PYRO_STACK]  # kept alive: their ids are in the key
         self.calls = 0
+        self.written: list[Place] = []
+        self.read = _Read()
         dtypes = [leaf.dtype for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         self.float_dtype = functools.reduce(torch.promote_types, dtypes, torch.get_default_dtype())
         self.device = next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), torch.device("cpu"))
-        before: list[Entry] = []
         if self.device.type == "cpu":
             _wake_compiler()
         store = pyro.get_param_store()
         parameters = {*store._params}
+        before: Walk | None = None
         try:
-            before = python_state(programs, places)
+            before = walk(programs, places)
+            if before.acting:
+                raise NotStaticError(
+                    f"the program can reach {before.acting[0]}, which acts outside of it when it is used. Mend: use it "
+                    "between the steps, and hand over what it gives as an argument"
+                )
             with preserved():
-                self._evaluate(leaves)  # makes what programs make at their first run
-                states = [python_state(programs, places)]
+                with watched() as heard:
+                    self._evaluate(leaves)  # makes what programs make at their first run
+                if heard:
+                    raise NotStaticError(does_say(heard))
+                first = walk(programs, places)
+                states = [first.entries]
+                was = {place_of(*entry[:2]): entry[2] for entry in before.entries}
+                self.written = [
+                    (container, key)
+                    for container, key, value in states[0]
+                    if was.get(place_of(container, key)) is not value and _is_set(container, key)
+                ]
                 graphs = []
                 for _ in range(2):
                     graphs.append(self._record(leaves))
-                    states.append(python_state(programs, places))
-            entries = stable(states)
+                    states.append(walk(programs, places).entries)
+            moved = {place_of(*place) for place in moving}
+            entries = [entry for entry in stable(states) if place_of(*entry[:2]) not in moved]
+            set_each_time = {place_of(*entry[:2]): entry for entry in set_by_each_run(states)}
+            self.kept = [place_of(*place) in set_each_time for place in self.written]
+            for place in (set_each_time.keys() & first.of_users) - {place_of(*place) for place in self.written}:
+                raise no_run_but(set_each_time[place])
             self.graph, self.live = _lifted(graphs)
             hooks = [hook for tensor in self.live for part in _hook_lists(tensor) for hook in (part or {}).values()]
-            self.guards = Guards([*entries, *python_state(hooks)])
+            known = {place_of(*entry[:2]) for entry in first.entries}
+            of_hooks = [entry for entry in walk(hooks).entries if place_of(*entry[:2]) not in known]
+            self.guards = Guards([*entries, *of_hooks])
             self.compute = _compile(self.graph, [*self._tensors(leaves), *self.live])
             self._compare(leaves, self.compute, self.graph, 1e-3, "the compiled graph and the recorded one differ")
             if all(tensor.is_cuda for tensor in (*self._tensors(leaves), *self.live)):
                 self.compute = _cuda_graph(self.compute, self._tensors(leaves), self.live)
         except Exception as error:
-            restore(before)
+            if before is not None:
+                before.restore()
             for name in {*store._params} - parameters:
                 del store[name]  # the program's own run makes it, from its own draws
             if isinstance(error, (NotStaticError, NotNowError)):
                 raise
             raise NotStaticError(_reason(error)) from error
+        self._put_back(before)
         self.tensors_were = self._tensors_are()
         self.specifications = self._specifications()
+        self.read.begin()
+
+    def _put_back(self, before: Walk) -> None:
+        """What each run of the program sets, as it was before the recording."""
+        written = {place_of(*place) for place, is_set in zip(self.written, self.kept, strict=True) if is_set}
+        restore([entry for entry in before.entries if place_of(*entry[:2]) in written])
 
     def holds(self) -> bool:
         """Whether the program reads what it read when it was recorded, values of tensors apart."""
@@ -311,7 +473,7 @@ class _Recording:
             if self._specifications() != self.specifications:
                 return False
             self.tensors_were = now
-        return self.guards.hold()
+        return self.read.holds() and self.guards.hold()
 
     def _tensors_are(self) -> list[Any]:
         """What changes when a live tensor becomes another in place: quick to find."""
@@ -338,6 +500,13 @@ class _Recording:
             )
         with torch.no_grad():
             results = self.compute(*self._tensors(leaves), *self.live)
+        if self.written:
+            rest = iter(results[self.num_results :])
+            for (container, key), structure, is_set in zip(self.written, self.trees, self.kept, strict=True):
+                value = pytree.tree_unflatten([next(rest) for _ in range(structure.num_leaves)], structure)
+                if is_set:
+                    container[key] = value
+            results = results[: self.num_results]
         return tuple(results) if self.plain else pytree.tree_unflatten(self._filled(results), self.outputs)
 
     def _epsilon(self) -> float:
@@ -355,23 +524,47 @@ class _Recording:
             if isinstance(leaf, (Tensor, *FLOATS))
         ]
 
+    def _run(self, leaves: Sequence[Any]) -> Any:
+        values, args, kwargs = self.build(iter(leaves))
+        were = [get_value(*place) for place in self.moving]
+        try:
+            for (container, key), value, was in zip(self.moving, values, were, strict=True):
+                if value is not was:
+                    container[key] = value
+            return self.function(*args, **kwargs)
+        finally:
+            for (container, key), value, was in zip(self.moving, values, were, strict=True):
+                if value is not was:
+                    container[key] = was
+
     def _evaluate(self, leaves: Sequence[Any]) -> list[Any]:
         """The function itself, run eagerly."""
-        args, kwargs = pytree.tree_unflatten(leaves, self.structure)
-        return pytree.tree_leaves(self.function(*args, **kwargs))
+        results = pytree.tree_leaves(self._run(leaves))
+        return [*results, *pytree.tree_leaves([get_value(*place) for place in self.written if _is_set(*place)])]
+
+    def _compared(self, values: Sequence[Any]) -> list[Any]:
+        """The results of a run without what places hold that the program leaves alone."""
+        sizes = [structure.num_leaves for structure in self.trees]
+        begins = itertools.accumulate(sizes, initial=len(values) - sum(sizes))
+        left = {
+            i for b, size, kept in zip(begins, sizes, self.kept, strict=False) if not kept for i in range(b, b + size)
+        }
+        return [value for i, value in enumerate(values) if i not in left]
 
     def _record(self, leaves: Sequence[Any]) -> GraphModule:
         def function(*tensors: Tensor) -> list[Tensor]:
             rest = iter(tensors)
             given = [next(rest) if isinstance(leaf, (Tensor, *FLOATS)) else leaf for leaf in leaves]
-            args, kwargs = pytree.tree_unflatten(given, self.structure)
-            results, self.outputs = pytree.tree_flatten(self.function(*args, **kwargs))
+            results, self.outputs = pytree.tree_flatten(self._run(given))
             self.fixed = [None if isinstance(result, Tensor) else (result,) for result in results]
             self.plain = self.outputs == pytree.tree_structure((*results,)) and not any(self.fixed)
-            return [result for result in results if isinstance(result, Tensor)]
+            tensors_of = [result for result in results if isinstance(result, Tensor)]
+            trees = [pytree.tree_flatten(get_value(*place) if _is_set(*place) else ()) for place in self.written]
+            self.num_results, self.trees = len(tensors_of), [structure for _, structure in trees]
+            return [*tensors_of, *(tensor.detach() for values, _ in trees for tensor in values)]
 
         one_for_all = torch._guards.TracingContext(FakeTensorMode())  # else make_fx builds one for each operation
-        with _recordable(), torch._guards.tracing(one_for_all), _steps_compiled():
+        with _recordable(self.read), torch._guards.tracing(one_for_all), _steps_compiled():
             apart = [tensor.detach() for tensor in self._tensors(leaves)]  # from what the program reads elsewhere
             return _owning(make_fx(function)(*apart))
 
@@ -393,7 +586,7 @@ class _Recording:
             with preserved(*tensors), torch.set_grad_enabled(needs_gradients):
                 if seed is not None:
                     _move(self.live, seed)
-                values = compute(*tensors)
+                values = self._compared(compute(*tensors))
                 return [v.detach().clone() for v in values if isinstance(v, Tensor)], torch.get_rng_state()
 
         (found, state), (results, expected_state) = evaluated(actual), evaluated(expected)
@@ -493,10 +686,27 @@ def _compile(graph: GraphModule, tensors: Sequence[Tensor]) -> Callable:
 
 
 def _inductor(graph: GraphModule, tensors: Sequence[Tensor]) -> Callable:
-    with torch.no_grad(), torch._inductor.config.patch(fallback_random=True), warnings.catch_warnings():
+    with torch.no_grad(), torch._inductor.config.patch(fallback_random=True), _quiet(), warnings.catch_warnings():
         for category in (DeprecationWarning, FutureWarning):  # of torch about itself, which -W error makes failures
             warnings.simplefilter("ignore", category)
         return torch._inductor.standalone_compile(graph, list(tensors), dynamic_shapes="from_example_inputs")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch says of itself while it compiles, of which nothing is for a user to do."""
+    loggers = [logging.getLogger(name) for name in ("torch._inductor.standalone_compile", "torch.utils.cpp_extension")]
+
+    def passes(record: logging.LogRecord) -> bool:
+        return not any(words in record.getMessage() for words in OF_TORCH)
+
+    for logger in loggers:
+        logger.addFilter(passes)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(passes)
 
 
 def _cuda_graph(compute: Callable, given: Sequence[Tensor], live: Sequence[Tensor]) -> Callable:
@@ -527,10 +737,10 @@ def _wake_compiler() -> None:
     """Compile a tiny kernel beside the recording: torch probes a C++ compiler at its first, for seconds."""
 
     def compile() -> None:
-        with contextlib.suppress(Exception):  # which the graph's own kernels meet too, and name
+        with contextlib.suppress(Exception), _quiet():  # which the graph's own kernels meet too, and name
             CppPythonBindingsCodeCache.load_pybinding(["float*"], TINY_KERNEL)
 
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(Exception), _quiet():
         from torch._inductor.codecache import CppPythonBindingsCodeCache
 
         threading.Thread(target=compile, daemon=True).start()
@@ -547,18 +757,84 @@ def _compiler_works() -> bool:
     return True
 
 
+def does_say(heard: Sequence[str]) -> str:
+    return (
+        f"the program prints or logs {heard[0].splitlines()[0][:60]!r}, which no compiled step would do. Mend: print "
+        "and log between the steps"
+    )
+
+
+def _is_set(container: Any, key: Any) -> bool:
+    """Whether a place holds tensors that a graph's results may take the place of."""
+    leaves = pytree.tree_leaves(get_value(container, key))
+    computed = (isinstance(leaf, Tensor) and not (leaf.is_leaf and leaf.requires_grad) for leaf in leaves)
+    return hasattr(container, "__setitem__") and any(computed) and all(isinstance(leaf, Tensor) for leaf in leaves)
+
+
+class _Read:
+    """The tensors whose values a recording has read on the host: they are numbers in the graph."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+        self.versions: list[int] = []
+
+    def note(self, tensor: Tensor) -> bool:
+        """Whether the value may be read: it follows from no parameter."""
+        sources = _sources(tensor)
+        if any(source.requires_grad for source in sources):
+            return False
+        self.tensors += [s for s in sources if not any(s is known for known in self.tensors)]
+        return True
+
+    def begin(self) -> None:
+        self.versions = [tensor._version for tensor in self.tensors]
+
+    def holds(self) -> bool:
+        return [tensor._version for tensor in self.tensors] == self.versions
+
+
+def _sources(tensor: Tensor) -> list[Tensor]:
+    """The tensors of before the recording that this one follows from, itself if it is one."""
+    mode: Any = proxy_tensor.get_proxy_mode()
+    found: Any = proxy_tensor.get_proxy_slot(tensor, mode.tracer, None) if mode is not None else None
+    if found is None:
+        return [tensor]
+    if found.constant is None:  # a read of it is an error anyway
+        return []
+    sources: dict[Any, Tensor | None] = {}
+    nodes = [found.proxy.node]
+    while nodes:
+        node = nodes.pop()
+        if node not in sources:
+            value = getattr(mode.tracer.root, node.target) if node.op == "get_attr" else None
+            sources[node] = value if isinstance(value, Tensor) else None
+            nodes += node.all_input_nodes
+    return [value for value in sources.values() if value is not None]
+
+
+HOST_READS = (Tensor.__float__, Tensor.__int__, Tensor.__bool__, Tensor.__index__, Tensor.tolist, Tensor.numpy)
+
+
 class _HostReads(TorchFunctionMode):
     """``item()`` of a recorded tensor is the tensor itself, detached; leaving torch otherwise is an error.
 
     TraceEnum_ELBO leaves out terms of probability zero: here they are summed as zeros.
     """
 
+    def __init__(self, read: _Read) -> None:
+        super().__init__()
+        self.read = read
+
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is Tensor.item:
+            if not self.read.note(args[0]):
+                return args[0].detach()
             try:
                 return function(*args)
             except RuntimeError:
                 return args[0].detach()
+        if function in HOST_READS and not self.read.note(args[0]):
+            raise RuntimeError("_local_scalar_dense of what follows from a parameter")
         if function in (Tensor.numpy, Tensor.tolist, Tensor.__array__) and args[0].numel():
             torch.ops.aten._local_scalar_dense(args[0].detach().flatten()[0])
         if function is torch.nn.functional.one_hot:
@@ -576,13 +852,13 @@ def _called_by(function: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _recordable() -> Iterator[None]:
+def _recordable(read: _Read | None = None) -> Iterator[None]:
     """Without checks of values, which read them on the host."""
     with (
         pyro.validation_enabled(False),
         mock.patch("pyro.util.torch_isnan", lambda value: False),
         mock.patch("torch.distributions.Distribution._validate_sample", lambda self, value: None),
-        _HostReads(),
+        _HostReads(read or _Read()),
     ):
         yield
 

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .compiled import preserved
 from .distributions import check_masks, leaf_of, mixes_rows
 from .draws import DRAWS, DrawsPlate, difference, log_prob_of, warn_of
-from .guards import python_state
+from .guards import walk
 
 __all__ = [
     "LogWeights",
@@ -287,7 +287,7 @@ class _Joint:
     """What is known of several draws in one call of a pair, for the modes that its modules are in."""
 
     def __init__(self, *programs: Callable) -> None:
-        found = [value for _, _, value in python_state(programs)]
+        found = [value for _, _, value in walk(programs).entries]
         found += [getattr(program, "__self__", program) for program in programs]
         modules = {id(m): m for each in found if isinstance(each, nn.Module) for m in each.modules()}
         self.modules = [weakref.ref(module) for module in modules.values()]

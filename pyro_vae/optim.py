@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-__all__ = ["Optimizer", "Update"]
+__all__ = ["Optimizer", "Overflow", "Update", "gradient_of", "is_left_zero"]
 
 Optimizer: TypeAlias = PyroOptim | Callable[[Any], torch.optim.Optimizer]
 FUSED = {
@@ -29,6 +29,8 @@ FUSED = {
     torch.optim.SGD: ("cpu", "cuda"),
     torch.optim.Adagrad: ("cpu",),
 }
+OWN_CALLS = (PyroOptim.__call__, PyroLRScheduler.__call__)  # what `Update` does in their place
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 MAX_IN_GRAPH = 32  # parameters: each takes a C++ compiler half a second, and torch's fused kernel is nearly as fast
 # that update each element from its own history: one of them for all parameters is as good as one for each
 ELEMENTWISE = {
@@ -38,19 +40,45 @@ ELEMENTWISE = {
 }
 
 
+class Overflow(NamedTuple):
+    """An update that did not act, as it would have left a number that is not finite."""
+
+    parameter: str
+    state: str | None  # of the optimiser, where it is this that would not be finite
+    group: dict[str, Any]
+
+
+def is_left_zero(gradient: Tensor | None) -> bool:
+    """Whether this is the gradient of zero that a step left, and nobody has written into it."""
+    return gradient is not None and getattr(gradient, "_left_at", None) == gradient._version
+
+
+def gradient_of(parameter: Tensor) -> Tensor | None:
+    """The gradient, unless it is the zero that a step left."""
+    return None if is_left_zero(parameter.grad) else parameter.grad
+
+
 class Update:
     """What an optimiser does at each step, as one multi-tensor update.
 
     A `pyro.optim` object keeps an optimiser with settings and state for each parameter, which several SVIs may share,
     in ``optim_objs``. These stay the truth; here they are stepped together, by torch's fused kernels where there are
-    any. A callable from parameters to a torch optimiser gives one optimiser for all of them.
+    any. A `pyro.optim` object of a class with a ``__call__`` of its own, or whose constructor makes no torch
+    optimisers, is called as Pyro calls it. A callable from parameters to a torch optimiser gives one optimiser for all
+    of them.
 
     Raises:
-        ValueError: the optimiser does not take its arguments.
+        ValueError: the optimiser does not take its arguments, or is none.
     """
 
     def __init__(self, optim: Optimizer) -> None:
+        if not isinstance(optim, PyroOptim) and not callable(optim):
+            raise ValueError(
+                "expected a pyro.optim object, or a callable from parameters to a torch optimiser such as "
+                f"functools.partial(torch.optim.Adam, lr=1e-3), got {type(optim).__name__}: give one of them"
+            )
         self.optim = optim
+        self.is_called = isinstance(optim, PyroOptim) and type(optim).__call__ not in OWN_CALLS
         self.parameters: dict[str, Tensor] = {}
         self.optimizers: list[torch.optim.Optimizer] = []  # one, or that of each parameter
         self.schedulers: list[Any] = []
@@ -60,14 +88,40 @@ class Update:
         self._adam: AdamUpdate | None = None
         self._takes_adam = False
         self._begun = False  # whether it acts by the settings of now
+        self._measured = False  # whether it knows how large the moments are
         self._places: list[Iterable[Any]] = []  # of all that a joint optimiser is made from
         self._held: list[Any] = []  # there
         self._members: list[list[dict[str, Any]]] = []
+        self._largest: float | None = None  # of the gradients so far, where they are known
+        self._zeros: dict[int, Tensor] = {}  # the gradients that steps leave
+        self._copies: list[Tensor] = []  # where `_Before` keeps its own
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy is made of: all but what follows from it."""
+        new = Update(self.optim)
+        derived = (
+            "_clips",
+            "_joint",
+            "_adam",
+            "_takes_adam",
+            "_begun",
+            "_measured",
+            "_places",
+            "_held",
+            "_members",
+            "_zeros",
+        )
+        return vars(self) | {name: getattr(new, name) for name in (*derived, "_copies")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if isinstance(self.optim, PyroOptim) and self.parameters and not self.is_called:
+            self._adopt_all(self.optim)
 
     @property
     def groups(self) -> list[dict[str, Any]]:
         """The optimisers' groups of parameters: change a learning rate there."""
-        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        return [group for optimizer in self.optimizers for group in getattr(optimizer, "param_groups", ())]
 
     def add(self, parameters: Mapping[str, Tensor]) -> None:
         """Take up new parameters."""
@@ -75,7 +129,8 @@ class Update:
         self.parameters |= parameters
         try:
             if isinstance(self.optim, PyroOptim):
-                self._adopt_all(self.optim)
+                if not self.is_called:
+                    self._adopt_all(self.optim)
             elif self.optimizers:
                 self.optimizers[0].add_param_group({"params": list(parameters.values())})
             else:
@@ -98,11 +153,12 @@ class Update:
         stored = pyro.get_param_store().param_name(parameter)
         if parameter not in optim.optim_objs:
             arguments: Any = optim.pt_optim_args
-            if callable(arguments):
-                arguments = optim._get_optim_args(parameter) if stored else arguments(normalize_param_name(name))
-            optimizer = optim.pt_optim_constructor([parameter], **arguments)
-            if isinstance(optim, PyroLRScheduler):
-                optimizer = optim.pt_scheduler_constructor(optimizer, **optim.kwargs)
+            if stored or not callable(arguments):
+                optimizer: Any = optim._get_optim(parameter)
+            else:
+                optimizer = optim.pt_optim_constructor([parameter], **arguments(normalize_param_name(name)))
+                if isinstance(optim, PyroLRScheduler):
+                    optimizer = optim.pt_scheduler_constructor(optimizer, **optim.kwargs)
             state = optim._state_waiting_to_be_consumed.pop(stored, None)
             if state is not None:
                 _load(optimizer, state)
@@ -112,45 +168,106 @@ class Update:
         if isinstance(optim, PyroLRScheduler):
             self.schedulers.append(optimizer)
             optimizer = optimizer.optimizer
+        self.is_called = self.is_called or not isinstance(optimizer, torch.optim.Optimizer)
         self.optimizers.append(optimizer)
         if clip := optim.grad_clip[parameter]:
             self._clips.append((clip, parameter))
 
-    def step(self, used: Sequence[bool]) -> None:
-        """Clip the gradients as the optimiser asks, update the parameters, and drop the gradients.
+    def step(self, used: Sequence[bool], largest: float = math.inf) -> Overflow | None:
+        """Clip the gradients as the optimiser asks, update the parameters, and leave gradients of zero.
 
-        A parameter that was `used` and has no gradient has one of zero, as in Pyro, if it ever had another.
+        A parameter that was `used` and has no gradient has one of zero, as in Pyro, if it ever had another. Where a
+        parameter would not be finite afterwards, all is as it was but the gradients, and what would overflow is told.
+        `largest` is the largest absolute value among the gradients: where it makes sure of the update, nothing is
+        looked at.
         """
-        if isinstance(self.optim, PyroOptim):
-            for parameter, optimizer, is_used in zip(self.parameters.values(), self.optimizers, used, strict=True):
-                if parameter.grad is not None:
-                    optimizer._had_gradient = True  # type: ignore[attr-defined]
-                elif is_used and hasattr(optimizer, "_had_gradient"):
-                    parameter.grad = torch.zeros_like(parameter)
+        before = None if self._is_sure(largest) else _Before(self)
+        unused = [] if isinstance(self.optim, PyroOptim) else [*self.parameters.values()]
+        zeros = [(parameter, parameter.grad) for parameter in unused if is_left_zero(parameter.grad)]
+        for parameter, _ in zeros:
+            parameter.grad = None  # which torch's optimisers leave out
+        try:
+            self._act(used)
+        finally:
+            for parameter, zero in zeros:
+                parameter.grad = zero
+            self.leave_zeros()
+        self._measured = False
+        overflow = before.overflow() if before is not None else None
+        if before is not None and overflow is not None:
+            before.put_back()
+            self._joint = None
+        return overflow
+
+    def _is_sure(self, largest: float) -> bool:
+        """Whether Adam, AdamW or SGD cannot but leave finite numbers, by the bounds of `AdamUpdate`."""
+        kinds = {type(optimizer) for optimizer in self.optimizers}
+        if self.is_called or not kinds or not kinds <= {torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD}:
+            return False
+        if any(any(_hooks(optimizer)) or _own_step(optimizer) for optimizer in self.optimizers):
+            return False
+        if self._joint is None or not self._unchanged() or self._largest is None:
+            moments = [
+                (value.abs().amax(), 0.5 if key == "exp_avg_sq" else 1.0)
+                for optimizer in self.optimizers
+                for state in optimizer.state.values()
+                for key, value in state.items()
+                if key in MOMENTS and isinstance(value, Tensor) and value.numel()
+            ]
+            sizes = [float(size) ** power for size, power in moments]
+            self._largest = max(sizes, default=0.0)
+        self._largest = max(self._largest, largest)
+        number = min((torch.finfo(p.dtype) for p in self.parameters.values()), key=lambda info: info.max)
+        limit = number.max * number.eps / 4
+        return all(self._largest * _reach(group) <= limit for group in self.groups) and (
+            self._largest < math.sqrt(number.max) / 2
+        )
+
+    def _act(self, used: Sequence[bool]) -> None:
+        if self.is_called:
+            optim: Any = self.optim
+            optim([parameter for parameter, is_used in zip(self.parameters.values(), used, strict=True) if is_used])
+            made = [optim.optim_objs[p] for p in self.parameters.values() if p in optim.optim_objs]
+            self.schedulers = [each for each in made if hasattr(each, "optimizer")]
+            self.optimizers = [getattr(each, "optimizer", each) for each in made]
+            self.settings = self.settings or [_settings(group) for group in self.groups]
+            return
         for clip, parameter in self._clips:
             if parameter.grad is not None:
                 clip(parameter)
         joint = self._joined()
         if not all(used) and len(self.optimizers) == len(used):
-            joint = _OneByOne([optimizer for optimizer, it in zip(self.optimizers, used, strict=True) if it])
-            joint.step()
-            joint.zero_grad()
+            _OneByOne([optimizer for optimizer, it in zip(self.optimizers, used, strict=True) if it]).step()
             return
         for group in joint.param_groups:
             if group.get("fused") and not _fits_kernel(joint, group):
                 group["fused"] = False
         joint.step()
-        joint.zero_grad()
         for group, members in zip(joint.param_groups, self._members, strict=True):
             if group.get("lr") != members[0].get("lr"):  # decayed by the optimiser itself
                 for member in members:
                     member["lr"] = group["lr"]
                 self._hold()
 
+    def leave_zeros(self, everywhere: bool = False) -> None:
+        """Leave a gradient of zero where there is one, as Pyro's SVI does, or `everywhere`."""
+        for parameter in self.parameters.values():
+            gradient = parameter.grad
+            if (gradient is not None or everywhere) and not is_left_zero(gradient):
+                zero = self._zeros.get(id(parameter))
+                if zero is None or not is_left_zero(zero) or not _fits(zero, parameter):
+                    zero = torch.zeros_like(parameter)
+                    zero._left_at = zero._version  # type: ignore[attr-defined]
+                    self._zeros[id(parameter)] = zero
+                parameter.grad = zero
+
     def adam(self) -> AdamUpdate | None:
         """The next update in tensor arithmetic, where it is Adam's and nothing comes between; the same object as long
         as only numbers among the settings change.
         """
+        if self.is_called:
+            return None
+        self._largest = None  # of which the graph keeps its own
         joint = self._joined()
         if self._takes_adam and not self._begun:
             if self._adam is None or not self._adam.acts_on(joint):
@@ -158,19 +275,15 @@ class Update:
             self._adam.begin(joint)
             self._hold()
             self._begun = True
+        if self._adam is not None and not self._measured:
+            self._adam.measure()
+            self._measured = True
         return self._adam if self._takes_adam else None
-
-    def acted(self, update: AdamUpdate) -> None:
-        """An update, as part of a graph, has acted on all parameters."""
-        if not update.has_acted:
-            update.has_acted = True
-            for optimizer in self.optimizers:
-                optimizer._had_gradient = True  # type: ignore[attr-defined]
 
     def _joined(self) -> Any:
         """All optimisers as one."""
         if self._joint is None or not self._unchanged():
-            if self._joint is not None and isinstance(self.optim, PyroOptim):
+            if self._joint is not None and isinstance(self.optim, PyroOptim) and not self.is_called:
                 self._adopt_all(self.optim)
             self._joint = self._join()
             grouped = {id(p) for group in self._joint.param_groups for p in group["params"]}
@@ -201,10 +314,15 @@ class Update:
     def _join(self) -> Any:
         """One optimiser on the states of all, with a group for each kind of settings."""
         joint: Any
+        if self.is_called:
+            joint, self._members = _OneByOne(self.optimizers), [[group] for group in self.groups]
+            return joint
         if len(self.optimizers) == 1:
             joint = self.optimizers[0]
             self._members = [[group] for group in joint.param_groups]
-        elif type(self.optimizers[0]) not in ELEMENTWISE or any(any(_hooks(o)) for o in self.optimizers):
+        elif type(self.optimizers[0]) not in ELEMENTWISE or any(
+            any(_hooks(o)) or _own_step(o) for o in self.optimizers
+        ):
             joint = _OneByOne(self.optimizers)
             self._members = [[group] for group in joint.param_groups]
         else:
@@ -258,6 +376,73 @@ class Update:
                 for p, its in getattr(part, "state", {}).items():
                     known = {key: value for key, value in before.get(p, {}).items() if isinstance(value, Tensor)}
                     its |= {key: value.copy_(its[key]) for key, value in known.items()}  # the tensors that graphs know
+        self._measured, self._largest = False, None
+
+
+class _Before:
+    """The parameters and the optimisers' states of now, to go back to."""
+
+    def __init__(self, update: Update) -> None:
+        self.update = update
+        optimizers = [optimizer for optimizer in update.optimizers if isinstance(optimizer, torch.optim.Optimizer)]
+        self.tables: list[Any] = []
+        self.tensors = [*update.parameters.values()]
+        for optimizer in optimizers:
+            self.tables += [optimizer.state, *optimizer.param_groups, *optimizer.state.values()]
+        for table in self.tables:
+            self.tensors += [value for value in table.values() if isinstance(value, Tensor)]
+        self.contents = [dict(table) for table in self.tables]
+        copies = update._copies
+        if len(copies) != len(self.tensors) or not all(map(_fits, copies, self.tensors)):
+            copies = update._copies = [torch.empty_like(tensor) for tensor in self.tensors]
+        with torch.no_grad():
+            torch._foreach_copy_(copies, self.tensors)
+
+    def overflow(self) -> Overflow | None:
+        """The first parameter that is not finite now, or of whose elementwise optimiser a state is not."""
+        update = self.update
+        found: list[tuple[str, str | None, Tensor]] = [(name, None, p) for name, p in update.parameters.items()]
+        groups = {id(p): group for group in update.groups for p in group["params"]}
+        names = {id(p): name for name, p in update.parameters.items()}
+        for optimizer in update.optimizers if not update.is_called else ():
+            for p, state in optimizer.state.items() if type(optimizer) in ELEMENTWISE else ():
+                found += [
+                    (names.get(id(p), "?"), key, value) for key, value in state.items() if isinstance(value, Tensor)
+                ]
+        found = [each for each in found if each[2].is_floating_point() and each[2].numel()]
+        with torch.no_grad():
+            largest = torch._foreach_norm([value for *_, value in found], torch.inf)
+            if bool(torch.stack([norm.to(largest[0].device, torch.float64) for norm in largest]).isfinite().all()):
+                return None
+        (name, key, _), *_ = (each for each, norm in zip(found, largest, strict=True) if not bool(norm.isfinite()))
+        return Overflow(name, key, {**groups.get(id(update.parameters.get(name)), {})})
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        for table, content in zip(self.tables, self.contents, strict=True):
+            table.clear()
+            table.update(content)
+        for tensor, copy in zip(self.tensors, self.update._copies, strict=True):
+            tensor.copy_(copy)
+
+
+def _fits(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype and a.device == b.device
+
+
+def _reach(group: Mapping[str, Any]) -> float:
+    """How far an update moves a parameter at most, for gradients of at most 1; infinite where it is not known."""
+    lr, decay = abs(float(group["lr"])), group["weight_decay"]
+    if "betas" not in group:
+        return 2 * lr / (1 - group["momentum"]) if decay == 0 and 0 <= group["momentum"] < 1 else math.inf
+    decays_well = decay == 0 or (group["decoupled_weight_decay"] and abs(1 - group["lr"] * decay) <= 1)
+    return lr / (1 - group["betas"][0]) / group["eps"] if decays_well and group["eps"] > 0 else math.inf
+
+
+def _own_step(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the instance has got another ``step`` than a scheduler's count of its class's."""
+    step = vars(optimizer).get("step")
+    return step is not None and not hasattr(step, "_wrapped_by_lr_sched")
 
 
 def _load(optimizer: Any, state: Mapping[str, Any]) -> None:
@@ -299,7 +484,13 @@ def _fits_kernel(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> 
 
 
 class AdamUpdate:
-    """Adam's step in tensor arithmetic alone, on the parameters and states of an optimiser: to be part of a graph."""
+    """Adam's step in tensor arithmetic alone, on the parameters and states of an optimiser: to be part of a graph.
+
+    It acts where it is sure to leave finite numbers. With L the largest of all gradients so far, which no element of
+    the first moment exceeds, this is so where L^2 does not overflow and ``rate L / eps``, the most that any parameter
+    moves by, is less than half of what the largest number is rounded to. In single precision and with Adam's own
+    settings this is L < 1.8e19.
+    """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.groups = _adam_groups(optimizer)
@@ -308,8 +499,8 @@ class AdamUpdate:
         self.constants = [first.new_empty(6) for first in firsts]
         self.places = [(*r.unbind(), *c.unbind()) for r, c in zip(self.rates, self.constants, strict=True)]
         self.numbers: list[tuple[float, ...]] = [(math.nan,) * 9] * len(firsts)  # in these places
-        self.has_acted = False
         self.unbroken = torch.ones((), dtype=torch.bool, device=firsts[0].device)
+        self.largest = torch.zeros((), dtype=torch.float64, device=firsts[0].device)
 
     @staticmethod
     def stands_for(optimizer: torch.optim.Optimizer) -> bool:
@@ -322,6 +513,7 @@ class AdamUpdate:
             and len(on_cpu) <= MAX_IN_GRAPH
             and all(
                 group["fused"]
+                and group["eps"] > 0
                 and not any(group[key] for key in unusual)
                 and not isinstance(group["lr"], Tensor)
                 and len({p.dtype for p in group["params"]}) == 1
@@ -341,6 +533,15 @@ class AdamUpdate:
                 return False
         return True
 
+    @torch.no_grad()
+    def measure(self) -> None:
+        """Look how large the moments are, which another step than this has left."""
+        states = [state for states, *_ in self.groups for state in states]
+        of_moments = [m.abs().amax() for _, _, m, _ in states if m.numel()]
+        of_squares = [v.amax().sqrt() for *_, v in states if v.numel()]
+        each = [torch.zeros_like(self.largest), *(norm.to(self.largest) for norm in (*of_moments, *of_squares))]
+        self.largest.copy_(torch.stack(each).amax())
+
     def mend(self) -> None:
         """Let updates through again after a step that was not finite."""
         self.unbroken.fill_(True)
@@ -357,19 +558,32 @@ class AdamUpdate:
             self.numbers[index] = numbers
 
     @torch.no_grad()
-    def __call__(self, gradients: Mapping[Tensor, Tensor], finite: Tensor) -> list[Tensor]:
-        """Update parameters and states in place, unless this step or one since `mend` is not `finite`.
+    def __call__(self, gradients: Mapping[Tensor, Tensor], finite: Tensor, largest: Tensor) -> list[Tensor]:
+        """Update parameters and states in place, unless this step or one since `mend` is not `finite`, or the update
+        might not be. `largest` is the largest absolute value among the gradients.
 
-        Returns the factors that correct for bias: as results of the graph they are computed once, not per element.
+        Returns whether this step is finite and its update sure to be, and the factors that correct for bias: as results
+        of the graph they are computed once, not per element.
         """
-        finite = finite & self.unbroken
-        self.unbroken.copy_(finite)
-        factors = []
+        factors, sure = [], finite
+        largest = torch.maximum(largest, self.largest)
         for (states, decays, decoupled), rates, constants in zip(self.groups, self.rates, self.constants, strict=True):
             lr, beta1, beta2 = rates.unbind()
             t = torch.stack([step for _, step, _, _ in states]).double() + 1
-            corrected = torch.stack([lr / (1 - beta1**t), (1 - beta2**t).sqrt()]).to(constants.dtype)
-            factors.append(corrected)
+            corrected = torch.stack([lr / (1 - beta1**t), (1 - beta2**t).sqrt()])
+            number, wide = torch.finfo(constants.dtype), constants.double()
+            if decays and not decoupled:  # a part of the gradient
+                of_parameters = torch.stack([p.abs().amax() for p, *_ in states if p.numel()]).amax()
+                largest = torch.maximum(largest, largest + wide[4].abs() * of_parameters)
+            moves = corrected[0].abs().amax() * largest / wide[3]
+            sure = sure & (largest < math.sqrt(number.max) / 2) & (moves <= number.max * number.eps / 4)
+            if decays and decoupled:
+                sure = sure & (wide[5].abs() <= 1)
+            factors.append(corrected.to(constants.dtype))
+        acts = sure & self.unbroken
+        self.unbroken.copy_(acts)
+        self.largest.copy_(torch.where(acts, largest, self.largest))
+        for (states, decays, decoupled), constants, corrected in zip(self.groups, self.constants, factors, strict=True):
             new1, old2, new2, eps, decay, shrink = constants.unbind()
             for (p, step, exp_avg, exp_avg_sq), (rate, correction2) in zip(states, corrected.unbind(1), strict=True):
                 start = p * shrink if decays and decoupled else p
@@ -378,8 +592,8 @@ class AdamUpdate:
                 v = old2 * exp_avg_sq + new2 * g * g
                 new = start - rate * m / (v.sqrt() / correction2 + eps)
                 for tensor, value in ((p, new), (step, step + 1), (exp_avg, m), (exp_avg_sq, v)):
-                    tensor.copy_(torch.where(finite, value, tensor))
-        return factors
+                    tensor.copy_(torch.where(acts, value, tensor))
+        return [sure, *factors]
 
 
 class _AdamGroup(NamedTuple):
@@ -403,17 +617,13 @@ def _adam_groups(optimizer: torch.optim.Optimizer) -> list[_AdamGroup]:
 class _OneByOne:
     """Optimisers of a kind that is not known, each for itself."""
 
-    def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    def __init__(self, optimizers: Sequence[Any]) -> None:
         self.optimizers = optimizers
-        self.param_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        self.param_groups = [group for optimizer in optimizers for group in getattr(optimizer, "param_groups", ())]
 
     def step(self) -> None:
         for optimizer in self.optimizers:
             optimizer.step()
-
-    def zero_grad(self) -> None:
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
 
 
 class _FusedClippedAdam(ClippedAdam):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,15 +16,24 @@ from pyro import poutine
 from pyro.optim import PyroOptim
 from torch import Tensor, nn
 
-from .compiled import Compiled, NotNowError, get_random_state, preserved, set_random_state
-from .guards import NotStaticError
-from .optim import AdamUpdate, Optimizer, Update
+from .compiled import Compiled, NotNowError, does_say, get_random_state, preserved, set_random_state
+from .guards import NotStaticError, walk, watched
+from .optim import AdamUpdate, Optimizer, Overflow, Update, gradient_of, is_left_zero
 
 __all__ = ["SVI", "CompiledSVI", "NonFiniteLossError", "latent_scale"]
 
 
+OF_GRADIENTS = (
+    "keep roots, logarithms and divisions of the programs away from 0, where the derivative of a finite value is not "
+    "finite (a torch.where does not hide it); where step 1 was finite, a smaller learning rate; float64"
+)
+OF_LOSSES = "another scale of the data, or float64; where step 1 was finite, a smaller learning rate or clip_norm=..."
+
+
 class NonFiniteLossError(ArithmeticError):
-    """The loss or a gradient is NaN or infinite; the parameters are those of the step before."""
+    """The loss, a gradient or what an update would make of a parameter is NaN or infinite; parameters and optimiser are
+    those of the step before.
+    """
 
 
 class LatentScale(poutine.scale_messenger.ScaleMessenger):
@@ -65,7 +75,11 @@ class SVI(pyro.infer.SVI):
     It differs in three things. `optim` may also be any callable from parameters to a torch optimiser, such as
     ``functools.partial(torch.optim.Adam, lr=1e-3)``, and the optimisers that a `pyro.optim` object keeps, one for each
     parameter, are stepped as one. The parameters are those of the modules (model, guide, loss) and of every
-    ``pyro.param``. A loss or gradient that is not finite raises before the optimiser acts.
+    ``pyro.param``. A loss or gradient that is not finite raises before the optimiser acts, and an update that would
+    leave a parameter that is not is undone.
+
+    Where two of the modules register a parameter under one name, each is trained, and a warning names them:
+    `pyro.infer.SVI` trains that alone which comes first, by the guide as a rule, and the other never.
 
     Raises:
         NonFiniteLossError: names the step, the site and the parameter.
@@ -105,6 +119,7 @@ class SVI(pyro.infer.SVI):
         self.given_gradients = None if isinstance(loss, pyro.infer.ELBO) else loss_and_grads  # which Pyro leaves aside
         self.clip_norm = clip_norm
         self.steps = 0
+        self._named: set[str] = set()  # by two parameters, and told
         self.update = Update(optim)
         self._of_update = self.optim
         self._begin()
@@ -122,9 +137,11 @@ class SVI(pyro.infer.SVI):
 
     def initialize(self, *args: Any, **kwargs: Any) -> None:
         """Run model and guide once, with Pyro's validation on, to collect parameters; random state and buffers stay."""
-        with preserved(), torch.no_grad(), pyro.validation_enabled(True), poutine.trace(param_only=True) as captured:
+        captured = _Captured(param_only=True)
+        with preserved(), torch.no_grad(), pyro.validation_enabled(True), captured:
             self.loss(self.model, self.guide, *args, **kwargs)
         self._collect(captured.trace)
+        self._warn_of_names(captured.others)
 
     def step_async(self, *args: Any, **kwargs: Any) -> Tensor:
         """A step; returns the loss as a tensor (), or the losses of one that gives several, like Pyro's
@@ -132,12 +149,14 @@ class SVI(pyro.infer.SVI):
         """
         self._follow()
         random_state = get_random_state()
-        loss, finite, used = self._backward(*args, **kwargs)
+        loss, finite, used, largest = self._backward(*args, **kwargs)
         if not bool(finite):
             raise self._diagnosis(loss, random_state, args, kwargs)
+        gradients = [gradient_of(parameter) for parameter in self.parameters.values()]
         if self.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.clip_norm)
-        self.update.step(used)
+        if overflow := self.update.step(used, float(largest)):
+            raise self._diagnosis_of_update(overflow, loss, gradients)
         self.steps += 1
         return loss
 
@@ -148,15 +167,28 @@ class SVI(pyro.infer.SVI):
             if parameters:
                 self.update.add(parameters)
 
-    def _backward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Sequence[bool]]:
-        """The loss; whether it and the gradients, left in the parameters, are finite; which parameters were used."""
-        with poutine.trace(param_only=True) as captured:
-            loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
+    def _backward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Sequence[bool], Tensor]:
+        """The loss; whether it and the gradients, left in the parameters, are finite; which parameters were used; the
+        largest absolute value among the gradients.
+        """
+        zeros = [(p, p.grad) for p in self.parameters.values() if is_left_zero(p.grad)]
+        for parameter, _ in zeros:
+            parameter.grad = None
+        captured = _Captured(param_only=True)
+        try:
+            with captured:
+                loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
+        finally:
+            for parameter, zero in zeros:
+                if parameter.grad is None:
+                    parameter.grad = zero
         losses = [torch.as_tensor(part, dtype=torch.float64).detach().reshape(()) for part in _parts(loss)]
         self._collect(captured.trace)
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        self._warn_of_names(captured.others)
+        gradients = [g for p in self.parameters.values() if (g := gradient_of(p)) is not None]
         values = torch.stack(losses) if isinstance(loss, tuple) else losses[0]
-        return values, _finite(sum(losses), gradients), self._used(captured.trace)
+        finite, largest = _finite(sum(losses), gradients)
+        return values, finite, self._used(captured.trace), largest
 
     def _used(self, trace: poutine.Trace) -> list[bool]:
         """Which of the parameters this step takes up: all but those of ``pyro.param`` statements that did not run."""
@@ -180,7 +212,7 @@ class SVI(pyro.infer.SVI):
         """Find the parameters; those that are new since the last time join the optimiser."""
         known = {id(parameter) for parameter in self.parameters.values()}
         sites = [(name, site["value"].unconstrained()) for name, site in trace.nodes.items()]
-        if self.parameters and all(id(parameter) in known for _, parameter in sites):
+        if self.parameters and all(id(p) in known or not p.requires_grad for _, p in sites):
             return
         found: dict[str, Tensor] = {
             f"{program}.{name}": parameter
@@ -196,14 +228,28 @@ class SVI(pyro.infer.SVI):
         if new:
             self.update.add(new)
 
+    def _warn_of_names(self, others: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Say which parameters of the modules have been registered under the name of another that is trained too."""
+        trained = {id(p): name for name, p in self.parameters.items() if not name.startswith("param.")}
+        for name, (first, second) in others.items():
+            if name not in self._named and id(first) in trained and id(second) in trained:
+                self._named.add(name)
+                warnings.warn(
+                    f"two parameters, {trained[id(first)]!r} and {trained[id(second)]!r}, are registered under the one "
+                    f"name {name!r}: this SVI trains both, pyro.infer.SVI the first alone, and the parameter store "
+                    "keeps the first alone. Mend: give them different names",
+                    UserWarning,
+                    stacklevel=4,
+                )
+
     def _diagnosis(self, loss: Tensor, random_state: Any, args: Any, kwargs: Any) -> NonFiniteLossError:
         broken = [
             name for name, p in self.parameters.items() if p.grad is not None and not bool(p.grad.isfinite().all())
         ]
         set_random_state(random_state)
-        for parameter in self.parameters.values():
-            parameter.grad = None
-        sites, looked = [], False
+        self.update.leave_zeros()
+        sites: list[_Site] = []
+        looked = False
         # a loss of the user's own may call the programs otherwise
         with contextlib.suppress(Exception), torch.no_grad(), pyro.validation_enabled(False):
             guide_trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
@@ -213,10 +259,34 @@ class SVI(pyro.infer.SVI):
         set_random_state(random_state)
         return NonFiniteLossError(
             f"step {self.steps + 1}: the loss is {loss.tolist()}; "
-            + (f"first at {sites[0]}; " if sites else "every site is finite; " if looked else "")
+            + (f"first at {sites[0].words}; " if sites else "every site is finite; " if looked else "")
             + (f"the gradient of parameter {broken[0]!r} is not finite" if broken else "gradients are finite")
-            + f" ({len(broken)} of {len(self.parameters)}). The parameters are still those of step {self.steps}. "
-            "Mend: a smaller learning rate, clip_norm=..., or another scale of the data"
+            + f" ({len(broken)} of {len(self.parameters)}). The parameters are still those of step {self.steps}. Mend: "
+            + (sites[0].mend if sites else OF_GRADIENTS if bool(loss.isfinite().all()) else OF_LOSSES)
+        )
+
+    def _diagnosis_of_update(
+        self, overflow: Overflow, loss: Tensor, gradients: Sequence[Tensor | None]
+    ) -> NonFiniteLossError:
+        lr, eps = overflow.group.get("lr"), overflow.group.get("eps")
+        largest = max((float(g.abs().amax()) for g in gradients if g is not None and g.numel()), default=0.0)
+        what = (
+            f"{overflow.state!r} of parameter {overflow.parameter!r}"
+            if overflow.state
+            else f"parameter {overflow.parameter!r}"
+        )
+        if lr is not None and not math.isfinite(lr):
+            mend = "a finite learning rate"
+        elif overflow.state:
+            mend = "clip_norm=..., or another scale of the data, as the square of the gradient overflows"
+        elif eps == 0:
+            mend = "eps > 0, as the optimiser divides by the size of the gradients, which is zero up to rounding"
+        else:
+            mend = "a smaller learning rate, or clip_norm=..."
+        return NonFiniteLossError(
+            f"step {self.steps + 1}: the update would leave {what} not finite, at the loss {loss.tolist()} with finite "
+            f"gradients of at most {largest:.3g} and the learning rate {lr}. It has not acted: the parameters are "
+            f"still those of step {self.steps}. Mend: {mend}"
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -279,21 +349,48 @@ class CompiledSVI(SVI):
     """
 
     def _begin(self) -> None:
-        places = [(vars(pyro.get_param_store()), name) for name in ("_params", "_constraints")]
-        places += [(vars(self), name) for name in ("model", "guide", "objective")]
-        self._whole = Compiled(self._whole_step, places=places)
-        self._gradients = Compiled(self._loss_and_gradients, places=places)
-        self._bound = Compiled(self._loss, places=[*places, (vars(self), "loss")])
-        self._unsettled: collections.deque[_Step] = collections.deque()
         self._own_gradients = self.loss_and_grads
         self._partial = False  # the optimiser acts beside the graph, not in it
-        if isinstance(self.objective, pyro.infer.ELBO) and not _derives_gradients(self.objective):
-            self._gradients.fall_back(
-                f"{type(self.objective).__name__} has no differentiable_loss to record, or one that its loss_and_grads "
-                "replaces. Mend: use a loss that has, like Trace_ELBO"
-            )
+        self._looked = False  # whether the loss's gradients are those of its differentiable_loss
+        self._said: list[str] = []  # by the program in its steps so far
+        self._make_graphs()
+        if isinstance(self.objective, pyro.infer.ELBO) and (problem := _cannot_derive(self.objective)):
+            self._gradients.fall_back(problem)
         elif self.given_gradients is not None:
             self._gradients.fall_back("loss_and_grads was given. Mend: leave it out where autograd gives the gradients")
+
+    def _make_graphs(self) -> None:
+        places: list[tuple[Any, Any]] = [(vars(pyro.get_param_store()), name) for name in ("_params", "_constraints")]
+        places += [(vars(self), name) for name in ("model", "guide", "objective")]
+        # functions of this module, and not methods of what may be a class of a user, which guards would walk through
+        whole, gradients, bound = (
+            lambda *args: self._whole_step(*args),
+            lambda *args: self._loss_and_gradients(*args),
+            lambda *args, **kwargs: self._loss(*args, **kwargs),
+        )
+        self._whole = Compiled(whole, places=places, roots=self._hooks)
+        self._gradients = Compiled(gradients, places=places, roots=self._hooks)
+        self._bound = Compiled(bound, places=[*places, (vars(self), "loss")])
+        self._unsettled: collections.deque[_Step] = collections.deque()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy is made of: graphs are compiled anew."""
+        self.settle()
+        reasons = [graph.fallback_reason for graph in (self._whole, self._gradients, self._bound)]
+        graphs = ("_whole", "_gradients", "_bound", "_unsettled")
+        return {name: value for name, value in vars(self).items() if name not in graphs} | {"_reasons": reasons}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        reasons = state.pop("_reasons")
+        self.__dict__ |= state
+        self._make_graphs()
+        for graph, reason in zip((self._whole, self._gradients, self._bound), reasons, strict=True):
+            graph.fallback_reason = reason
+
+    def _hooks(self) -> list[Any]:
+        """The functions that wait for gradients."""
+        parts = [(p._backward_hooks, p._post_accumulate_grad_hooks) for p in self.parameters.values()]
+        return [hook for pair in parts for part in pair for hook in (part or {}).values()]
 
     @property
     def compiled(self) -> bool:
@@ -325,7 +422,7 @@ class CompiledSVI(SVI):
         if adam is not None:
             random_state = get_random_state()
             try:
-                loss, finite, *_ = self._whole.replay(adam, args, kwargs)
+                loss, finite, sure, *_ = self._whole.replay(adam, args, kwargs)
             except _UnusedParameterError:
                 self._partial = True
             except NotNowError:
@@ -333,9 +430,9 @@ class CompiledSVI(SVI):
             except NotStaticError as error:
                 problem = error
             else:
-                self.update.acted(adam)
+                self.update.leave_zeros(everywhere=True)
                 self.steps += 1
-                self._unsettled.append(_Step(self.steps, loss, _Flag(finite), random_state, args, kwargs))
+                self._unsettled.append(_Step(self.steps, loss, finite, _Flag(sure), random_state, args, kwargs))
                 self._settle(lambda flag: flag.arrived())
                 return loss
         loss = super().step_async(*args, **kwargs)
@@ -354,14 +451,21 @@ class CompiledSVI(SVI):
         self._settle(lambda flag: True)
 
     def _settle(self, due: Callable[[_Flag], bool]) -> None:
-        """Look whether past steps were finite, those that are `due`; after one that was not no other acted."""
-        while self._unsettled and due(self._unsettled[0].finite):
+        """Look whether past steps have acted, those that are `due`; after one that has not, no other has."""
+        while self._unsettled and due(self._unsettled[0].acted):
             step = self._unsettled.popleft()
-            if not bool(step.finite):
+            if not bool(step.acted):
+                others = [*self._unsettled]
                 self._unsettled.clear()
                 self.steps = step.number - 1
                 if adam := self.update.adam():
                     adam.mend()
+                if bool(step.finite):  # only the update may not be: beside the graph it is looked at itself
+                    self._partial = True
+                    for each in (step, *others):
+                        set_random_state(each.random_state)
+                        each.loss.copy_(super().step_async(*each.args, **each.kwargs))
+                    return
                 set_random_state(step.random_state)
                 with preserved(), pyro.validation_enabled(False), warnings.catch_warnings():
                     warnings.filterwarnings("ignore", "Encountered", UserWarning)
@@ -372,12 +476,16 @@ class CompiledSVI(SVI):
         """The update, where it can be part of the graph."""
         parameters = self.parameters.values()
         beside = self._partial or self.clip_norm is not None
-        if not parameters or self.fallback_reason or beside or any(p.grad is not None for p in parameters):
+        if not parameters or self.fallback_reason or beside:
+            return None
+        if any(gradient_of(p) is not None for p in parameters):
             return None
         return self.update.adam()
 
     def _prepare(self, args: Any, kwargs: Any) -> None:
         """Compile for these arguments."""
+        if self.fallback_reason is None and (problem := self._problem(args, kwargs)):
+            return self._gradients.fall_back(problem)
         if adam := self._adam():
             try:
                 return self._whole.prepare(adam, args, kwargs)
@@ -386,48 +494,98 @@ class CompiledSVI(SVI):
         if self.fallback_reason is None:
             self._gradients.prepare(frozenset(self.parameters), args, kwargs)
 
-    def _backward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Sequence[bool]]:
+    def _backward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Sequence[bool], Tensor]:
         problem = None
         if self.parameters and self.fallback_reason is None and self._adam() is None:
             try:
-                loss, finite, used, gradients = self._gradients.replay(frozenset(self.parameters), args, kwargs)
+                loss, finite, used, gradients, largest = self._gradients.replay(
+                    frozenset(self.parameters), args, kwargs
+                )
             except NotNowError:
                 pass
             except NotStaticError as error:
                 problem = error
             else:
+                had = any(gradient_of(parameter) is not None for parameter in self.parameters.values())
                 for parameter, gradient in zip(self.parameters.values(), gradients, strict=True):
                     if gradient is not None:
                         if gradient.stride() != parameter.stride():  # fused optimisers expect the parameter's layout
                             gradient = torch.empty_like(parameter).copy_(gradient)
-                        parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-                return loss, finite, used
-        results = super()._backward(*args, **kwargs)
+                        before = gradient_of(parameter)
+                        parameter.grad = gradient if before is None else before + gradient
+                return loss, finite, used, torch.full_like(largest, math.inf) if had else largest
+        if self.compiled or self.fallback_reason is not None:
+            results = super()._backward(*args, **kwargs)
+        else:
+            with watched() as heard:
+                results = super()._backward(*args, **kwargs)
+            self._said += heard
         if problem is not None:  # and not the program's own
             self._gradients.fall_back(str(problem))
         return results
 
     def _whole_step(self, adam: AdamUpdate, args: Any, kwargs: Any) -> tuple[Tensor, ...]:
-        loss, finite, used, gradients = self._loss_and_gradients(frozenset(), args, kwargs)
+        loss, finite, used, gradients, largest = self._step_without_update(args, kwargs)
         if not all(used) or any(gradient is None for gradient in gradients):
             raise _UnusedParameterError
-        return loss, finite, *adam(dict(zip(self.parameters.values(), gradients, strict=True)), finite)
+        return loss, finite, *adam(dict(zip(self.parameters.values(), gradients, strict=True)), finite, largest)
 
     def _loss_and_gradients(self, names: frozenset[str], args: Any, kwargs: Any) -> tuple[Any, ...]:
+        return self._step_without_update(args, kwargs)
+
+    def _step_without_update(self, args: Any, kwargs: Any) -> tuple[Any, ...]:
         loss_function = getattr(self.objective, "differentiable_loss", self.objective)
         with poutine.trace(param_only=True) as captured:
-            loss = loss_function(self.model, self.guide, *args, **kwargs)
+            loss = torch.as_tensor(loss_function(self.model, self.guide, *args, **kwargs))  # a number, without sites
         known = {id(parameter) for parameter in self.parameters.values()}
-        if any(id(site["value"].unconstrained()) not in known for site in captured.trace.nodes.values()):
+        sites = [site["value"].unconstrained() for site in captured.trace.nodes.values()]
+        if any(id(parameter) not in known and parameter.requires_grad for parameter in sites):
             raise _NewParametersError
         if any(parameter._post_accumulate_grad_hooks for parameter in self.parameters.values()):
             raise NotStaticError("a hook waits for a parameter's gradient. Mend: register_hook instead")
         free = [parameter for parameter in self.parameters.values() if parameter.requires_grad]
-        found = dict(zip(free, torch.autograd.grad(loss, free, allow_unused=True), strict=True))
-        gradients = [found.get(parameter) for parameter in self.parameters.values()]
+        found = torch.autograd.grad(loss, free, allow_unused=True) if loss.requires_grad else [None] * len(free)
+        by_parameter = dict(zip(free, found, strict=True))
+        gradients = [by_parameter.get(parameter) for parameter in self.parameters.values()]
         loss = loss.detach().double().reshape(())
-        finite = _finite(loss, [gradient for gradient in gradients if gradient is not None])
-        return loss, finite, self._used(captured.trace), gradients
+        finite, largest = _finite(loss, [gradient for gradient in gradients if gradient is not None])
+        return loss, finite, self._used(captured.trace), gradients, largest
+
+    def _problem(self, args: Any, kwargs: Any) -> str | None:
+        """What is seen of the program before it is recorded: that it prints, and that its loss has gradients of its
+        own."""
+        if self._said:
+            return does_say(self._said)
+        if self._looked or not isinstance(self.objective, pyro.infer.ELBO) or not _is_users(type(self.objective)):
+            return None
+        before = walk([self.model, self.guide, self.objective])
+        if before.acting:
+            return None
+        self._looked = True
+        parameters = [*self.parameters.values()]
+        left = [parameter.grad for parameter in parameters]
+        try:
+            with preserved():
+                loss, *_, expected, _ = self._step_without_update(args, kwargs)
+            with preserved():
+                for parameter in parameters:
+                    parameter.grad = None
+                told = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
+                found = [parameter.grad for parameter in parameters]
+        except Exception:
+            return None  # a recording meets it too
+        finally:
+            for parameter, gradient in zip(parameters, left, strict=True):
+                parameter.grad = gradient
+            before.restore()
+        pairs = [(loss, torch.as_tensor(told, dtype=loss.dtype).detach()), *zip(expected, found, strict=True)]
+        if all(_is_close(a, b) for a, b in pairs):
+            return None
+        name = type(self.objective).__name__
+        return (
+            f"the loss or the gradients of {name}.loss_and_grads are not those of {name}.differentiable_loss, which "
+            "would be recorded. Mend: make them the same function"
+        )
 
     def _loss(self, *args: Any, **kwargs: Any) -> Tensor:
         return torch.as_tensor(self.loss(self.model, self.guide, *args, **kwargs), dtype=torch.float64)
@@ -455,7 +613,8 @@ class _Flag:
 class _Step(NamedTuple):
     number: int
     loss: Tensor
-    finite: _Flag
+    finite: Tensor
+    acted: _Flag
     random_state: Any
     args: Any
     kwargs: Any
@@ -469,20 +628,43 @@ class _UnusedParameterError(NotNowError):
     """A parameter has no gradient, so that the optimiser leaves it out."""
 
 
-def _derives_gradients(loss: pyro.infer.ELBO) -> bool:
-    """Whether ``loss_and_grads`` are those of ``differentiable_loss``, as neither replaces an inherited other."""
+def _cannot_derive(loss: pyro.infer.ELBO) -> str | None:
+    """Why ``loss_and_grads`` are not those of a ``differentiable_loss`` that can be recorded."""
+    name = type(loss).__name__
+    if own := [base.__name__ for base in type(loss).__mro__ if base.__name__.startswith("Jit") and not _is_users(base)]:
+        return f"{name} records the program itself, by torch.jit. Mend: use {own[0].removeprefix('Jit')} in its place"
     names = ("differentiable_loss", "loss_and_grads")
     owners = [next((base for base in type(loss).__mro__ if name in vars(base)), object) for name in names]
-    return not vars(loss).keys() & names and owners[0] is not object and issubclass(*owners)
+    if not vars(loss).keys() & names and owners[0] is not object and issubclass(*owners):
+        return None
+    return (
+        f"{name} has no differentiable_loss to record, or one that its loss_and_grads replaces. Mend: use a loss that "
+        "has, like Trace_ELBO"
+    )
+
+
+def _is_users(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] not in ("pyro", "pyro_vae")
+
+
+def _is_close(a: Tensor | None, b: Tensor | None) -> bool:
+    """Equal up to rounding, or none and zero."""
+    if a is None or b is None:
+        rest = a if b is None else b
+        return rest is None or not bool(rest.any())
+    return bool((a - b).norm() <= 1e-3 * b.norm()) or not bool(a.isfinite().all() & b.isfinite().all())
 
 
 def _parts(loss: Any) -> tuple[Any, ...]:
     return loss if isinstance(loss, tuple) else (loss,)
 
 
-def _finite(loss: Any, gradients: Sequence[Tensor]) -> Tensor:
-    sums = ((0 * gradient).sum() for gradient in gradients)
-    return (loss - loss) + sum(sums) == 0  # infinity times 0, or less itself, is NaN
+def _finite(loss: Any, gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Whether loss and gradients are finite, and the largest absolute value among the gradients."""
+    dense = [gradient._values() if gradient.is_sparse else gradient for gradient in gradients]
+    each = [gradient.abs().amax().double() for gradient in dense if gradient.numel()]
+    largest = torch.stack(each).amax() if each else torch.zeros_like(torch.as_tensor(loss))
+    return (loss - loss) + 0 * largest == 0, largest  # infinity times 0, or less itself, is NaN
 
 
 def modules_of(**programs: Any) -> dict[str, nn.Module]:
@@ -511,11 +693,52 @@ def load_modules(modules: Mapping[str, nn.Module], state: Mapping[str, Any]) -> 
         module.load_state_dict(state[name])
 
 
-def _broken_sites(trace: poutine.Trace) -> Iterator[str]:
+class _Captured(poutine.trace_messenger.TraceMessenger):
+    """Traces parameters, and keeps those of modules that come under the name of another: that and this."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.others: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def _pyro_post_param(self, message: Any) -> None:
+        super()._pyro_post_param(message)
+        value = message["value"].unconstrained()
+        for given in message["args"][1:2]:
+            if isinstance(given, nn.Parameter) and given is not value:
+                self.others.setdefault(message["name"], (value, given))
+
+
+class _Site(NamedTuple):
+    words: str
+    mend: str
+
+
+def _broken_sites(trace: poutine.Trace) -> Iterator[_Site]:
     for name, site in trace.nodes.items():
         if site["type"] != "sample" or type(site["fn"]).__name__ == "_Subsample":
             continue
-        if not bool(torch.isfinite(torch.as_tensor(site["value"])).all()):
-            yield f'site "{name}", whose value is not finite'
-        elif not bool(torch.isfinite(site["fn"].log_prob(site["value"])).all()):
-            yield f'site "{name}", whose log-probability is not finite'
+        fn, value = site["fn"], torch.as_tensor(site["value"])
+        base = fn
+        while hasattr(base, "base_dist"):
+            base = base.base_dist
+        kind = type(base).__name__
+        arguments = ((key, getattr(base, key, None)) for key in getattr(base, "arg_constraints", {}))
+        wrong = [key for key, each in arguments if isinstance(each, Tensor) and not bool(each.isfinite().all())]
+        if not bool(value.isfinite().all()) and site["is_observed"]:
+            yield _Site(f'site "{name}", whose value is not finite', f'data for "{name}" without NaN and infinity')
+        elif wrong:
+            yield _Site(
+                f'site "{name}", whose {kind} has a {wrong[0]} that is not finite',
+                f"another scale of what {wrong[0]} is computed from; where step 1 was finite, a smaller learning rate "
+                "or clip_norm=...",
+            )
+        elif not bool(value.isfinite().all()):
+            yield _Site(
+                f'site "{name}", whose value is not finite',
+                f"float64, or a {kind} without draws at the ends of its support",
+            )
+        elif not bool(fn.log_prob(site["value"]).isfinite().all()):
+            yield _Site(
+                f'site "{name}", whose log-probability is not finite',
+                f'values of "{name}" inside the support of its {kind}, another scale of the data, or float64',
+            )

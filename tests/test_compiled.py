@@ -3,12 +3,16 @@
 import argparse
 import array
 import collections
+import copy
 import dataclasses
 import functools
 import inspect
+import logging
 import math
 import os
+import pickle
 import random
+import re
 import subprocess
 import sys
 import types
@@ -20,6 +24,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from cases import CASES
+from effects import COMPILED, EAGER
 from programs import PROGRAMS, SemiSupervised, X
 from pyro import poutine
 from pyro.infer import (
@@ -31,6 +36,7 @@ from pyro.infer import (
     TraceMeanField_ELBO,
     config_enumerate,
 )
+from pyro.nn import PyroModule, PyroParam
 from torch import nn
 from torch._inductor.utils import clear_caches
 
@@ -79,6 +85,11 @@ def values(*programs):
     return found
 
 
+def left_gradients():
+    """What steps leave in the gradients of the store's parameters."""
+    return {name: None if p.grad is None else p.grad.clone() for name, p in pyro.get_param_store().named_parameters()}
+
+
 def assert_equal(found, expected, tolerance=1e-10):
     assert found.keys() == expected.keys() and len(found) > 0
     for name, value in expected.items():
@@ -87,10 +98,42 @@ def assert_equal(found, expected, tolerance=1e-10):
 
 def assert_same_trajectory(make, loss, args=(X,), **arguments):
     expected_losses, expected, _ = trajectory(SVI, make, loss, args, **arguments)
+    expected_gradients = left_gradients()
     losses, found, svi = trajectory(CompiledSVI, make, loss, args, **arguments)
     assert losses == pytest.approx(expected_losses, rel=1e-10)
     assert_equal(found, expected)
+    assert str(left_gradients()) == str(expected_gradients)
     return svi
+
+
+def beside(make, svi_class, steps):
+    """The losses, the parameters and their gradients, and what the user's objects hold after steps of a row."""
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    random.seed(0)
+    model, guide, step, left = make()
+    svi = svi_class(model, guide, adam(), ELBO)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FallbackWarning)
+        losses = [step(svi, i) for i in range(steps)]
+    gradients = {name: None if g is None else g.tolist() for name, g in left_gradients().items()}
+    return losses, values(), gradients, left(), svi
+
+
+@pytest.mark.parametrize("name", [*COMPILED, *EAGER])
+def test_what_a_step_leaves_in_the_objects_of_a_user(name, recorded):
+    """After 7 steps, of which the last is no audit: the same as SVI, compiled or for the reason that is true."""
+    make, expectation = {**COMPILED, **EAGER}[name]
+    losses, parameters, gradients, left, _ = beside(make, SVI, 7)
+    found = beside(make, CompiledSVI, 7)
+    assert found[0] == pytest.approx(losses, rel=1e-10)
+    assert_equal(found[1], parameters)
+    assert found[2] == gradients
+    assert str(found[3]) == str(left) or found[3] == pytest.approx(left, rel=1e-10)
+    if name in COMPILED:
+        assert found[4].compiled and len(graphs(found[4])) <= expectation
+    else:
+        assert not found[4].compiled and re.search(expectation, found[4].fallback_reason)
 
 
 HOST = {"_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "is_nonzero", "equal"}
@@ -566,7 +609,7 @@ class TestFallBacks:
 
     def test_more_numbers_than_are_bounded(self, recorded, monkeypatch):
         monkeypatch.setattr(pyro_vae.compiled, "MAX_VARIANTS", 2)
-        weights = {"kl": 1.0}
+        weights = {"kl": 1}
 
         def model(x):
             with poutine.scale(scale=weights["kl"]):
@@ -574,8 +617,8 @@ class TestFallBacks:
 
         svi = CompiledSVI(model, location_guide, adam(), ELBO)
         svi.step(X)
-        with pytest.warns(FallbackWarning, match="2 graphs have been compiled, and 'kl' is now 3.0, not 2.0"):
-            for weights["kl"] in (2.0, 3.0):
+        with pytest.warns(FallbackWarning, match="2 graphs have been compiled, and 'kl' is now 3, not 2"):
+            for weights["kl"] in (2, 3):
                 svi.step(X)
 
     def test_no_working_compiler(self, monkeypatch):
@@ -654,12 +697,12 @@ class TestGuards:
         assert_equal(found[1][1], found[0][1], tolerance)
         return svi
 
-    def assert_same(self, model, change):
+    def assert_same(self, model, change, num_graphs=2):
         def step(svi, i):
             change(1.0 if i < 3 else 0.25)
             return svi.step(X)
 
-        assert len(graphs(self.assert_same_steps(step, lambda: (model, location_guide)))) == 2
+        assert len(graphs(self.assert_same_steps(step, lambda: (model, location_guide)))) == num_graphs
 
     def test_an_attribute(self, recorded):
         self.assert_same(lambda x: location_model(x, SWITCH.weight), lambda w: setattr(SWITCH, "weight", w))
@@ -796,7 +839,7 @@ class TestGuards:
             pyro.sample("y", dist.Normal(pyro.param("location"), 1.0))
 
         conditioned = poutine.condition(model, data=data)
-        self.assert_same(conditioned, lambda w: data.update(y=values[w]))
+        self.assert_same(conditioned, lambda w: data.update(y=values[w]), num_graphs=1)  # which takes y as an argument
 
     def test_an_object_as_argument(self, recorded):
         switch = Switch()
@@ -1228,7 +1271,7 @@ class TestChangesBetweenSteps:
             return *settings_programs(settings), settings
 
         svi = self.trajectories(make, lambda svi, settings: self.OF_PROGRAMS[change](settings))
-        assert svi.compiled and len(graphs(svi)) == 2
+        assert svi.compiled and len(graphs(svi)) == (1 if change == "attribute of a distribution" else 2)
         if "method" in vars(Derived):
             del Derived.method
 
@@ -1554,3 +1597,448 @@ def test_kept_memory_is_used_again():
             pytest.skip("expected glibc, found another C library")
         found[kind] = int(done.stdout)
     assert found["keep"] < 100 < found["leave"]
+
+
+def plated_model(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def plated_guide(x):
+    location = pyro.param("location", torch.zeros(len(x)))
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(location, 2.0))
+
+
+PLATED = plated_model, plated_guide
+
+
+class TestLosses:
+    """Which losses are recorded: those whose ``loss_and_grads`` are the gradients of their `differentiable_loss`."""
+
+    @pytest.mark.filterwarnings(
+        "ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning", "ignore::FutureWarning"
+    )
+    @pytest.mark.parametrize("kind", ["JitTrace_ELBO", "JitTraceMeanField_ELBO", "JitTraceEnum_ELBO"])
+    def test_losses_by_jit_run_eagerly(self, kind, recorded):
+        """The derivative of JitTrace_ELBO's own differentiable_loss counts the pathwise part twice."""
+        arguments = {"max_plate_nesting": 0, "strict_enumeration_warning": False, "ignore_jit_warnings": True}
+
+        def model():
+            a = pyro.sample("a", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(a, 1.0), obs=torch.tensor(2.0))
+
+        def guide():
+            pyro.sample("a", dist.Delta(pyro.param("location", torch.zeros(()))))
+
+        def guide_of_mean_field():
+            pyro.sample("a", dist.Normal(pyro.param("location", torch.zeros(())), 1e-9))
+
+        guide = guide_of_mean_field if kind == "JitTraceMeanField_ELBO" else guide
+        found = []
+        for svi_class in (SVI, CompiledSVI):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FallbackWarning)
+                loss = getattr(pyro.infer, kind)(**arguments)
+                found.append(trajectory(svi_class, lambda: (model, guide), loss, (), optim=plain_sgd))
+        assert found[1][0] == pytest.approx(found[0][0], rel=1e-12)
+        assert_equal(found[1][1], found[0][1], 1e-12)
+        assert kind in found[1][2].fallback_reason and kind.removeprefix("Jit") in found[1][2].fallback_reason
+
+    @pytest.mark.parametrize("kind", ["gradients", "loss", "neither"])
+    def test_a_loss_of_the_users_own_is_looked_at(self, kind, recorded):
+        class Own(Trace_ELBO):
+            def differentiable_loss(self, model, guide, *args):
+                loss = super().differentiable_loss(model, guide, *args)
+                return {"gradients": 2 * loss - loss.detach(), "loss": loss + 1.0, "neither": loss}[kind]
+
+            def loss_and_grads(self, model, guide, *args):
+                return super().loss_and_grads(model, guide, *args)
+
+        if kind == "neither":
+            assert assert_same_trajectory(lambda: (location_model, location_guide), Own()).compiled
+        else:
+            reason = eager_steps(lambda: (location_model, location_guide), loss=Own())
+            assert "Own.loss_and_grads are not those of Own.differentiable_loss" in reason
+
+    RECORDED = {
+        "Trace_ELBO": lambda: Trace_ELBO(2),
+        "TraceMeanField_ELBO": lambda: TraceMeanField_ELBO(2),
+        "TraceEnum_ELBO": lambda: TraceEnum_ELBO(max_plate_nesting=1, strict_enumeration_warning=False),
+        "TraceTMC_ELBO": lambda: pyro.infer.TraceTMC_ELBO(
+            num_particles=2, max_plate_nesting=1, strict_enumeration_warning=False
+        ),
+        "TraceTailAdaptive_ELBO": lambda: pyro.infer.TraceTailAdaptive_ELBO(
+            num_particles=3, vectorize_particles=True, max_plate_nesting=1
+        ),
+    }
+
+    @pytest.mark.parametrize("name", RECORDED)
+    def test_pyros_losses_that_are_recorded_have_the_gradients_of_their_differentiable_loss(self, name):
+        loss = self.RECORDED[name]()
+        assert pyro_vae.svi._cannot_derive(loss) is None
+        PLATED[1](X)
+        (parameter,) = pyro.get_param_store()._params.values()
+        found = []
+        for _ in range(2):
+            torch.manual_seed(0)
+            value = loss.differentiable_loss(*PLATED, X[:, 0])
+            (gradient,) = torch.autograd.grad(value, [parameter])
+            torch.manual_seed(0)
+            parameter.grad = None
+            told = loss.loss_and_grads(*PLATED, X[:, 0])
+            found.append((value.item(), gradient.tolist(), told, parameter.grad.tolist()))
+        value, gradient, told, left = found[1]
+        assert gradient == pytest.approx(left, rel=1e-12) and any(gradient)
+        assert value == pytest.approx(told, rel=1e-12)
+
+    def test_no_draws_and_no_arguments(self, recorded):
+        def model():
+            pyro.sample("x", dist.Normal(pyro.param("location", torch.zeros(())), 1.0), obs=torch.tensor(3.0))
+
+        for optim in (adam, plain_sgd):
+            assert assert_same_trajectory(lambda: (model, lambda: None), ELBO, (), optim=optim).compiled
+
+    def test_a_value_that_follows_from_parameters_alone_is_no_number_of_the_graph(self, recorded):
+        def model():
+            location = pyro.param("location", torch.ones(()))
+            weight = 1.0 if float((location + 1).detach()) > 1.9 else 100.0
+            pyro.sample("x", dist.Normal(weight * location, 1.0), obs=torch.tensor(-3.0))
+
+        assert "on the host" in eager_steps(lambda: (model, lambda: None), (), steps=6)
+
+    def test_a_first_call_without_sites(self, recorded):
+        """As the auxiliary loss of a semi-supervised model on a batch without labels."""
+        net = nn.Linear(2, 2)
+        start = copy.deepcopy(net.state_dict())
+
+        def model(x, y=None):
+            pyro.module("net", net)
+            if y is not None:
+                with pyro.plate("data", len(x)):
+                    pyro.sample("y", dist.Categorical(logits=net(x)), obs=y)
+
+        found = []
+        for svi_class in (SVI, CompiledSVI):
+            pyro.clear_param_store()
+            net.load_state_dict(start)
+            net.zero_grad()
+            svi = svi_class(model, lambda x, y=None: None, adam(), ELBO)
+            losses = [svi.step(X), *(svi.step(X, torch.arange(6) % 2) for _ in range(3)), svi.step(X)]
+            found.append((losses, values(net)))
+        assert found[0][0] == pytest.approx(found[1][0], rel=1e-10) and svi.compiled
+        assert_equal(found[1][1], found[0][1])
+
+    def test_a_frozen_parameter_of_a_module(self, recorded):
+        class Model(PyroModule):
+            def __init__(self):
+                super().__init__()
+                self.scale = PyroParam(torch.tensor(1.0), constraint=dist.constraints.positive)
+                self.requires_grad_(False)
+
+            def forward(self, x):
+                m = pyro.sample("m", dist.Normal(0.0, self.scale))
+                pyro.sample("x", dist.Normal(m, 1.0).expand(x.shape).to_event(2), obs=x)
+
+        assert assert_same_trajectory(lambda: (Model(), location_guide), ELBO).compiled
+
+    def test_a_loss_with_kernels(self, recorded):
+        from pyro.contrib.gp.kernels import RBF
+
+        found = []
+        for svi_class in (SVI, CompiledSVI):
+            loss = pyro.infer.Trace_MMD(kernel=RBF(6), num_particles=3, vectorize_particles=True)
+            pyro.clear_param_store()
+            torch.manual_seed(0)
+            svi = svi_class(*PLATED, adam(), loss)
+            found.append([svi.step(X[:, 0]) for _ in range(5)])
+        assert found[1] == pytest.approx(found[0], rel=1e-10) and svi.compiled
+
+
+def plain_sgd():
+    return pyro.optim.SGD({"lr": 0.01})
+
+
+class ZeroedGradients(pyro.optim.PyroOptim):
+    """Sees to the gradients before each update."""
+
+    def __call__(self, params, *args, **kwargs):
+        self.calls = getattr(self, "calls", 0) + 1
+        for p in params:
+            p.grad = 0.5 * p.grad
+        super().__call__(params, *args, **kwargs)
+
+
+class Slower(pyro.optim.PyroOptim):
+    def _get_optim_args(self, param):
+        return {"lr": 0.5 * super()._get_optim_args(param)["lr"]}
+
+
+class Signs:
+    """No torch optimiser, but one that Pyro takes."""
+
+    def __init__(self, params, lr):
+        self.params, self.lr = params, lr
+
+    def step(self):
+        for p in self.params:
+            p.data -= self.lr * p.grad.sign()
+
+    def state_dict(self):
+        return {}
+
+
+class DividedSGD(torch.optim.SGD):
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = p.grad / 3
+        return super().step(closure)
+
+
+class TestOptimisersOfTheUsersOwn:
+    KINDS = {
+        "own call": lambda: ZeroedGradients(torch.optim.SGD, {"lr": 0.01}),
+        "own call of Adam": lambda: ZeroedGradients(torch.optim.Adam, {"lr": 0.01}),
+        "own arguments": lambda: Slower(torch.optim.Adam, {"lr": 0.01}),
+        "no torch optimiser": lambda: pyro.optim.PyroOptim(Signs, {"lr": 0.01}),
+        "own step": lambda: pyro.optim.PyroOptim(DividedSGD, {"lr": 0.01}),
+    }
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_its_own_method_is_called(self, kind, recorded):
+        svi = assert_same_trajectory(*PROGRAMS["AutoNormal"], optim=self.KINDS[kind])
+        assert svi.compiled
+        if kind.startswith("own call"):
+            assert svi.optim.calls == svi.steps == 5
+
+    def test_a_step_that_an_instance_gets(self, recorded):
+        def after_step(svi):
+            for optimizer in svi.optim.optim_objs.values():
+                if "step" not in vars(optimizer):
+                    stock = optimizer.step
+                    optimizer.step = lambda stock=stock: (stock(), stock())
+
+        assert assert_same_trajectory(*PROGRAMS["AutoNormal"], after_step=after_step).compiled
+
+    @pytest.mark.parametrize("wrong", [torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1), "Adam", None])
+    def test_what_is_no_optimiser_is_refused(self, wrong):
+        with pytest.raises(ValueError, match="expected a pyro.optim object, or a callable .* got "):
+            CompiledSVI(location_model, location_guide, wrong, ELBO)
+
+
+class Located(PyroModule):
+    def __init__(self, observed):
+        super().__init__()
+        self.observed = observed
+        self.location = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        m = pyro.sample("m", dist.Normal(self.location, 1.0))
+        if self.observed:
+            pyro.sample("x", dist.Normal(m, 1.0).expand(x.shape).to_event(2), obs=x)
+
+
+@pytest.mark.parametrize("svi_class", [pyro_vae.svi.SVI, CompiledSVI])
+def test_one_name_for_two_parameters_is_told_and_both_are_trained(svi_class, recorded):
+    """The parameter store keeps the guide's alone, and pyro.infer.SVI trains that alone."""
+    model, guide = Located(True), Located(False)
+    svi = svi_class(model, guide, plain_sgd(), ELBO)
+    with pytest.warns(UserWarning, match="'guide.location' and 'model.location'.* the one name 'location': this SVI"):
+        svi.step(X)
+    svi.step(X)  # says no more
+    assert model.location.item() != 0 and guide.location.item() != 0
+
+
+class TestCopies:
+    @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+    @pytest.mark.parametrize("svi_class", [SVI, CompiledSVI])
+    def test_a_copy_goes_on_as_the_original(self, svi_class, how, recorded):
+        """With parameters of modules, which a copy has of its own."""
+        with pyro.settings.context(module_local_params=True):
+            model, guide = Located(True), Located(False)
+            for program in (model, guide):
+                program.location = PyroParam(torch.zeros(()))
+            svi = svi_class(model, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
+            for _ in range(4):
+                svi.step(X)
+            other = copy.deepcopy(svi) if how == "deepcopy" else pickle.loads(pickle.dumps(svi))
+            found = []
+            for each in (svi, other):
+                torch.manual_seed(3)
+                found.append([each.step(X) for _ in range(3)])
+        assert found[1] == pytest.approx(found[0], rel=1e-10)
+        assert other.model.location is not model.location and torch.equal(other.model.location, model.location)
+        assert svi_class is SVI or (svi.compiled and other.compiled)
+
+    def test_of_parameters_in_the_store_it_is_as_with_svi(self, recorded):
+        found = []
+        for svi_class in (SVI, CompiledSVI):
+            pyro.clear_param_store()
+            torch.manual_seed(0)
+            svi = svi_class(location_model, location_guide, adam(), ELBO)
+            losses = [svi.step(X) for _ in range(3)]
+            other = copy.deepcopy(svi)
+            losses += [each.step(X) for each in (other, svi, other, svi, other)]
+            found.append((losses, values()))
+        assert found[1][0] == pytest.approx(found[0][0], rel=1e-10)
+        assert_equal(found[1][1], found[0][1])
+
+    def test_a_reason_is_kept(self):
+        with pytest.warns(FallbackWarning):
+            svi = CompiledSVI(location_model, location_guide, adam(), TraceGraph_ELBO())
+        assert copy.deepcopy(svi).fallback_reason == svi.fallback_reason
+
+
+class TestUpdatesThatOverflow:
+    """In single precision, where 3.4e38 is the largest number."""
+
+    @pytest.fixture(autouse=True)
+    def single(self, float64):
+        torch.set_default_dtype(torch.float32)
+
+    LARGE = {
+        "Adam": (lambda: pyro.optim.Adam({"lr": 0.01}), 1e39),
+        "AdamW": (lambda: pyro.optim.AdamW({"lr": 0.01}), 1e39),
+        "SGD": (lambda: pyro.optim.SGD({"lr": 0.01}), 1e39),
+        "RAdam": (lambda: pyro.optim.RAdam({"lr": 0.01}), 1e39),
+        "own call": (lambda: ZeroedGradients(torch.optim.SGD, {"lr": 0.01}), 3e38),
+        "a torch optimiser": (lambda: functools.partial(torch.optim.Adam, lr=0.01), 1e39),
+    }
+
+    @pytest.mark.parametrize("optim", LARGE)
+    @pytest.mark.parametrize("svi_class", [pyro_vae.svi.SVI, CompiledSVI])
+    def test_such_an_update_has_not_acted(self, svi_class, optim, recorded):
+        x = X.float()
+        make, large = self.LARGE[optim]
+        svi = svi_class(location_model, location_guide, make(), ELBO)
+        for _ in range(3):
+            svi.step(x)
+        before, state = values(), str([optimizer.state_dict() for optimizer in svi.update.optimizers])
+        rates = [group["lr"] for group in svi.update.groups]
+        for group in svi.update.groups:
+            group["lr"] = large
+        with pytest.raises(
+            NonFiniteLossError, match="step 4: the update would leave parameter 'param.location' not"
+        ) as e:
+            svi.step(x)
+        assert "Mend: a smaller learning rate" in str(e.value) and f"learning rate {large}" in str(e.value)
+        for group, rate in zip(svi.update.groups, rates, strict=True):
+            group["lr"] = rate
+        assert_equal(values(), before, 0.0)
+        assert str([optimizer.state_dict() for optimizer in svi.update.optimizers]) == state
+        svi.step(x)
+        assert svi.steps == 4 and all(value.isfinite().all() for value in values().values())
+
+    def test_a_rate_that_is_no_number(self, recorded):
+        svi = CompiledSVI(location_model, location_guide, self.LARGE["Adam"][0](), ELBO)
+        for _ in range(3):
+            svi.step(X.float())
+        svi.update.groups[0]["lr"] = math.nan
+        with pytest.raises(NonFiniteLossError, match="Mend: a finite learning rate"):
+            svi.step(X.float())
+
+    @pytest.mark.parametrize("svi_class", [pyro_vae.svi.SVI, CompiledSVI])
+    def test_squares_of_gradients_that_overflow(self, svi_class, recorded):
+        """The parameter would be finite, and never move again."""
+
+        def model(x, scale):
+            location = pyro.param("location", torch.zeros(()))
+            pyro.factor("x", -scale * (location - 1) ** 2)
+
+        svi = svi_class(model, lambda x, scale: None, self.LARGE["Adam"][0](), ELBO)
+        for _ in range(3):
+            svi.step(X.float(), 1.0)
+        with pytest.raises(NonFiniteLossError, match="'exp_avg_sq' of parameter 'param.location' .* Mend: clip_norm"):
+            svi.step(X.float(), 1e25)
+        svi.step(X.float(), 1.0)
+
+    def test_a_division_by_nothing(self, recorded):
+        """Adam with eps=0, at a gradient whose square is zero in single precision."""
+
+        def model(x, scale):
+            pyro.factor("x", scale * pyro.param("location", torch.zeros(())))
+
+        svi = CompiledSVI(model, lambda x, scale: None, pyro.optim.Adam({"lr": 0.01, "eps": 0.0}), ELBO)
+        with pytest.raises(NonFiniteLossError, match="Mend: eps > 0"):
+            svi.step(X.float(), torch.tensor(1e-30))
+        svi.step(X.float(), torch.tensor(1.0))
+
+    @pytest.mark.parametrize("decay", [0.0, 0.1])
+    @pytest.mark.parametrize("kind", ["Adam", "AdamW"])
+    def test_an_update_that_might_overflow_and_does_not_is_taken(self, kind, decay, recorded):
+        """The graph is not sure of it, so that it is taken beside the graph: the same numbers."""
+        found = []
+        for svi_class in (SVI, CompiledSVI):
+            pyro.clear_param_store()
+            torch.manual_seed(0)
+            svi = svi_class(
+                location_model,
+                location_guide,
+                getattr(pyro.optim, kind)({"lr": 0.01, "weight_decay": decay}),
+                ELBO,
+            )
+            losses = [svi.step(X.float()) for _ in range(3)]
+            optimiser_of(svi).param_groups[0]["lr"] = 1e15 / (1 + 1e17 * decay)
+            optimiser_of(svi).param_groups[0]["eps"] = 1e-25
+            losses.append(svi.step(X.float()))
+            optimiser_of(svi).param_groups[0]["lr"] = 0.01
+            losses.append(svi.step(X.float()))
+            found.append((losses, values()))
+        assert found[1][0] == pytest.approx(found[0][0], rel=1e-5) and svi.compiled and svi.steps == 5
+        assert_equal(found[1][1], found[0][1], 1e-5)
+
+    MESSAGES = {
+        "data": (lambda x, m: (dist.Normal(m, 1.0), x * math.nan), 'data for "x" without NaN'),
+        "argument": (
+            lambda x, m: (dist.Poisson((m.abs() + 100).exp()), x.abs()),
+            "Poisson has a rate .* Mend: another",
+        ),
+        "density": (lambda x, m: (dist.Normal(m, 1e-30), x), 'Mend: values of "x" inside the support of its Normal'),
+    }
+
+    @pytest.mark.parametrize("name", MESSAGES)
+    def test_the_message_names_the_mend_of_the_cause(self, name):
+        read, message = self.MESSAGES[name]
+
+        def model(x):
+            m = pyro.sample("m", dist.Normal(0.0, 1.0))
+            fn, observed = read(x, m)
+            with pyro.validation_enabled(False):
+                pyro.sample("x", fn.expand(x.shape).to_event(2), obs=observed)
+
+        svi = pyro_vae.svi.SVI(model, location_guide, adam(), ELBO)
+        with pyro.validation_enabled(False), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            with pytest.raises(NonFiniteLossError, match=f'first at site "x".*{message}'):
+                svi.step(X.float())
+
+    def test_the_message_for_a_gradient_alone(self):
+        def model(x):
+            pyro.factor("x", -pyro.param("location", torch.zeros(())).sqrt())
+
+        svi = pyro_vae.svi.SVI(model, lambda x: None, adam(), ELBO)
+        with pytest.raises(NonFiniteLossError, match="every site is finite; the gradient .* keep roots, logarithms"):
+            svi.step(X.float())
+
+
+def test_what_torch_says_of_itself_is_not_passed_on_while_it_compiles(caplog):
+    logger = logging.getLogger("torch._inductor.standalone_compile")
+    filters, propagates = [*logger.filters], logger.propagate
+    logger.propagate = True
+    logger.addHandler(caplog.handler)
+    try:
+        with pyro_vae.compiled._quiet():
+            logger.warning("standalone_compile artifact generation failed, cannot save. Run with ...")
+            logging.getLogger("torch.utils.cpp_extension").warning("No CUDA runtime is found, using CUDA_HOME='/usr'")
+            logger.warning("something else")
+        logger.warning("artifact generation failed, cannot save")
+    finally:
+        logger.removeHandler(caplog.handler)
+        logger.propagate = propagates
+    assert logger.filters == filters
+    assert {record.getMessage() for record in caplog.records} == {
+        "something else",
+        "artifact generation failed, cannot save",
+    }

@@ -1,6 +1,7 @@
 """Estimators against closed forms, enumeration and quadrature: the bound, and the expectation of its gradient."""
 
 import copy
+import inspect
 import itertools
 import math
 
@@ -10,7 +11,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide.initialization import init_to_mean
 from pyro.infer.reparam import LocScaleReparam
 from pyro.nn import PyroModule
@@ -1403,3 +1404,56 @@ def test_a_new_estimator_is_one_class():
 
 def test_every_name_is_exported():
     assert {type(make()).__name__ for make in EVERY.values()} <= set(estimators.__all__)
+
+
+class TestArgumentsOfPyro:
+    """A name changed from Pyro's to ours, and nothing else."""
+
+    POSITIONAL = (3, 1, None, True, False, True, {"check_trace": False}, True, -0.5)
+    NAMES = [*inspect.signature(Trace_ELBO.__init__).parameters][1:]
+
+    def test_the_signature_is_that_of_pyro(self):
+        assert [*inspect.signature(ELBO.__init__).parameters][1:] == self.NAMES
+        assert [*inspect.signature(RenyiELBO.__init__).parameters][1:] == [*inspect.signature(Renyi).parameters][:-1]
+
+    @pytest.mark.parametrize("kind", [ELBO, STL])
+    def test_all_are_taken_by_position_and_by_name(self, kind):
+        named = kind(**dict(zip(self.NAMES, self.POSITIONAL, strict=True)))
+        for loss in (kind(*self.POSITIONAL), named):
+            assert [getattr(loss, name) for name in self.NAMES] == [*self.POSITIONAL]
+
+    @pytest.mark.parametrize("name", [name for name in EVERY if name not in ("WakeSleep",)])
+    def test_a_nesting_that_the_programs_exceed_is_an_error(self, name):
+        toy, loss = Toy(5), EVERY[name]()
+        loss.max_plate_nesting = 1
+        assert math.isfinite(loss.loss(toy.model, toy.guide, toy.x))
+        loss.max_plate_nesting = 0
+        with pytest.raises(ValueError, match="expected plates nested at most max_plate_nesting=0 deep, got 1"):
+            loss.loss(toy.model, toy.guide, toy.x)
+
+    def test_what_makes_no_sense_is_refused(self):
+        with pytest.raises(ValueError, match="expected max_plate_nesting >= 0, got -1"):
+            IWAE(3, max_plate_nesting=-1)
+        with pytest.raises(TypeError, match="bogus"):
+            BetaELBO(2.0, bogus=1)
+
+    def test_renyi_has_pyros_defaults(self):
+        ours, stock = Renyi(), RenyiELBO()
+        assert (ours.alpha, ours.num_particles) == (stock.alpha, stock.num_particles) == (0, 2)
+
+    def test_the_graph_is_kept_where_it_is_asked_for(self):
+        toy = Toy(5)
+        for retain in (None, True):
+            kept = []
+
+            class Kept(ELBO):
+                def differentiable_loss(self, *args, **kwargs):
+                    kept.append(super().differentiable_loss(*args, **kwargs))  # noqa: B023
+                    return kept[-1]  # noqa: B023
+
+            Kept(retain_graph=retain).loss_and_grads(toy.model, toy.guide, toy.x)
+            if retain:
+                kept[0].backward()
+            else:
+                with pytest.raises(RuntimeError, match="second time"):
+                    kept[0].backward()

@@ -22,7 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from ..compiled import _recordable, get_random_state, set_random_state
 from ..estimators import ELBO, Estimator, Renyi
 from ..log_weights import samples
-from ..svi import _derives_gradients
+from ..svi import _cannot_derive
 from .contestants import Contestant, draws_of
 from .memory import peak_memory
 from .pair import Pair, derived_seed, modules_in
@@ -160,7 +160,7 @@ def _vectorised(
 ) -> Callable[[int], list[Tensor]] | None:
     """R -> as many draws of the gradient, (R, ...) of each parameter, by the loss recorded below Pyro's handlers; None
     for what cannot be recorded or vectorised."""
-    if not _derives_gradients(loss) or (draws_of(loss) > 1 and not loss.vectorize_particles):
+    if _cannot_derive(loss) is not None or (draws_of(loss) > 1 and not loss.vectorize_particles):
         return None
 
     def gradients() -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import pyro.infer
 import torch
 from torch import Tensor, nn
 
+from ..config import Configured
 from ..log_weights import LogWeights, Structures, log_weights
 from ..nn import positive
 
@@ -30,7 +32,7 @@ class Coefficients(NamedTuple):
     guide: Tensor | None
 
 
-class Estimator(pyro.infer.ELBO):
+class Estimator(Configured, pyro.infer.ELBO):
     """Base of estimators: a subclass says what the bound is and, where it is another, what is differentiated.
 
     `bound` maps log-weights (K, B) to bounds (B,). The loss is minus their sum, times the scale N / B of the data's
@@ -41,11 +43,15 @@ class Estimator(pyro.infer.ELBO):
 
     Args:
         num_particles: K, draws of the guide for each datum.
+        max_plate_nesting: how deep plates of the programs may be nested. They are found by a run: this is a check.
         vectorize_particles: draw them in one call, in a plate outside all others; else model and guide run K times.
+        retain_graph: keep autograd's graph after `loss_and_grads`.
+        max_iarange_nesting, strict_enumeration_warning, ignore_jit_warnings, jit_options, tail_adaptive_beta: taken as
+            Pyro's ELBOs take them, by position too; as in `pyro.infer.Trace_ELBO`, the last four change nothing.
 
     Raises:
         ValueError: latent sites in one program alone; plates within the data's that are subsampled, or sequential
-            ones, where the bound is not linear in the log-weights.
+            ones, where the bound is not linear in the log-weights; plates nested deeper than `max_plate_nesting`.
 
     Example:
         >>> class Median(Estimator):
@@ -63,10 +69,35 @@ class Estimator(pyro.infer.ELBO):
     analytic_kl = False
     tempered = True  # the gradient is right for log-weights with a KL weight
 
-    def __init__(self, num_particles: int = 1, *, vectorize_particles: bool = True) -> None:
+    def __init__(
+        self,
+        num_particles: int = 1,
+        max_plate_nesting: float = math.inf,
+        max_iarange_nesting: int | None = None,
+        vectorize_particles: bool = True,
+        strict_enumeration_warning: bool = True,
+        ignore_jit_warnings: bool = False,
+        jit_options: dict[str, Any] | None = None,
+        retain_graph: bool | None = None,
+        tail_adaptive_beta: float = -1.0,
+    ) -> None:
         if isinstance(self, nn.Module):
             nn.Module.__init__(self)
-        super().__init__(positive("num_particles", num_particles), vectorize_particles=vectorize_particles)
+        super().__init__(
+            positive("num_particles", num_particles),
+            max_plate_nesting,
+            max_iarange_nesting,
+            vectorize_particles,
+            strict_enumeration_warning,
+            ignore_jit_warnings,
+            jit_options,
+            retain_graph,
+            tail_adaptive_beta,
+        )
+        self.max_iarange_nesting = max_iarange_nesting
+        self.max_plate_nesting = max_plate_nesting if max_iarange_nesting is None else max_iarange_nesting
+        if not self.max_plate_nesting >= 0:
+            raise ValueError(f"expected max_plate_nesting >= 0, got {self.max_plate_nesting}: leave it out")
         self._structures = Structures()
 
     @property
@@ -126,7 +157,7 @@ class Estimator(pyro.infer.ELBO):
 
     def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
-        loss.backward()
+        loss.backward(retain_graph=self.retain_graph)
         return loss.item()
 
     def weigh(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> LogWeights:
@@ -142,7 +173,13 @@ class Estimator(pyro.infer.ELBO):
             analytic_kl=self.analytic_kl,
             leaves=torch.is_grad_enabled() and type(self).coefficients is not Estimator.coefficients,
         )
-        subsampled = self._structures.of(model, guide, args, kwargs).subsampled
+        structure = self._structures.of(model, guide, args, kwargs)
+        if structure.nesting > self.max_plate_nesting:
+            raise ValueError(
+                f"expected plates nested at most max_plate_nesting={self.max_plate_nesting} deep, got "
+                f"{structure.nesting}: leave max_plate_nesting out, as it is found by a run"
+            )
+        subsampled = structure.subsampled
         if subsampled is not None and not self.linear:
             raise ValueError(
                 "expected every plate within that of independent data to be whole, got "

@@ -70,8 +70,8 @@ class BetaELBO(ELBO):
         True
     """
 
-    def __init__(self, beta: float, num_particles: int = 1, *, vectorize_particles: bool = True) -> None:
-        super().__init__(num_particles, vectorize_particles=vectorize_particles)
+    def __init__(self, beta: float, num_particles: int = 1, **arguments: Any) -> None:
+        super().__init__(num_particles, **arguments)
         if not beta >= 0:
             raise ValueError(f"expected beta >= 0, got {beta}: give a weight of the KL term")
         self.beta = beta
@@ -105,8 +105,8 @@ class FreeBits(BetaELBO):
         True
     """
 
-    def __init__(self, nats: float, num_particles: int = 1, *, vectorize_particles: bool = True) -> None:
-        super().__init__(1.0, num_particles, vectorize_particles=vectorize_particles)
+    def __init__(self, nats: float, num_particles: int = 1, **arguments: Any) -> None:
+        super().__init__(1.0, num_particles, **arguments)
         if not nats >= 0:
             raise ValueError(f"expected nats >= 0, got {nats}: give what each group may use freely")
         self.nats = nats
@@ -160,8 +160,24 @@ class Renyi(Estimator):
         tensor([1.])
     """
 
-    def __init__(self, alpha: float, num_particles: int = 2, *, vectorize_particles: bool = True) -> None:
-        super().__init__(num_particles, vectorize_particles=vectorize_particles)
+    def __init__(
+        self,
+        alpha: float = 0.0,
+        num_particles: int = 2,
+        max_plate_nesting: float = math.inf,
+        max_iarange_nesting: int | None = None,
+        vectorize_particles: bool = True,
+        strict_enumeration_warning: bool = True,
+        **arguments: Any,
+    ) -> None:
+        super().__init__(
+            num_particles,
+            max_plate_nesting,
+            max_iarange_nesting,
+            vectorize_particles,
+            strict_enumeration_warning,
+            **arguments,
+        )
         if alpha == 1:
             raise ValueError("expected alpha other than 1, where the bound is the ELBO: use ELBO or STL")
         self.alpha = alpha
@@ -178,8 +194,8 @@ class IWAE(Renyi):
         tensor([0.6201])
     """
 
-    def __init__(self, num_particles: int = 1, *, vectorize_particles: bool = True) -> None:
-        super().__init__(0.0, num_particles, vectorize_particles=vectorize_particles)
+    def __init__(self, num_particles: int = 1, max_plate_nesting: float = math.inf, **arguments: Any) -> None:
+        super().__init__(0.0, num_particles, max_plate_nesting, **arguments)
 
 
 class DReG(Renyi):
@@ -202,8 +218,8 @@ class DReG(Renyi):
 
     tempered = False
 
-    def __init__(self, num_particles: int = 1, alpha: float = 0.0, *, vectorize_particles: bool = True) -> None:
-        super().__init__(alpha, num_particles, vectorize_particles=vectorize_particles)
+    def __init__(self, num_particles: int = 1, alpha: float = 0.0, **arguments: Any) -> None:
+        super().__init__(alpha, num_particles, **arguments)
 
     def coefficients(self, log_weight: Tensor) -> Coefficients:
         v = ((1 - self.alpha) * log_weight).softmax(0)
@@ -218,8 +234,8 @@ class CIWAE(Estimator):
         tensor([0.5601])
     """
 
-    def __init__(self, beta: float, num_particles: int = 2, *, vectorize_particles: bool = True) -> None:
-        super().__init__(num_particles, vectorize_particles=vectorize_particles)
+    def __init__(self, beta: float, num_particles: int = 2, **arguments: Any) -> None:
+        super().__init__(num_particles, **arguments)
         if not 0 <= beta <= 1:
             raise ValueError(f"expected beta from 0 to 1, got {beta}: give the ELBO's share")
         self.beta = beta
@@ -236,8 +252,8 @@ class MIWAE(Estimator):
         tensor([1.3101])
     """
 
-    def __init__(self, num_bounds: int, num_particles: int, *, vectorize_particles: bool = True) -> None:
-        super().__init__(num_particles, vectorize_particles=vectorize_particles)
+    def __init__(self, num_bounds: int, num_particles: int, **arguments: Any) -> None:
+        super().__init__(num_particles, **arguments)
         self.num_bounds = positive("num_bounds", num_bounds)
 
     @property
@@ -286,8 +302,8 @@ class VIMCO(IWAE):
         tensor([0.6201])
     """
 
-    def __init__(self, num_particles: int = 2, *, vectorize_particles: bool = True) -> None:
-        super().__init__(num_particles, vectorize_particles=vectorize_particles)
+    def __init__(self, num_particles: int = 2, **arguments: Any) -> None:
+        super().__init__(num_particles, **arguments)
         if num_particles < 2:
             raise ValueError("expected num_particles >= 2, got 1, which leaves none to compare with: use ScoreFunction")
 
@@ -336,10 +352,9 @@ class ScoreFunction(ELBO, nn.Module):
         self,
         num_particles: int = 2,
         baseline: nn.Module | Literal["leave-one-out"] | None = "leave-one-out",
-        *,
-        vectorize_particles: bool = True,
+        **arguments: Any,
     ) -> None:
-        super().__init__(num_particles, vectorize_particles=vectorize_particles)
+        super().__init__(num_particles, **arguments)
         if baseline == "leave-one-out" and num_particles < 2:
             raise ValueError(
                 "expected num_particles >= 2 for the leave-one-out baseline, got 1: draw more, or give a module"

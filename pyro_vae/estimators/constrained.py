@@ -171,10 +171,9 @@ class ConstrainedELBO(BetaELBO, nn.Module):
         constraints: Sequence[Constraint],
         step_size: float = 0.01,
         num_particles: int = 1,
-        *,
-        vectorize_particles: bool = True,
+        **arguments: Any,
     ) -> None:
-        super().__init__(1.0, num_particles, vectorize_particles=vectorize_particles)
+        super().__init__(1.0, num_particles, **arguments)
         if not constraints:
             raise ValueError("expected constraints, got none: give one, or use ELBO")
         if not step_size > 0:

@@ -37,8 +37,8 @@ class PredictionPenalty(ELBO):
         True
     """
 
-    def __init__(self, weight: float, num_particles: int = 1, *, vectorize_particles: bool = True) -> None:
-        super().__init__(num_particles, vectorize_particles=vectorize_particles)
+    def __init__(self, weight: float, num_particles: int = 1, **arguments: Any) -> None:
+        super().__init__(num_particles, **arguments)
         if not weight >= 0:
             raise ValueError(f"expected weight >= 0, got {weight}: give a weight of the squared errors")
         self.weight = weight

@@ -39,8 +39,8 @@ class ReweightedWakeSleep(IWAE):
         True
     """
 
-    def __init__(self, num_particles: int = 2, insomnia: float = 1.0, *, vectorize_particles: bool = True) -> None:
-        super().__init__(num_particles, vectorize_particles=vectorize_particles)
+    def __init__(self, num_particles: int = 2, insomnia: float = 1.0, **arguments: Any) -> None:
+        super().__init__(num_particles, **arguments)
         if not 0 <= insomnia <= 1:
             raise ValueError(f"expected insomnia from 0 to 1, got {insomnia}: give the share of the wake phase")
         self.insomnia = insomnia
