@@ -192,7 +192,9 @@ def build(config: Mapping[str, Any], **given: Any) -> dict[str, Any]:
         try:
             built[path] = target(**arguments)
         except TypeError as error:
-            raise ValueError(f"{path}: {value['class_path']} does not take these arguments: {error}") from None
+            raise ValueError(
+                f"expected arguments that {value['class_path']} takes at {path}, got {type(error).__name__}: {error}"
+            ) from None
         if isinstance(built[path], torch.nn.Module):
             built[path].__dict__.setdefault("init_args", arguments)  # a class of the user's own can be described too
         return built[path]

@@ -112,10 +112,11 @@ def difference(
         for k in (0, num_draws - 1):
             single = _single(drawn, k, nesting)
             for of_all, own in zip(joint, _scores(programs, single, args, kwargs), strict=True):
-                for name, log_prob in own.items():
-                    at = of_all[name].dim() - 1 - nesting
-                    its = of_all[name] if at < 0 or of_all[name].shape[at] == 1 else of_all[name].select(at, k)
-                    if not _alike(its, log_prob):
+                for name, (log_prob, is_inverted) in own.items():
+                    its, _ = of_all[name]
+                    at = its.dim() - 1 - nesting
+                    its = its if at < 0 or its.shape[at] == 1 else its.select(at, k)
+                    if not _alike(its, log_prob, is_inverted):
                         return (
                             f'{num_draws} draws in one call give site "{name}" another log-probability than a call '
                             "for each"
@@ -140,8 +141,9 @@ def log_prob_of(site: Mapping[str, Any]) -> Tensor:
 
 def _scores(
     programs: Sequence[Callable], drawn: poutine.Trace, args: Any, kwargs: Any, plate: Any = None
-) -> Iterator[dict[str, Tensor]]:
-    """Log-probabilities of the sites of each program at given draws, to which the rows of plates are added."""
+) -> Iterator[dict[str, tuple[Tensor, bool]]]:
+    """Log-probabilities of the sites of each program at given draws, and whether a transform is inverted for them. The
+    rows of plates are added to the draws."""
     for program in programs:
         with plate or contextlib.nullcontext():
             trace = poutine.trace(poutine.replay(program, drawn)).get_trace(*args, **kwargs)
@@ -156,7 +158,7 @@ def _scores(
                 log_prob = log_prob_of(site)
                 if site["mask"] is not None:
                     log_prob = torch.where(torch.as_tensor(site["mask"]), log_prob, log_prob.new_zeros(()))
-                scores[name] = log_prob
+                scores[name] = log_prob, _is_transformed(site["fn"])
         yield scores
 
 
@@ -181,12 +183,20 @@ def _single(drawn: poutine.Trace, k: int, nesting: int) -> poutine.Trace:
     return single
 
 
-def _alike(a: Tensor, b: Tensor) -> bool:
+def _alike(a: Tensor, b: Tensor, is_inverted: bool) -> bool:
     """Up to rounding, which flows amplify where they are inverted."""
-    tolerance = 1e-3 if torch.finfo(b.dtype).eps > 1e-10 else 1e-8
+    tolerance = (1e-4 if torch.finfo(b.dtype).eps > 1e-10 else 1e-10) * (10 if is_inverted else 1)
     a, b = torch.broadcast_tensors(a.double(), b.double())
     off = (a - b).abs() > tolerance * (1 + b.abs())
     return not bool((off | (a.isfinite() != b.isfinite())).any())
+
+
+def _is_transformed(distribution: Any) -> bool:
+    while not isinstance(distribution, torch.distributions.TransformedDistribution):
+        if not hasattr(distribution, "base_dist"):
+            return False
+        distribution = distribution.base_dist
+    return True
 
 
 def _is_point(distribution: Any) -> bool:

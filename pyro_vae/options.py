@@ -8,6 +8,7 @@ them): nothing is declared twice. `config.build` makes the objects.
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import json
 import os
@@ -209,7 +210,7 @@ def check(target: Callable, arguments: Mapping[str, Any], where: str, hidden: It
         for name, value in arguments.items():
             _check_value(_option(where, name), name, value)
     names = {name: parameter for name, parameter in parameters(target).items() if name not in hidden}
-    keywords = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(target).parameters.values())
+    keywords = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(_constructors(target)[-1]).parameters.values())
     unknown = [name for name in arguments if name not in names]
     if unknown and not keywords:
         path = _option(where, unknown[0])
@@ -439,8 +440,8 @@ def _classes(role: str) -> dict[str, Any]:
 
 
 def _takes_draws(target: Callable) -> bool:
-    taken = inspect.signature(target).parameters.values()
-    return any(p.name == "num_particles" or p.kind is p.VAR_KEYWORD for p in taken)
+    taken = inspect.signature(_constructors(target)[-1]).parameters.values()
+    return "num_particles" in parameters(target) or any(p.kind is p.VAR_KEYWORD for p in taken)
 
 
 def _needs_objects(target: Callable) -> bool:
@@ -448,17 +449,36 @@ def _needs_objects(target: Callable) -> bool:
     return any(p.default is p.empty and _is_component(_annotation(target, name)) for name, p in given)
 
 
+def _constructors(target: Callable) -> list[Callable]:
+    """The functions that take a target's arguments: of a class whose constructor hands keywords on, its bases' too."""
+    if not inspect.isclass(target):
+        return [target]
+    found: list[Callable] = []
+    for base in target.__mro__[:-1]:
+        if "__init__" in vars(base):
+            found.append(functools.partial(vars(base)["__init__"], None))
+            if all(p.kind is not p.VAR_KEYWORD for p in inspect.signature(found[-1]).parameters.values()):
+                break
+    return found or [target]
+
+
 def parameters(target: Callable) -> dict[str, inspect.Parameter]:
-    parameters = inspect.signature(target).parameters
-    return {name: p for name, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    found: dict[str, inspect.Parameter] = {}
+    for function in _constructors(target):
+        found |= {name: p for name, p in inspect.signature(function).parameters.items() if name not in found}
+    return {name: p for name, p in found.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
 
 
 def _annotation(target: Any, name: str) -> Any:
-    function = target.__init__ if inspect.isclass(target) else target
-    try:
-        return get_type_hints(function).get(name, Any)
-    except Exception:  # names that only a type checker knows
-        return inspect.signature(target).parameters[name].annotation if name in parameters(target) else Any
+    for each in _constructors(target):
+        function = each.func if isinstance(each, functools.partial) and inspect.isclass(target) else each
+        if name not in inspect.signature(function).parameters:
+            continue
+        try:
+            return get_type_hints(function).get(name, Any)
+        except Exception:  # names that only a type checker knows
+            return inspect.signature(function).parameters[name].annotation
+    return Any
 
 
 def _is_component(annotation: Any) -> bool:

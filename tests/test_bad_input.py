@@ -205,7 +205,7 @@ CASES = {
         None,
     ),
     "wrong type": ("fit --epochs many", r"a whole number for --epochs, got 'many': give", None),
-    "wrong fraction": ("fit --batch_size 1.5", r"a whole number for --batch_size, got '1.5': give", None),
+    "wrong fraction": ("fit --batch_size 1.5", r"a whole number or null for --batch_size, got '1.5': give", None),
     "wrong type of an argument": (
         "fit --model.latent_dim x",
         r"a whole number or null for --model.latent_dim, got 'x'",
