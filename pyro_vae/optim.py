@@ -48,6 +48,9 @@ class Overflow(NamedTuple):
     group: dict[str, Any]
 
 
+_gradient, _version = operator.attrgetter("grad"), operator.attrgetter("_version")
+
+
 def is_left_zero(gradient: Tensor | None) -> bool:
     """Whether this is the gradient of zero that a step left, and nobody has written into it."""
     return gradient is not None and getattr(gradient, "_left_at", None) == gradient._version
@@ -94,6 +97,7 @@ class Update:
         self._members: list[list[dict[str, Any]]] = []
         self._largest: float | None = None  # of the gradients so far, where they are known
         self._zeros: dict[int, Tensor] = {}  # the gradients that steps leave
+        self._left: tuple[list[Any], list[int]] = ([], [])  # those of all parameters, and their versions
         self._copies: list[Tensor] = []  # where `_Before` keeps its own
 
     def __getstate__(self) -> dict[str, Any]:
@@ -110,6 +114,7 @@ class Update:
             "_held",
             "_members",
             "_zeros",
+            "_left",
         )
         return vars(self) | {name: getattr(new, name) for name in (*derived, "_copies")}
 
@@ -251,6 +256,8 @@ class Update:
 
     def leave_zeros(self, everywhere: bool = False) -> None:
         """Leave a gradient of zero where there is one, as Pyro's SVI does, or `everywhere`."""
+        if self.has_left_zeros():
+            return
         for parameter in self.parameters.values():
             gradient = parameter.grad
             if (gradient is not None or everywhere) and not is_left_zero(gradient):
@@ -260,6 +267,16 @@ class Update:
                     zero._left_at = zero._version  # type: ignore[attr-defined]
                     self._zeros[id(parameter)] = zero
                 parameter.grad = zero
+        left = [*map(_gradient, self.parameters.values())]
+        if all(map(is_left_zero, left)):
+            self._left = left, [*map(_version, left)]
+
+    def has_left_zeros(self) -> bool:
+        """Whether the gradients of all parameters are still those that a step left: quick, as it is asked at each."""
+        left, versions = self._left
+        now = [*map(_gradient, self.parameters.values())]
+        same = len(now) == len(left) > 0 and all(map(operator.is_, now, left))
+        return same and [*map(_version, left)] == versions
 
     def adam(self) -> AdamUpdate | None:
         """The next update in tensor arithmetic, where it is Adam's and nothing comes between; the same object as long

@@ -478,7 +478,7 @@ class CompiledSVI(SVI):
         beside = self._partial or self.clip_norm is not None
         if not parameters or self.fallback_reason or beside:
             return None
-        if any(gradient_of(p) is not None for p in parameters):
+        if not self.update.has_left_zeros() and any(gradient_of(p) is not None for p in parameters):
             return None
         return self.update.adam()
 
