@@ -175,7 +175,8 @@ class AmortizedGuide(Configured, PyroModule):
                 raise ValueError("expected a tensor of data to encode, got none: call guide(x)")
             x = self._as_numbers(tensors[0])
             if of_library:
-                x = getattr(model, "scaled", _as_it_is)(x)
+                scaled = getattr(model, "scaled", None)
+                x = scaled(x) if callable(scaled) else x
         if not x.is_floating_point() and not of_library:  # a network of the user's own may look them up
             return x
         x = self._as_numbers(x)
@@ -279,10 +280,6 @@ class AmortizedGuide(Configured, PyroModule):
         batch = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
         features = torch.cat([part.expand(*batch, -1) for part in parts], dim=-1) if parts else h.new_empty(0)
         return site.constrained(head(features))
-
-
-def _as_it_is(x: Tensor) -> Tensor:
-    return x
 
 
 def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:

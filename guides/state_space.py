@@ -126,7 +126,8 @@ class StateSpaceGuide(Configured, PyroModule):
             if value not in known:
                 raise ValueError(f"expected {name} to be one of {', '.join(known)}, got {value!r}")
         self.structured, self.missing = structure == "ST", missing
-        self._scaled = getattr(model, "scaled", None)
+        scaled = getattr(model, "scaled", None)
+        self._scaled = scaled if callable(scaled) else None
         feedback = bool(getattr(model, "feedback", 0))
         if reads_transition and (not self.structured or feedback):
             raise ValueError(

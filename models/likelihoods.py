@@ -67,7 +67,8 @@ class Bernoulli(Likelihood):
 
 
 class _Counts(Likelihood):
-    """Base of likelihoods of whole numbers, small and large (`benchmarks/encoder_inputs.py` has other scales)."""
+    """Base of likelihoods of whole numbers, small and large (`benchmarks/encoder_inputs.py` holds scales against each
+    other)."""
 
     def scaled(self, x: Tensor) -> Tensor:
         return x.clamp(min=0).log1p()  # noise may have led below 0
@@ -81,6 +82,10 @@ class Binomial(_Counts):
         if total_count < 1:
             raise ValueError(f"expected total_count >= 1, got {total_count}")
         self.total_count = total_count
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """``4 arcsin(sqrt(x / n))``, from 0 to 2 pi: the scale on which a Binomial's variance is the same for all s."""
+        return 4 * (x / self.total_count).clamp(0, 1).sqrt().asin()
 
     def forward(self, parameters: Tensor) -> dist.Distribution:
         (logits,) = self.unpacked(parameters)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from .compiled import Compiled, preserved
 from .data import Data, as_data
 from .distributions import Remembered
-from .draws import DRAWS, difference, warn_of
+from .draws import DRAWS, difference, log_prob_of, warn_of
 from .evaluation import MAX_ELEMENTS, Estimate, check_support, generalized_pareto_shape, isolated, plate_of_pair
 from .log_weights import on_plates, per_datum, plate_of_data, samples, structure_of
 
@@ -542,7 +542,7 @@ class _Path:
             p = _trace(self.model, batch)
         prior, likelihood, volume, q_0 = (u.new_zeros(u.shape[:2]) for _ in range(4))
         for name, site in _sites(p):
-            log_prob = self._per_datum(site, site["fn"].log_prob(site["value"]))
+            log_prob = self._per_datum(site, log_prob_of(site))
             if name in self.shapes:
                 prior = prior + log_prob
                 log_det = bare.log_det[name]

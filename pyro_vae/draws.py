@@ -25,6 +25,10 @@ DROPOUTS = {
         *("alpha_dropout", "feature_alpha_dropout"),
     )
 } | {torch.dropout, torch.feature_dropout, torch.alpha_dropout}
+ATTENTION = {
+    torch.nn.functional.scaled_dot_product_attention,
+    torch.nn.functional.multi_head_attention_forward,
+}
 RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 
 
@@ -55,7 +59,7 @@ def warn_of(problem: str) -> None:
     """Say that draws are made one by one from now on, and why."""
     warnings.warn(
         f"{problem}: the draws are made one by one from here on, which is slower. Fix: count dimensions from the right "
-        "in the program, as in softmax(-1) and flatten(-2), and keep rows apart",
+        "in the program, as in softmax(-1) and flatten(-2), keep rows apart, and make noise by sample statements",
         SeparateDrawsWarning,
         stacklevel=2,
     )
@@ -117,6 +121,9 @@ def difference(
                     at = its.dim() - 1 - nesting
                     its = its if at < 0 or its.shape[at] == 1 else its.select(at, k)
                     if not _alike(its, log_prob, is_inverted):
+                        again = [*_scores(programs, single, args, kwargs)]
+                        if any(name in each and not _alike(each[name][0], log_prob, is_inverted) for each in again):
+                            return f'site "{name}" has another log-probability at each call, of noise of its own'
                         return (
                             f'{num_draws} draws in one call give site "{name}" another log-probability than a call '
                             "for each"
@@ -217,7 +224,9 @@ class _WithoutDropout(TorchFunctionMode):
         kwargs = kwargs or {}
         if function in DROPOUTS:
             return args[0] if args else kwargs["input"]
-        if function in RECURRENT or function is torch.nn.functional.scaled_dot_product_attention:
+        if function is torch.nn.functional.rrelu:
+            return torch.nn.functional.rrelu(*args[:3], **{**kwargs, "training": False, "inplace": False})
+        if function in RECURRENT or function in ATTENTION:
             args = tuple(0.0 if isinstance(each, float) else each for each in args)
             kwargs = {**kwargs, "dropout_p": 0.0} if "dropout_p" in kwargs else kwargs
         return function(*args, **kwargs)

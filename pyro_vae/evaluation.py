@@ -182,10 +182,10 @@ def _check_integers(name: str, distribution: Any, x: Tensor) -> None:
     """Raises ValueError where torch computes with integers in their own dtype, in which 255 + 1 may be 0."""
     if x.is_floating_point():
         return
-    found = distribution.log_prob(x)
     try:
+        found = distribution.log_prob(x)
         wanted = distribution.log_prob(x.to(found.dtype))
-    except (RuntimeError, IndexError, TypeError, ValueError):  # it takes integers alone
+    except (RuntimeError, IndexError, TypeError, ValueError):  # it takes integers alone, or real numbers alone
         return
     if not torch.allclose(found, wanted, rtol=1e-3, atol=1e-2, equal_nan=True):
         raise ValueError(
@@ -298,7 +298,8 @@ def evaluate(
     with isolated(model, guide), tqdm(total=len(data), unit="datum", disable=None if progress else True) as bar:
         torch.manual_seed(seed)
         generator = torch.Generator(device).manual_seed(seed)
-        args, kwargs = data.batch(torch.arange(min(rows, len(data)), device=device), generator)
+        first = torch.arange(min(max(1, MAX_ELEMENTS // event), len(data)), device=device)  # of one draw
+        args, kwargs = data.batch(first, generator)
         plate = plate_of_pair(model, guide, args, kwargs)
         if structures.of(model, guide, args, kwargs, plate).global_sites:
             if annealing is not None:
@@ -356,6 +357,24 @@ def global_draws(
     return draws or [poutine.Trace()] * count
 
 
+def check_given(given: poutine.Trace, trace: poutine.Trace) -> None:
+    """Raises ValueError where q of global draws is another for this part of the data than for the first: then no part
+    tells the density of a draw."""
+    for name, site in given.nodes.items():
+        value, own = site["value"], trace.nodes[name]["fn"]
+        a, b = (float(q.log_prob(value).sum()) for q in (site["fn"], own))
+        if abs(a - b) > 1e-4 * (1 + abs(a)):
+            raise ValueError(
+                f'expected q of the global site "{name}" to depend on no data, or all data in one call, got another '
+                f"density for another part of them (ln q of one draw {a:.4g}, then {b:.4g}): score fewer data, or give "
+                "the site parameters of its own"
+            )
+
+
+def _latent_names(given: poutine.Trace) -> list[str]:
+    return [name for name, site in given.nodes.items() if not site["infer"].get("is_auxiliary")]
+
+
 def _hierarchical(
     model: Callable, guide: Callable, data: Data, K: int, seed: int, structures: Structures, plate: str, bar: Any
 ) -> Evaluation:
@@ -378,6 +397,7 @@ def _hierarchical(
             if k == 0:
                 _check_observed(weights)
                 _check_rows(weights, len(index), plate)
+            check_given(given, weights.calls[0].q)
             sums.add(weights.log_weight, weights.kl, _moments(weights))
             log_weight = weights.log_weight.double().cpu()
             of_globals[k] = weights.global_log_weight
@@ -401,9 +421,9 @@ def _hierarchical(
     tail = min(math.ceil(K / 5), math.ceil(3 * math.sqrt(K))) + 1
     khat = generalized_pareto_shape(log_joint.topk(min(tail, K)).values[:, None]).item()
     log_evidence = (log_joint.logsumexp(0).item() - math.log(K)) / N + log_jacobian.mean().item()
-    noise = [(elbo + of_globals).std().item() / math.sqrt(K) / N, math.sqrt(max(0.0, 1 / ess - 1 / K)) / N]
-    if K == 1:
-        noise = [math.nan, math.nan]
+    noise = [math.nan, math.nan]
+    if K > 1:
+        noise = [(elbo + of_globals).std().item() / math.sqrt(K) / N, math.sqrt(max(0.0, 1 / ess - 1 / K)) / N]
     return Evaluation(
         elbo=Estimate(means["elbo"], errors["elbo"], noise[0]),
         log_evidence=Estimate(log_evidence, math.nan, noise[1]),
@@ -415,7 +435,7 @@ def _hierarchical(
         num_samples=K,
         num_data=N,
         per_datum=per_datum,
-        global_sites=structure.global_sites,
+        global_sites=tuple(_latent_names(draws[0])),
     )
 
 

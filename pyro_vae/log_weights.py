@@ -133,10 +133,8 @@ def plate_of_data(traces: Sequence[poutine.Trace], rows: int) -> str:
         ValueError: there is none.
     """
     sites = [site for trace in traces for _, site in samples(trace) if not _weightless(site)]
-    stacks = [
-        {f.name: f.size for f in site["cond_indep_stack"] if f.vectorized and f.name != DRAWS}
-        for site in sorted(sites, key=lambda site: not site["is_observed"])
-    ]
+    sites = sorted((site for site in sites if _plates(site)), key=lambda site: not site["is_observed"])
+    stacks = [{f.name: f.size for f in site["cond_indep_stack"] if f.vectorized and f.name != DRAWS} for site in sites]
     if any("data" in stack for stack in stacks):
         return "data"
     observed = sum(site["is_observed"] for site in sites)
@@ -148,7 +146,7 @@ def plate_of_data(traces: Sequence[poutine.Trace], rows: int) -> str:
     ]
     if not fitting:
         raise ValueError(
-            f"expected a plate of the {rows} data around all that is observed, got the plates "
+            f"expected a plate of the {rows} data of a call around all that is observed, got the plates "
             f"{sorted({name for stack in stacks for name in stack})}: put the observed sites in "
             'pyro.plate("data", len(x))'
         )
@@ -259,22 +257,22 @@ class Structures:
         """Whether several draws may be made in one call: the programs keep rows apart, and the first and the last of
         the draws score as in calls of their own, which is looked at once."""
         key = (*self._key(model, guide, args, kwargs, plate), num_draws)  # type: ignore[misc]
-        if key not in self.joint:
+        if key not in self.joint or not self.joint[key].is_of(model, guide):
             while len(self.joint) >= MAX_STRUCTURES:
                 self.joint.pop(next(iter(self.joint)))
             self.joint[key] = _Joint(model, guide)
         joint = self.joint[key]
         if joint.mixes_rows():
             return False
-        if (modes := joint.modes()) not in joint.known:
+        if joint.is_due():
             structure = self.of(model, guide, args, kwargs, plate, structure_of(model, guide, args, kwargs, plate))
             with disable_proxy_modes_tracing(), preserved():
                 problem = difference([guide, model], args, kwargs, num_draws, structure.nesting, structure.plate)
             if problem is not None and not self.warned:
                 self.warned = True
                 warn_of(problem)
-            joint.known[modes] = problem is None
-        return joint.known[modes]
+            joint.differs = problem is not None
+        return not joint.differs
 
     @staticmethod
     def _key(
@@ -284,21 +282,54 @@ class Structures:
 
 
 class _Joint:
-    """What is known of several draws in one call of a pair, for the modes that its modules are in."""
+    """What is known of several draws in one call of a pair.
+
+    It is looked at again at calls 1, 2, 4, 8 ... and where modules, their modes or numbers in their attributes have
+    changed: a layer that is zero before training hides which dimension the next one counts. A difference stays.
+    """
 
     def __init__(self, *programs: Callable) -> None:
         found = [value for _, _, value in walk(programs).entries]
-        found += [getattr(program, "__self__", program) for program in programs]
+        self.owners = [weakref.ref(owner) for owner in map(_owner, programs)]
+        found += map(_owner, programs)
         modules = {id(m): m for each in found if isinstance(each, nn.Module) for m in each.modules()}
         self.modules = [weakref.ref(module) for module in modules.values()]
-        self.of_batches = [weakref.ref(m) for m in modules.values() if isinstance(m, _BatchNorm)]
-        self.known: dict[tuple[bool, ...], bool] = {}
+        self.state = self._state()
+        self.calls, self.differs = 0, False
 
-    def modes(self) -> tuple[bool, ...]:
-        return tuple(bool(getattr(module(), "training", False)) for module in self.modules)
+    def is_of(self, *programs: Callable) -> bool:
+        """Whether it is of these programs as they are, but for the modes of modules and numbers in attributes."""
+        if any(ref() is not owner for ref, owner in zip(self.owners, map(_owner, programs), strict=True)):
+            return False
+        known = {id(module()) for module in self.modules}
+        owners = [owner for owner in map(_owner, programs) if isinstance(owner, nn.Module)]
+        return all(id(m) in known for owner in owners for m in owner.modules())
+
+    def is_due(self) -> bool:
+        """Whether the draws are to be held against single calls now."""
+        self.calls += 1
+        if (state := self._state()) != self.state:
+            self.state, self.calls = state, 1
+        return not self.differs and self.calls & (self.calls - 1) == 0
+
+    def _state(self) -> list[Any]:
+        found: list[Any] = []
+        for module in (ref() for ref in self.modules):
+            own = vars(module).items() if module is not None and not _is_of_library(module) else ()
+            found.append(bool(getattr(module, "training", False)))
+            found += [(name, value) for name, value in own if isinstance(value, bool | int | float | str)]
+        return found
 
     def mixes_rows(self) -> bool:
-        return mixes_rows(*(module() for module in self.of_batches))
+        return mixes_rows(*(module() for module in self.modules if isinstance(module(), _BatchNorm)))
+
+
+def _owner(program: Callable) -> Any:
+    return getattr(program, "__self__", program)
+
+
+def _is_of_library(module: nn.Module) -> bool:
+    return type(module).__module__.partition(".")[0] in ("torch", "pyro", "pyro_vae")
 
 
 def _identity(program: Callable) -> Hashable:

@@ -20,8 +20,10 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from .data import as_data
+from .draws import log_prob_of
 from .evaluation import (
     MAX_ELEMENTS,
+    check_given,
     check_support,
     evaluate,
     global_draws,
@@ -175,7 +177,10 @@ def encodings(guide: Callable, data: Any, *, num_samples: int | None = None, see
                 closed = len(sites) == 1 and _moment(sites[0], "mean", plate) is not None
                 count = num_samples or (1 if closed else MOMENT_DRAWS)
                 given = global_draws(guide, shared, args, kwargs, count)
-            traces = [_latents(poutine.trace(poutine.replay(guide, each)).get_trace(*args, **kwargs)) for each in given]
+            whole = [poutine.trace(poutine.replay(guide, each)).get_trace(*args, **kwargs) for each in given]
+            for each, trace in zip(given, whole, strict=True):
+                check_given(each, trace)
+            traces = [_latents(trace) for trace in whole]
             for name in traces[0] if not parts else [name for name in traces[0] if name not in shared]:
                 draws = torch.stack([_by_datum(trace[name], trace[name]["value"], plate) for trace in traces]).cpu()
                 means = _stack([_moment(trace[name], "mean", plate) for trace in traces])
@@ -371,17 +376,18 @@ def _draw_groups(
 ) -> dict[str, dict[str, Tensor]]:
     """One draw per datum of each of ArviZ's groups, at draws of global sites."""
     guide_trace, model_trace = _traces(model, poutine.replay(guide, of_guide), args, kwargs)
+    check_given(of_guide, guide_trace)
     prior = _of_prior(model, args, kwargs)
     prior_trace = poutine.trace(poutine.replay(prior, of_prior)).get_trace(*args, **kwargs)
     latents, posterior = _latents(guide_trace), _observation(model_trace)
     for frame in posterior["cond_indep_stack"]:
-        if frame.name != "data" and frame.full_size not in (None, frame.size):
+        if frame.name != plate and frame.full_size not in (None, frame.size):
             raise ValueError(
-                f'expected every plate within "data" to be whole, got {frame.size} of {frame.full_size} elements of '
+                f'expected every plate within "{plate}" to be whole, got {frame.size} of {frame.full_size} elements of '
                 f'"{frame.name}", which make no log-likelihood of a datum: leave out its subsample_size'
             )
     check_support(OBSERVATION, posterior["fn"], posterior["value"])
-    log_prob = on_plates(posterior, posterior["fn"].log_prob(posterior["value"]))
+    log_prob = on_plates(posterior, log_prob_of(posterior))
     data_dim = next(frame.dim for frame in posterior["cond_indep_stack"] if frame.name == plate)
     drawn = {name: _by_datum(site, site["value"], plate) for name, site in samples(prior_trace)}
     return {
@@ -485,6 +491,11 @@ def _in_plates(site: Any, value: Tensor, plate: str) -> Tensor:
 
 def _moment(site: Any, name: str, plate: str) -> Tensor | None:
     """The distribution's mean or variance, data first; None where it has no closed form."""
+    innermost = site["fn"]
+    while hasattr(innermost, "base_dist"):
+        innermost = innermost.base_dist
+    if isinstance(innermost, torch.distributions.Categorical):  # whose mean is NaN
+        return None
     try:
         return _by_datum(site, getattr(site["fn"], name), plate)
     except NotImplementedError:

@@ -601,25 +601,29 @@ def _check_guide(svi: SVI, loss: Any, args: Sequence[Any], kwargs: Mapping[str, 
 def _check_globals(svi: SVI, count: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """In batches the data's terms stand for all data, where latent sites are shared by all: else the prior of these is
     counted in each batch."""
-    if len(args[0]) == count:
+    if (rows := len(args[0])) == count or rows < 2:
         return
-    with preserved(), torch.no_grad(), evaluating(*svi.modules.values()):
-        q = poutine.trace(svi.guide).get_trace(*args, **kwargs)
-        p = poutine.trace(poutine.replay(svi.model, q)).get_trace(*args, **kwargs)
-    observed = [site for _, site in samples(p) if site["is_observed"] and site["cond_indep_stack"]]
-    plates = {frame.name: frame for site in observed for frame in site["cond_indep_stack"]}
-    shared = [name for name, site in samples(p) if not site["is_observed"] and not plates.keys() & _names(site)]
-    of_rows = [frame for frame in plates.values() if frame.size == len(args[0])]
-    if shared and of_rows and all((frame.full_size or frame.size) == frame.size for frame in of_rows):
+    traces = []
+    with preserved(), torch.no_grad(), evaluating(*svi.modules.values()), contextlib.suppress(Exception):
+        for n in (rows, rows - 1):  # what is of each row has another shape for fewer of them
+            some = [each[:n] for each in args], {name: each[:n] for name, each in kwargs.items()}
+            q = poutine.trace(svi.guide).get_trace(*some[0], **some[1])
+            traces.append(poutine.trace(poutine.replay(svi.model, q)).get_trace(*some[0], **some[1]))
+    if len(traces) < 2:  # programs of one number of rows alone
+        return
+    p, fewer = traces
+    sizes = [(frame.size, frame.full_size or frame.size) for _, s in samples(p) for frame in s["cond_indep_stack"]]
+    shared = [
+        name
+        for name, site in samples(p)
+        if not site["is_observed"] and site["value"].shape == fewer.nodes[name]["value"].shape
+    ]
+    if shared and not any(size < full for size, full in sizes):
         raise ValueError(
             f"expected a plate that stands for all {count} data, as the latent sites {shared} are shared by them, got "
-            f'"{of_rows[0].name}" of the {len(args[0])} rows of a batch: batch_size={count}, or pyro.plate('
-            f'"{of_rows[0].name}", {count}, subsample=torch.arange(len(x)))'
+            f"batches of {rows} that stand for themselves: batch_size={count}, or pyro.plate(NAME, {count}, "
+            "subsample=torch.arange(len(x)))"
         )
-
-
-def _names(site: Mapping[str, Any]) -> set[str]:
-    return {frame.name for frame in site["cond_indep_stack"]}
 
 
 def _check_weight(svi: SVI, loss: Any, scale: LatentScale, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

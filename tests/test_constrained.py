@@ -334,3 +334,39 @@ def test_annealing_of_a_sparse_prior():
     estimate = annealed(model, x, num_chains=200, num_temperatures=20, leapfrog_steps=3, progress=False)
     noise = 5 * estimate.log_evidence.standard_error_draws
     assert float(estimate) == pytest.approx(float(exact), abs=noise) and noise < 0.2
+
+
+@pytest.mark.parametrize("scale", [1.0, 10.0, 20.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_interval_is_scored_from_the_number_over_the_reals(scale, dtype):
+    """z ~ U(-2, 3), q = T(N(0, scale^2)): the ELBO is the integral of ln |dz / du| - ln 5 - ln q(u) over u."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Uniform(torch.tensor(-2.0, dtype=dtype), torch.tensor(3.0, dtype=dtype)))
+            pyro.sample("x", dist.Normal(torch.zeros((), dtype=dtype), 1.0), obs=x)
+
+    x = torch.zeros(20, dtype=dtype)
+    guide = AmortizedGuide(model, example=((x,), {})).to(dtype)
+    for parameter in guide.parameters():
+        nn.init.zeros_(parameter)
+    with torch.no_grad():
+        guide.heads["z"].heads.linear.bias[1] = torch.tensor(scale).log()
+    u = torch.linspace(-12, 12, 200_001, dtype=torch.float64) * scale
+    q = torch.distributions.Normal(torch.zeros((), dtype=torch.float64), scale).log_prob(u)
+    log_p = nn.functional.logsigmoid(u) + nn.functional.logsigmoid(-u)  # of U(-2, 3), with the Jacobian of 5 sigma(u)
+    exact = float(torch.trapezoid(q.exp() * (log_p - q), u) + dist.Normal(0.0, 1.0).log_prob(torch.tensor(0.0)))
+    found = evaluate(model, guide, x, num_samples=4000, progress=False)
+    assert float(found.elbo) == pytest.approx(exact, abs=5 * found.elbo.standard_error_draws + 1e-4)
+
+
+def test_what_is_written_into_is_remembered_no_longer():
+    for change, right in (
+        (lambda y: y.mul_(2.0), [0.0, 0.0]),
+        (lambda y: y.__setitem__(0, 0.9), [-0.1053605, -0.6931472]),
+    ):
+        y = Remembered(constraints.unit_interval)(torch.zeros(2))
+        change(y)
+        torch.testing.assert_close(y.log() + 0, torch.tensor(right))
+    y = Remembered(constraints.positive)(torch.tensor([1.0986123]))
+    torch.testing.assert_close(y.to(torch.long).float().log(), torch.tensor([3.0]).log() * 1)

@@ -374,7 +374,8 @@ def test_batch_statistics_of_a_plain_function_are_found():
     loss.loss(model, guide, x)
     assert len(calls) == 5
     net.eval()
-    loss.loss(model, guide, x)
+    for _ in range(2):  # calls 1 and 2 are held against single ones
+        loss.loss(model, guide, x)
     calls.clear()
     loss.loss(model, guide, x)
     assert len(calls) == 1
@@ -514,3 +515,73 @@ def test_a_scalar_and_a_matrix_latent():
     z = torch.randn(5, 4, 2, 3)
     joint = model.observation(z).base_dist.logits
     torch.testing.assert_close(joint, torch.stack([model.observation(one).base_dist.logits for one in z]))
+
+
+def test_a_layer_that_is_zero_at_first_hides_nothing_for_long():
+    """Joint draws are held against single ones again at calls 1, 2, 4, 8 ..."""
+
+    class Gated(Own):
+        def __init__(self, dim):
+            super().__init__(dim)
+            self.gate = nn.Parameter(torch.zeros(()))
+
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", self.prior())
+                rate = (self.gate * self.topics(self.softmax(z))).exp()
+                return pyro.sample("x", dist.Poisson(rate).to_event(1), obs=x)
+
+    _, guide, x = own(-1)
+    model, loss = Gated(1).double(), IWAE(6)
+    loss.loss(model, guide, x)
+    with torch.no_grad():
+        model.gate.fill_(1.0)
+    with pytest.warns(SeparateDrawsWarning):
+        loss.loss(model, guide, x)
+    torch.manual_seed(0)
+    found = loss.loss(model, guide, x)
+    torch.manual_seed(0)
+    assert found == pytest.approx(IWAE(6, vectorize_particles=False).loss(model, guide, x), rel=1e-12)
+
+
+def test_another_layer_is_looked_at():
+    (model, guide, x), loss = own(-1), IWAE(6)
+    for _ in range(3):
+        loss.loss(model, guide, x)
+    model.softmax = nn.Softmax(1)
+    with pytest.warns(SeparateDrawsWarning):
+        loss.loss(model, guide, x)
+
+
+def test_noise_of_a_programs_own_is_told_as_such():
+    class Noisy(Own):
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", self.prior())
+                rate = (self.topics(self.softmax(z)) + torch.randn_like(z[..., :1])).exp()
+                return pyro.sample("x", dist.Poisson(rate).to_event(1), obs=x)
+
+    _, guide, x = own(-1)
+    with pytest.warns(SeparateDrawsWarning, match='site "x" has another log-probability at each call, of noise of its'):
+        IWAE(4).loss(Noisy(-1).double(), guide, x)
+
+
+@pytest.mark.parametrize(
+    "emission",
+    [
+        lambda z: dist.ZeroInflatedPoisson(gate=torch.full(z.shape[:1] + (2,), 0.3), rate=z.exp()),
+        lambda z: dist.ZeroInflatedNegativeBinomial(
+            gate=torch.full(z.shape[:1] + (2,), 0.3), total_count=2.0, logits=z
+        ),
+        lambda z: dist.MixtureSameFamily(
+            dist.Categorical(torch.ones(*z.shape, 3)), dist.Normal(z[..., None] + torch.arange(3.0), 1.0)
+        ),
+    ],
+    ids=["zero-inflated Poisson", "zero-inflated negative binomial", "mixture"],
+)
+def test_emissions_of_every_form(emission):
+    model = StateSpaceModel(Initial(2), NormalTransition(lambda z: z, 2), lambda z: emission(z).to_event(1))
+    z, x = torch.randn(3, 4, 5, 2), torch.ones(4, 5, 2)
+    p, folded_z, folded_x = model._emitted(z), z.flatten(0, 2), x.expand(3, 4, 5, 2).flatten(0, 2)
+    right = emission(folded_z).to_event(1).log_prob(folded_x).view(3, 4, 5)
+    torch.testing.assert_close(p.log_prob(x), right)

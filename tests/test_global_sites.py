@@ -267,7 +267,48 @@ def test_what_has_no_such_scores_is_refused(grid):
         z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
         pyro.sample("x", dist.Normal(z[0], 1.0).expand([len(x)]).to_event(1), obs=x)
 
-    with pytest.raises(ValueError, match="expected a plate of the 12 data around all that is observed, got the plates"):
+    with pytest.raises(
+        ValueError, match="expected a plate of the 12 data of a call around all that is observed, got the plates"
+    ):
         evaluate(unplated, lambda x: pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1)), Y, progress=False)
     with pytest.raises(ValueError, match=r"AmortizedGuide\(model, example=\(\(x,\), \{\}\)\)"):
         AmortizedGuide(schools)
+
+
+def test_a_global_guide_that_reads_the_rows_of_a_call_is_refused(monkeypatch):
+    """theta ~ N(0, 1), x_i ~ N(theta, 1), q(theta) the posterior given the rows of its call: right in one call."""
+
+    def model(x):
+        theta = pyro.sample("theta", dist.Normal(torch.zeros(()), 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(theta, 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("theta", dist.Normal(x.sum() / (len(x) + 1), (len(x) + 1) ** -0.5))
+
+    exact = dist.MultivariateNormal(torch.zeros(12), torch.eye(12) + 1).log_prob(Y)
+    found = evaluate(model, guide, Y, num_samples=4, progress=False)
+    assert float(found.log_evidence_total) == pytest.approx(float(exact), abs=1e-9)
+    monkeypatch.setattr(evaluation, "MAX_ELEMENTS", 2 * 1_000 * 5)  # of five data in a call
+    with pytest.raises(ValueError, match='q of the global site "theta" to depend on no data, or all data in one call'):
+        evaluate(model, guide, Y, num_samples=4, progress=False)
+
+
+def test_batches_of_shared_sites_are_refused_with_and_without_a_plate(tmp_path):
+    def plated(x):
+        theta = pyro.sample("theta", dist.Normal(torch.zeros(()), 0.1))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Normal(theta, 1.0), obs=x)
+
+    def unplated(x):
+        theta = pyro.sample("theta", dist.Normal(torch.zeros(()), 0.1))
+        pyro.sample("x", dist.Normal(theta, 1.0).expand([len(x)]).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.sample("theta", dist.Normal(pyro.param("location", torch.zeros(())), 0.1))
+
+    settings = {"epochs": 1, "out": tmp_path / "run", "progress": False}
+    for model in (plated, unplated):
+        with pytest.raises(ValueError, match=r"a plate that stands for all 12 data, as the latent sites \['theta'\]"):
+            fit(model, guide, Y, batch_size=5, **settings)
+        fit(model, guide, Y, **settings, overwrite=True)

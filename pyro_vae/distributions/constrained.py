@@ -58,7 +58,7 @@ class Constrained(Tensor):
     @staticmethod
     def of(plain: Tensor, log: Tensor | None, log1m: Tensor | None = None, source: Any = None) -> Constrained:
         value = plain.as_subclass(Constrained)
-        value.__dict__.update(plain=plain, remembered=(log, log1m), source=source)
+        value.__dict__.update(plain=plain, remembered=(log, log1m), source=source, version=plain._version)
         return value
 
     @classmethod
@@ -83,24 +83,27 @@ class _Negative(Constrained):
 def _by_memory(function: Any, args: Sequence[Any], kwargs: Any) -> Any:
     """The result where it follows from what a tensor remembers, else None."""
     value = args[0] if args else None
-    if function in XLOGY and len(args) == 2 and type(args[1]) is Constrained:
+    if function in XLOGY and len(args) == 2 and _remembers(args[1]) and _logarithms(args[1])[0] is not None:
         return _plain(args[0]) * _logarithms(args[1])[0]
-    if function in (torch.stack, torch.cat) and args and all(type(each) is Constrained for each in args[0]):
+    if function in (torch.stack, torch.cat) and args and all(map(_remembers, args[0])):
         return _mapped(lambda *parts: function([*parts], *args[1:], **kwargs), args[0])
-    if not isinstance(value, Constrained):
+    if not isinstance(value, Constrained) or not _intact(value):
         return None
     if type(value) is _Negative:
         return _logarithms(value)[1] if function in LOG1P else None
     log, log1m = _logarithms(value)
     if function in LOG:
         return log
+    if function in CASTS and not function(_plain(value), *args[1:], **kwargs).is_floating_point():
+        return None
     if function in SHAPES or function in CASTS:
         return _mapped(lambda part: function(part, *args[1:], **kwargs), [value])
     if log1m is None:
         return None
     if function in NEGATIVE:
         negative = (-value.__dict__["plain"]).as_subclass(_Negative)
-        negative.__dict__.update(plain=-value.__dict__["plain"], remembered=(log, log1m), source=None)
+        plain = -value.__dict__["plain"]
+        negative.__dict__.update(plain=plain, remembered=(log, log1m), source=None, version=plain._version)
         return negative
     if function in ONE_MINUS and not kwargs and len(args) == 2 and type(args[1]) in (int, float) and args[1] == 1:
         return Constrained.of(1 - value.__dict__["plain"], log1m, log)
@@ -114,6 +117,19 @@ def _by_memory(function: Any, args: Sequence[Any], kwargs: Any) -> Any:
 
 def _bounds(kwargs: Any) -> tuple[Any, Any]:
     return kwargs.get("min"), kwargs.get("max")
+
+
+def _intact(value: Constrained) -> bool:
+    """Whether nobody has written into the tensor since, whose logarithms it then would not have."""
+    return value.__dict__["plain"]._version == value.__dict__["version"]
+
+
+def _remembers(value: Any) -> bool:
+    return type(value) is Constrained and _intact(value)
+
+
+def _source(value: Tensor) -> Any:
+    return value.__dict__["source"] if _remembers(value) else None
 
 
 def _logarithms(value: Constrained) -> tuple[Any, Any]:
@@ -183,10 +199,25 @@ class Remembered(torch_transforms.Transform):
         if self.kind is torch_transforms.StickBreakingTransform:
             log, _ = _broken_stick(u)
             return Constrained.of(log.exp(), log, None, (u, self))
-        return self.bijection(u)
+        return Constrained.of(self._inside(self.bijection(u)), None, None, (u, self))
+
+    def _inside(self, y: Tensor) -> Tensor:
+        """y off the bounds of an interval, on which rounding may put it."""
+        base = self.support
+        while hasattr(base, "base_constraint"):
+            base = base.base_constraint
+        limits = torch.finfo(y.dtype)
+        for name, side, most in (
+            ("lower_bound", torch.maximum, limits.max),
+            ("upper_bound", torch.minimum, -limits.max),
+        ):
+            if (bound := getattr(base, name, None)) is not None:
+                bound = torch.as_tensor(bound, dtype=y.dtype, device=y.device)
+                y = side(y, torch.nextafter(bound, torch.full_like(bound, most)))
+        return y.clamp(-limits.max, limits.max)
 
     def _inverse(self, y: Tensor) -> Tensor:
-        source = y.__dict__["source"] if type(y) is Constrained else None
+        source = _source(y)
         return self.bijection.inv(y) if source is None else source[0]
 
     def log_abs_det_jacobian(self, u: Tensor, y: Tensor) -> Tensor:
@@ -219,7 +250,7 @@ def _broken_stick(u: Tensor) -> tuple[Tensor, Tensor]:
 
 def rearranged(value: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     """``function(value)`` for a function that moves elements of a batch, which remembers what the value does."""
-    source = value.__dict__["source"] if type(value) is Constrained else None
+    source = _source(value)
     return function(value) if source is None else source[1](function(source[0]))
 
 
@@ -229,7 +260,7 @@ def leaf_of(drawn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Path and leaf are the numbers over the reals, where the draw remembers these: at the edge of a support the gradient
     of a density of the draw itself is infinite.
     """
-    source = drawn.__dict__["source"] if type(drawn) is Constrained else None
+    source = _source(drawn)
     if source is None:
         leaf = drawn.detach().requires_grad_()
         return drawn, leaf, leaf

@@ -206,7 +206,7 @@ def _powers(x: Tensor, a: Tensor, excess: Tensor, log_a: Tensor, log_typical: Te
     near = excess.abs() < a / 2
     log_x = torch.where(near, x, 1.0).log()
     change = torch.where(near, excess, 0.0) * (-log_a).exp()  # x / t - 1
-    if isinstance(x, Constrained):  # whose logarithm is finite where it is rounded to 0
+    if type(x) is Constrained:  # whose logarithm is finite where it is rounded to 0
         far = (a - 1) * torch.where(near, 0.0, x.log()) - a * log_typical
     else:
         far = torch.xlogy(a - 1, torch.where(near, 1.0, x)) - a * log_typical

@@ -121,7 +121,7 @@ class Binomial(dist.Binomial):
         x, l, n = value.double(), self.logits.double(), self.total_count  # noqa: E741  the formula's letter
         if self._validate_args:
             self._validate_sample(x)
-        log_n, rest, rare = n.log(), n - x, torch.where(l < 0, l, -l).sigmoid()
+        log_n, rest, rare = n.clamp(min=1).log(), n - x, torch.where(l < 0, l, -l).sigmoid()
         excess = torch.where(l < 0, n * rare - x, rest - n * rare)  # of successes expected
         log_share = logsigmoid(l)
         log_e, of_rest = log_n + log_share, _log_and_inverse(rest)

@@ -15,7 +15,11 @@ from .missing import WithMissing
 
 __all__ = ["Unfolded", "folded", "mixes_rows", "unfolded"]
 
-SAME = (("logits", "probs"), ("scale_tril", "precision_matrix", "covariance_matrix"))  # of these one is enough
+SAME = (
+    ("logits", "probs"),
+    ("gate_logits", "gate"),
+    ("scale_tril", "precision_matrix", "covariance_matrix"),
+)  # of these one is enough
 LIBRARIES = ("torch.", "pyro.", "pyro_vae.")
 
 
@@ -91,6 +95,8 @@ def unfolded(p: Any, batch: torch.Size) -> Any:
     if isinstance(p, WithMissing):
         return WithMissing(unfolded(p.base, batch))
     rebuilt = _rebuilt([p], lambda tensors: tensors[0].reshape(batch + tensors[0].shape[1:]))
+    if rebuilt is not None and (rebuilt.batch_shape, rebuilt.event_shape) != (batch + p.batch_shape[1:], p.event_shape):
+        rebuilt = None
     return Unfolded(p, batch) if rebuilt is None else rebuilt
 
 
@@ -121,10 +127,13 @@ def _rebuilt(distributions: Sequence[Any], combined: Callable[[list[Tensor]], Te
         known = [name for name in alike if name in vars(p)]  # the one that was given stands before those made from it
         known.sort(key=lambda name: getattr(p, name) is not getattr(p, "_param", None))
         names = [name for name in names if name not in alike or name in known[:1]]
-    parts = {name: [getattr(each, name) for each in distributions] for name in names}
-    if not all(isinstance(t, Tensor) and t.shape[:1] == p.batch_shape[:1] for each in parts.values() for t in each):
+    try:
+        parts = {name: [getattr(each, name) for each in distributions] for name in names}
+        if not all(isinstance(t, Tensor) and t.shape[:1] == p.batch_shape[:1] for each in parts.values() for t in each):
+            return None
+        return type(p)(**{name: combined(tensors) for name, tensors in parts.items()}, validate_args=False)
+    except (AttributeError, TypeError, ValueError):  # it is told otherwise than by what it names
         return None
-    return type(p)(**{name: combined(tensors) for name, tensors in parts.items()}, validate_args=False)
 
 
 class Unfolded(dist.TorchDistribution):
