@@ -79,7 +79,7 @@ REFUSED = {
 CASES = [(name, options) for name, all_options in REFUSED.items() for options in all_options]
 
 
-@pytest.mark.parametrize(("name", "options"), CASES, ids=lambda each: str(each)[:40])
+@pytest.mark.parametrize(("name", "options"), CASES, ids=[f"{name} {i}" for i, (name, _) in enumerate(CASES)])
 def test_what_is_none_of_them_is_refused_in_one_line(name, options, tmp_path):
     with pytest.raises(ValueError, match="expected .*, got .*: ") as raised:
         trained(tmp_path / "run", **options)
