@@ -199,7 +199,8 @@ class Remembered(torch_transforms.Transform):
         if self.kind is torch_transforms.StickBreakingTransform:
             log, _ = _broken_stick(u)
             return Constrained.of(log.exp(), log, None, (u, self))
-        return Constrained.of(self._inside(self.bijection(u)), None, None, (u, self))
+        y = self._inside(self.bijection(u))
+        return Constrained.of(y, None, None, (u, self)) if y.dim() == u.dim() else y  # a matrix is made from a vector
 
     def _inside(self, y: Tensor) -> Tensor:
         """y off the bounds of an interval, on which rounding may put it."""
