@@ -1,6 +1,6 @@
 """What the default encoder is best fed, by likelihood: the validation bound after a fixed number of epochs.
 
-    python benchmarks/encoder_inputs.py [--root FOLDER]
+    python benchmarks/encoder_inputs.py [--root FOLDER] [--longer 10 --out encoder_inputs_long.json]
 
 writes encoder_inputs.json beside this script. Each row is a data set under its likelihood, a way to feed the encoder,
 and the validation bound in nats per datum of three seeds; None where the loss was not finite.
@@ -30,7 +30,7 @@ from pyro_vae.svi import NonFiniteLossError
 SEEDS = (0, 1, 2)
 
 
-def feeds(train: Tensor) -> dict[str, Any]:
+def feeds(train: Tensor, likelihood: Any) -> dict[str, Any]:
     """Fixed functions of a datum, known before training."""
     largest, mean, std = train.max(), train.mean(0), train.std()
     found = {
@@ -44,6 +44,8 @@ def feeds(train: Tensor) -> dict[str, Any]:
             "square root": lambda x: x.sqrt(),
             "centred": lambda x: 2 * x / largest - 1,
         }
+    if isinstance(likelihood, likelihoods.Binomial):
+        found["arcsine"] = lambda x: 4 * (x / likelihood.total_count).sqrt().asin()
     return found
 
 
@@ -106,17 +108,21 @@ def bound(likelihood: Any, feed: Any, train: Tensor, valid: Tensor, epochs: int,
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--root")
+    parser.add_argument("--longer", type=int, default=1, help="this many times as many epochs")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     table = []
-    for name, (likelihood, train, valid, epochs) in data_sets(parser.parse_args().root).items():
-        for feed, function in {**feeds(train), "by default": None}.items():
-            bounds = [bound(likelihood, function, train, valid, epochs, seed) for seed in SEEDS]
+    for name, (likelihood, train, valid, epochs) in data_sets(arguments.root).items():
+        for feed, function in {**feeds(train, likelihood), "by default": None}.items():
+            bounds = [bound(likelihood, function, train, valid, arguments.longer * epochs, seed) for seed in SEEDS]
             table.append({"data": name, "likelihood": type(likelihood).__name__, "fed": feed, "bounds": bounds})
             trained = [each for each in bounds if each is not None]
             mean = f"{statistics.mean(trained):12.2f}" if trained else "           -"
             print(f"{name:32} {feed:18} {mean}  {len(trained)} of {len(SEEDS)}", flush=True)
     settings = {"torch": torch.__version__, "pyro_vae": pyro_vae.__version__, "threads": torch.get_num_threads()}
-    Path(__file__).with_suffix(".json").write_text(json.dumps({"settings": settings, "table": table}, indent=1) + "\n")
+    settings["longer"] = arguments.longer
+    arguments.out.write_text(json.dumps({"settings": settings, "table": table}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -172,7 +172,8 @@ class AmortizedGuide(Configured, PyroModule):
         else:
             tensors = _tensors(args, kwargs)
             if not tensors:
-                raise ValueError("expected a tensor of data to encode, got none: call guide(x)")
+                came = ", ".join(type(each).__name__ for each in (*args, *kwargs.values())) or "nothing"
+                raise ValueError(f"expected a tensor of data to encode, got {came}: call guide(torch.as_tensor(x))")
             x = self._as_numbers(tensors[0])
             if of_library:
                 scaled = getattr(model, "scaled", None)

@@ -426,7 +426,7 @@ def _run(
     between = sum(max(0, len(order) - 2) for order in orders)
     moves = -(-N // rows) * (sum(chains.pilot_moves) + parts * between)
     worth_compiling = moves * (chains.leapfrog_steps + 1) >= WORTH_COMPILING if compile is None else compile
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(int(seed))
     results = torch.empty(2, 2, K, N, dtype=torch.float64)
     path: _Path | None = None
     with tqdm(total=moves, unit="move", disable=None if progress else True) as bar:

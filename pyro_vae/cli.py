@@ -727,7 +727,7 @@ def _some_inputs(dataset: Dataset, num: int, T: int, seed: int) -> Any:
     long = (lengths >= T).nonzero().flatten()
     if not len(long):
         raise ValueError(f"expected --num_steps <= {int(lengths.max())}, for which there are inputs, got {T}: lower it")
-    rows = torch.randint(len(long), (num,), generator=torch.Generator().manual_seed(seed))
+    rows = torch.randint(len(long), (num,), generator=torch.Generator().manual_seed(int(seed)))
     return dataset.train.kwargs["u"][long[rows], :T]
 
 

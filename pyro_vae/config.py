@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-__all__ = ["Configured", "build", "describe", "import_object"]
+__all__ = ["Configured", "build", "describe", "import_object", "plain"]
 
 
 class Configured:
@@ -49,6 +50,11 @@ class Configured:
         cls.__init__ = recording  # type: ignore[assignment, method-assign]
 
 
+def plain(value: Any) -> Any:
+    """A number of NumPy's as Python's, which files hold; all else as it is."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def describe(objects: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration that `build` turns into equal objects: plain numbers, strings, lists and tables.
 
@@ -64,6 +70,7 @@ def describe(objects: Mapping[str, Any]) -> dict[str, Any]:
 
     def value_of(value: Any, path: str) -> Any:
         arguments: dict[str, Any] | None
+        value = plain(value)
         if isinstance(value, bool | int | float | str):
             return value
         if isinstance(value, Path | torch.device):
@@ -94,7 +101,8 @@ def describe(objects: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _arguments_of(value: Any) -> dict[str, Any] | None:
-    """The constructor's arguments of an object: as recorded, or read back from attributes of their names."""
+    """The constructor's arguments of an object: as recorded, or read back from attributes of their names; None where
+    one may have been given that no attribute tells."""
     if isinstance(value, Configured) or "init_args" in getattr(value, "__dict__", {}):
         return value.init_args
     if dataclasses.is_dataclass(value):
@@ -105,16 +113,23 @@ def _arguments_of(value: Any) -> dict[str, Any] | None:
         parameters = inspect.signature(type(value)).parameters
     except ValueError:
         return None
+    known = type(value).__module__.partition(".")[0] in ("torch", "pyro")  # whose other arguments change no number
     arguments = {}
     for name, parameter in parameters.items():
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            continue
-        if not hasattr(value, name):
-            if parameter.default is parameter.empty:
+        is_variable = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if is_variable or not hasattr(value, name):
+            if not known or (parameter.default is parameter.empty and not is_variable):
                 return None
-        elif getattr(value, name) != parameter.default:
+        elif not _is_same(getattr(value, name), parameter.default):
             arguments[name] = getattr(value, name)
     return arguments
+
+
+def _is_same(value: Any, default: Any) -> bool:
+    try:
+        return bool(value == default)
+    except Exception:  # arrays of several elements
+        return False
 
 
 def _is_of_torch(value: Any) -> bool:

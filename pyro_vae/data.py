@@ -515,7 +515,7 @@ def load_dataset(
     if split is None and source.sizes is not None:
         permutation, sizes = source.order, source.sizes
     else:
-        permutation = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+        permutation = torch.randperm(len(x), generator=torch.Generator().manual_seed(int(seed)))
         permutation = torch.arange(len(x)) if source.in_time else permutation
         sizes = _sizes(len(x), (0.8, 0.1, 0.1) if split is None else split, name)
     rows = permutation.split(list(sizes))
@@ -673,7 +673,7 @@ def _sizes(count: int, fractions: Sequence[float], name: str) -> tuple[int, int,
 
 
 def _bernoulli(probability: Tensor, seed: int) -> Tensor:
-    return torch.bernoulli(probability, generator=torch.Generator().manual_seed(seed))
+    return torch.bernoulli(probability, generator=torch.Generator().manual_seed(int(seed)))
 
 
 def _fast_bernoulli(probability: Tensor, generator: torch.Generator) -> Tensor:

@@ -297,7 +297,7 @@ def evaluate(
     scores: dict[str, Tensor] = {}
     with isolated(model, guide), tqdm(total=len(data), unit="datum", disable=None if progress else True) as bar:
         torch.manual_seed(seed)
-        generator = torch.Generator(device).manual_seed(seed)
+        generator = torch.Generator(device).manual_seed(int(seed))
         first = torch.arange(min(max(1, MAX_ELEMENTS // event), len(data)), device=device)  # of one draw
         args, kwargs = data.batch(first, generator)
         plate = plate_of_pair(model, guide, args, kwargs)
@@ -305,7 +305,7 @@ def evaluate(
             if annealing is not None:
                 raise ValueError("expected local latent sites alone beside annealing, got global ones: leave it out")
             return _hierarchical(model, guide, data, num_samples, seed, structures, plate, bar)
-        generator = torch.Generator(device).manual_seed(seed)
+        generator = torch.Generator(device).manual_seed(int(seed))
         compute: Callable = functools.partial(_parts, model, guide, structures, plate)
         if compile or (compile is None and calls >= WORTH_COMPILING):
             compute = Compiled(compute, model, guide)
@@ -380,7 +380,7 @@ def _hierarchical(
 ) -> Evaluation:
     """`evaluate` of a pair with global sites: by K draws of them, and for each of these L = sqrt(K) of local ones."""
     N, L = len(data), max(1, round(math.sqrt(K)))
-    generator = torch.Generator(data.device).manual_seed(seed)
+    generator = torch.Generator(data.device).manual_seed(int(seed))
     event = max(1_000, *(tensor[:1].numel() for tensor in data.args))
     rows = max(1, min(N, MAX_ELEMENTS // (event * L)))
     of_globals, elbo, log_joint = (torch.zeros(K, dtype=torch.float64) for _ in range(3))

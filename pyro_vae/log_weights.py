@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -668,6 +669,8 @@ class _Reader:
                 if trace is self.q and name in self.own_log_q:
                     log_prob = self.own_log_q[name] + (log_prob - log_prob.detach())
                 value = self._weighted(site, on_plates(site, log_prob))
+                if trace is self.q and (differ := self._differ(name)) is not None:
+                    value = value.masked_fill(differ, math.nan)
                 if trace is self.q and any(_steps(each) is not None for each in _layers(site["fn"])):
                     self.log_q_of_chains[name] = value
                 score = None
@@ -712,6 +715,14 @@ class _Reader:
         q, value = self.q.nodes[name]["fn"], self.p.nodes[name]["value"]
         value = value[None] if self.K == 1 else value  # a single draw has no dimension of its own
         return Site(q, self.p.nodes[name]["fn"], value, value.dim() - q.event_dim + (self.data_dim or 0))
+
+    def _differ(self, name: str) -> Tensor | None:
+        """Of which data the chains of model and guide differ in which steps are there, found without reading masks:
+        `_check_steps` reads them at the first of like calls."""
+        masks = [_steps(trace.nodes[name]["fn"]) for trace in (self.q, self.p) if name in trace.nodes]
+        if len(masks) < 2 or masks[0] is None or masks[1] is None or masks[0] is masks[1]:
+            return None
+        return (masks[0] != masks[1]).any(-1)
 
     def _divergence(self, name: str) -> Tensor | None:
         """``KL(q(z_i | x, z_<i) || p(z_i | z_<i))`` in closed form, weighted; None where there is none."""

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from .config import Configured
+from .config import Configured, plain
 
 __all__ = ["MLP", "ConvolutionalDecoder", "ConvolutionalEncoder", "Declared", "Heads", "bind", "positive"]
 
@@ -204,6 +204,7 @@ class ConvolutionalDecoder(Declared):
 
 def positive(name: str, value: int) -> int:
     """`value`, or a ValueError where it is no positive whole number."""
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"expected {name} to be a positive whole number, got {value!r}: give 1 or more")
     return value

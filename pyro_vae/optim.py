@@ -379,7 +379,7 @@ class Update:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "class": type(self.optimizers[0]).__name__,
+            "class": type(next(iter(self.optimizers), None)).__name__,
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
         }

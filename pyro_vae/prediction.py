@@ -67,15 +67,28 @@ class Encoding:
     is_global: bool = False
 
 
-def sample(model: Callable, num_samples: int, *, seed: int = 0, mean: bool = False, **kwargs: Any) -> Tensor:
+def sample(
+    model: Callable,
+    num_samples: int,
+    *,
+    seed: int = 0,
+    mean: bool = False,
+    given: Mapping[str, Tensor] | None = None,
+    **kwargs: Any,
+) -> Tensor:
     """Draws ``x ~ p(x)``, shape ``(num_samples, *event_shape)``; with `mean`, ``E[x | z]`` at ``z ~ p(z)``.
 
     The units are the model's: ``dataset.restore`` leads back to those of a standardised table. The model gets further
     keywords, as a model of sequences needs `num_steps`; tensors among them, such as inputs u, have a row for each draw,
     or one for all.
 
+    Args:
+        given: values of global sites theta, such as ``encodings(guide, data)["w"].mean``: the draws are of
+            ``p(x | theta)``. Global sites left out are drawn from their prior, once for all draws.
+
     Raises:
-        ValueError: fewer than one draw, no site ``"x"``, or `mean` where p(x | z) has none in closed form.
+        ValueError: fewer than one draw, no site ``"x"``, `mean` where p(x | z) has none in closed form, or values of
+            sites that are not global.
 
     Example:
         >>> from pyro_vae.models import VAE
@@ -96,16 +109,20 @@ def sample(model: Callable, num_samples: int, *, seed: int = 0, mean: bool = Fal
         device = next(iter(model.parameters()), torch.zeros(())).device
         kwargs = {name: each.to(device) if isinstance(each, Tensor) else each for name, each in kwargs.items()}
 
-    def given(index: Tensor) -> dict[str, Any]:
+    def keywords(index: Tensor) -> dict[str, Any]:
         return {name: each[index] if name in of_each else each for name, each in kwargs.items()}
 
     with isolated(model):
         every = torch.arange(num_samples)
-        rows = _rows(_observation(_drawn(model, 1, given(every[:1])))["value"].numel())
+        trace = _drawn(model, 1, keywords(every[:1]))
+        shared = _shared(trace, plate_of_data([trace], 1))
+        values = _of_all(given or {}, shared)
+        rows = _rows(_observation(trace)["value"].numel())
         torch.manual_seed(seed)
         parts = []
         for index in every.split(rows):
-            trace = _drawn(model, len(index), given(index))
+            trace = _drawn(poutine.condition(model, data=values), len(index), keywords(index))
+            values |= {name: trace.nodes[name]["value"] for name in shared if name in trace}
             site, plate = _observation(trace), plate_of_data([trace], len(index))
             parts.append((_mean(site, plate) if mean else _by_datum(site, site["value"], plate)).cpu())
     return torch.cat(parts)
@@ -116,11 +133,12 @@ def decode(model: Callable, z: Tensor | Mapping[str, Tensor], *, seed: int = 0, 
 
     Args:
         z: a tensor; or, for a model with several latent sites, a dict from site to tensor. Sites left out
-            are drawn in the model's order, with `seed`.
+            are drawn in the model's order, with `seed`. Global sites, which have no dimension N, are never left out,
+            as nothing is known of them before the data: ``encodings(guide, data)["w"].mean``.
         kwargs: what else the model needs to draw data, as one of sequences needs `num_steps`.
 
     Raises:
-        ValueError: sites or shapes that are not the model's.
+        ValueError: sites or shapes that are not the model's, or a global site without a value.
 
     Example:
         >>> from pyro_vae.models import VAE
@@ -130,16 +148,25 @@ def decode(model: Callable, z: Tensor | Mapping[str, Tensor], *, seed: int = 0, 
     with isolated(model):
         trace = _drawn(model, 1, kwargs)
         plate = plate_of_data([trace], 1)
-        sites = {
-            name: site for name, site in samples(trace) if name != OBSERVATION and _plate_dim(site, plate) is not None
-        }
-        latents = _named(z, sites, plate)
+        shared = _shared(trace, plate)
+        sites = {name: site for name, site in samples(trace) if name != OBSERVATION and name not in shared}
+        given = {} if isinstance(z, Tensor) else {name: value for name, value in z.items() if name in shared}
+        if missing := [name for name in shared if name not in given]:
+            raise ValueError(
+                f"expected values of the global sites {missing} in z, which all data share, got none: add those of the "
+                'guide, as in {"z": z, '
+                f'"{missing[0]}": encodings(guide, data)["{missing[0]}"].mean}}'
+            )
+        of_all = _of_all(given, shared)
+        latents = _named(
+            z if isinstance(z, Tensor) else {name: z[name] for name in z if name not in given}, sites, plate
+        )
         N = len(next(iter(latents.values())))
         torch.manual_seed(seed)
         parts = []
         for index in torch.arange(N).split(_rows(_observation(trace)["value"].numel())):
-            given = {name: _in_plates(sites[name], value[index], plate) for name, value in latents.items()}
-            conditioned = poutine.condition(model, data=given)
+            of_each = {name: _in_plates(sites[name], value[index], plate) for name, value in latents.items()}
+            conditioned = poutine.condition(model, data=of_all | of_each)
             parts.append(_mean(_observation(_drawn(conditioned, len(index), kwargs)), plate).cpu())
     return torch.cat(parts)
 
@@ -261,7 +288,7 @@ def denoise(model: Callable, guide: Callable, corrupted: Any, *, num_samples: in
 
 def interpolate(model: Callable, guide: Callable, a: Tensor, b: Tensor, *, steps: int = 9, seed: int = 0) -> Tensor:
     """``E[x | z_t]`` on the line ``z_t = (1 - t) E_q[z | a] + t E_q[z | b]``, t from 0 to 1, shape
-    ``(steps, *event_shape)``, for two data of shape `event_shape`.
+    ``(steps, *event_shape)``, for two data of shape `event_shape`. Global sites stay at their means under q.
 
     Raises:
         ValueError: fewer than two steps, or two data of different shapes.
@@ -279,6 +306,9 @@ def interpolate(model: Callable, guide: Callable, a: Tensor, b: Tensor, *, steps
         raise ValueError(f"expected two data of one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
     line = {}
     for name, encoding in encodings(guide, torch.stack([a, b]), seed=seed).items():
+        if encoding.is_global:
+            line[name] = encoding.mean
+            continue
         start, end = encoding.mean
         t = torch.linspace(0, 1, steps, dtype=start.dtype).reshape(-1, *[1] * start.ndim)
         line[name] = torch.lerp(start, end, t)
@@ -434,7 +464,7 @@ def _batches(data: Any, seed: int, *programs: Any) -> Iterator[tuple[tuple[Tenso
     data = as_data(data, *programs)
     device = next((p.device for module in modules for p in module.parameters()), data.device)
     data = data.to(device)
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(int(seed))
     elements = max(tensor[0].numel() for tensor in data.args)
     for index in torch.arange(len(data), device=device).split(_rows(elements)):
         yield data.batch(index, generator)
@@ -475,6 +505,24 @@ def _plate_dim(site: Any, plate: str) -> int | None:
         if frame.name == plate:
             return frame.dim - len(site["fn"].event_shape)
     return None
+
+
+def _shared(trace: poutine.Trace, plate: str) -> dict[str, Any]:
+    """The latent sites outside the plate of the data."""
+    return {
+        name: site for name, site in _latents(trace).items() if name != OBSERVATION and _plate_dim(site, plate) is None
+    }
+
+
+def _of_all(values: Mapping[str, Tensor], shared: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Values of global sites as the model has them."""
+    for name, value in values.items():
+        if name not in shared:
+            raise ValueError(f'expected values of the global sites {sorted(shared)}, got one of "{name}": leave it out')
+        if value.shape != shared[name]["value"].shape:
+            expected = tuple(shared[name]["value"].shape)
+            raise ValueError(f'expected the global site "{name}" with shape {expected}, got {tuple(value.shape)}')
+    return {name: value.to(shared[name]["value"]) for name, value in values.items()}
 
 
 def _by_datum(site: Any, value: Tensor, plate: str) -> Tensor:

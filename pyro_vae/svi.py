@@ -83,7 +83,6 @@ class SVI(pyro.infer.SVI):
 
     Raises:
         NonFiniteLossError: names the step, the site and the parameter.
-        ValueError: there is nothing to optimise.
 
     Example:
         >>> from pyro_vae.guides import AmortizedGuide
@@ -155,7 +154,7 @@ class SVI(pyro.infer.SVI):
         gradients = [gradient_of(parameter) for parameter in self.parameters.values()]
         if self.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.clip_norm)
-        if overflow := self.update.step(used, float(largest)):
+        if self.parameters and (overflow := self.update.step(used, float(largest))):
             raise self._diagnosis_of_update(overflow, loss, gradients)
         self.steps += 1
         return loss
@@ -223,8 +222,6 @@ class SVI(pyro.infer.SVI):
         found |= {f"param.{name}": p for name, p in sites if id(p) not in of_modules}
         unique = {id(p): (name, p) for name, p in reversed(found.items()) if p.requires_grad}
         new = {name: p for name, p in reversed(unique.values()) if id(p) not in known}
-        if not new and not self.parameters:
-            raise ValueError("expected parameters to optimise, got none in model, guide and loss")
         if new:
             self.update.add(new)
 
@@ -310,7 +307,7 @@ class SVI(pyro.infer.SVI):
                 f"expected the pyro.param values {shapes[0]}, got {shapes[1]} in the checkpoint: use the functions "
                 "that it was trained with; a parameter that appears only after the first step cannot be taken up again"
             )
-        if state["update"]["class"] != (now := type(self.update.optimizers[0]).__name__):
+        if state["update"]["class"] != (now := self.update.state_dict()["class"]):
             raise ValueError(
                 f"expected {state['update']['class']}, the optimiser of the checkpoint, got {now}: go on with the same"
             )
@@ -398,6 +395,8 @@ class CompiledSVI(SVI):
 
     @property
     def fallback_reason(self) -> str | None:
+        if self.steps and not self.parameters:
+            return "there are no parameters to optimise. Mend: give the guide some, by modules or pyro.param"
         return self._whole.fallback_reason or self._gradients.fallback_reason
 
     @property

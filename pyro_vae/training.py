@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from . import checkpoint, prediction
 from .compiled import get_random_state, preserved, set_random_state
-from .config import build, describe
+from .config import build, describe, plain
 from .data import Data, Dataset, Split, as_data, load_dataset
 from .estimators import ConstrainedELBO, Estimator
 from .evaluation import Evaluation, check_support, evaluate, evaluating
@@ -175,6 +175,9 @@ def fit(
         >>> run.history[1]["bound"] > run.history[0]["bound"]
         True
     """
+    learning_rate, kl_weight, epochs, batch_size, clip_norm, patience, seed = map(
+        plain, (learning_rate, kl_weight, epochs, batch_size, clip_norm, patience, seed)
+    )
     place = select_device(device)
     data = as_data(train, model, guide).to(place)
     held_out = None if valid is None else as_data(valid, model, guide).to(place)
@@ -424,6 +427,8 @@ def _initialize(svi: SVI, loss: Any, scale: LatentScale | None, args: Sequence[A
         if scale is not None:
             _check_weight(svi, loss, scale, args, kwargs)
         svi.initialize(*args, **kwargs)
+        if not svi.parameters:
+            raise ValueError("expected parameters to optimise, got none in model, guide and loss: give the guide some")
     except ValueError as error:
         if not str(error).startswith("Expected parameter"):
             raise

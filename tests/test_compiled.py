@@ -1340,6 +1340,38 @@ class TestParametersOfSomeSteps:
         assert results[0][0] == pytest.approx(results[1][0], rel=1e-10)
         assert_equal(results[1][1], results[0][1])
 
+    @pytest.mark.filterwarnings("ignore::pyro_vae.compiled.FallbackWarning")
+    @pytest.mark.parametrize("loss", [Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO, RenyiELBO])
+    @pytest.mark.parametrize(
+        "optimiser", [lambda: pyro.optim.Adam({"lr": 0.05}), lambda: Slower(torch.optim.Adam, {"lr": 0.05})]
+    )
+    def test_without_parameters_steps_are_losses(self, loss, optimiser, recorded):
+        """As long as there are none; what comes later is trained as under SVI."""
+
+        def guide(x):
+            location = pyro.param("location", torch.zeros(2)) if len(x) == 3 else torch.zeros(2)
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(location, 1.0).to_event(1))
+
+        def model(x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+                pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+        results = []
+        for svi_class in (SVI, CompiledSVI):
+            pyro.clear_param_store()
+            torch.manual_seed(0)
+            svi = svi_class(model, guide, optimiser(), loss(num_particles=2))
+            losses = [svi.step(X[:5]) for _ in range(3)]
+            if svi_class is CompiledSVI:
+                assert not svi.compiled and svi.fallback_reason.startswith("there are no parameters to optimise")
+                assert svi.state_dict()["steps"] == 3
+            losses += [svi.step(X[:3]) for _ in range(3)]
+            results.append((losses, values()))
+        assert results[0][0] == pytest.approx(results[1][0], rel=1e-10) and len(results[0][1]) == 1
+        assert_equal(results[1][1], results[0][1])
+
     def test_an_unused_parameter_does_not_decay(self, recorded):
         def make():
             network = nn.ModuleDict({"used": nn.Linear(2, 2), "unused": nn.Linear(2, 2)})

@@ -370,3 +370,25 @@ def test_what_is_written_into_is_remembered_no_longer():
         torch.testing.assert_close(y.log() + 0, torch.tensor(right))
     y = Remembered(constraints.positive)(torch.tensor([1.0986123]))
     torch.testing.assert_close(y.to(torch.long).float().log(), torch.tensor([3.0]).log() * 1)
+
+
+@pytest.mark.parametrize("support", [constraints.positive, constraints.simplex, constraints.interval(-1.0, 3.0)])
+def test_derivatives_that_miss_the_logarithms_are_refused(support):
+    """d/dy of what is computed from u has no part along y alone; along u it is whole."""
+    u = torch.tensor([0.3, -0.5], dtype=torch.float64, requires_grad=True)
+    y = Remembered(support)(u)
+    for derivative in (
+        lambda: torch.autograd.grad(y.log().sum() + y.sum(), y),
+        lambda: torch.autograd.grad((y.log().sum(),), inputs=[u, y]),
+        lambda: y.sum().backward(inputs=[y]),
+        lambda: torch.autograd.backward([y.sum()], inputs=[y]),
+        y.retain_grad,
+        lambda: y.register_hook(print),
+    ):
+        with pytest.raises(RuntimeError, match=r"unconstrained\(support, z\)"):
+            derivative()
+    (found,) = torch.autograd.grad(y.square().sum(), u)
+    (exact,) = torch.autograd.grad(biject_to(support)(u).square().sum(), u)
+    torch.testing.assert_close(found, exact)
+    leaf = y.detach().requires_grad_()
+    torch.testing.assert_close(torch.autograd.grad(leaf.square().sum(), leaf)[0], 2 * y.detach())

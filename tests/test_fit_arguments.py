@@ -2,7 +2,11 @@
 
 import functools
 import math
+from fractions import Fraction
 
+import numpy as np
+import pyro
+import pyro.distributions as dist
 import pyro.optim
 import pytest
 import torch
@@ -10,7 +14,8 @@ from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 
 from pyro_vae import fit, load_run
 from pyro_vae.cli import main
-from pyro_vae.estimators import ELBO
+from pyro_vae.config import describe
+from pyro_vae.estimators import ELBO, FreeBits, Renyi
 from pyro_vae.guides import AmortizedGuide
 from pyro_vae.models import VAE
 from pyro_vae.schedules import Exponential, Warmup
@@ -52,6 +57,17 @@ EQUALS = {
     "a weight of one": ({"kl_weight": 1}, {}),
     "a loss's class": ({"loss": TraceMeanField_ELBO}, {"loss": TraceMeanField_ELBO()}),
     "an estimator's class": ({"loss": ELBO}, {"loss": ELBO()}),
+    "numbers of NumPy": (
+        {
+            **{"epochs": np.int64(2), "batch_size": np.int64(20), "seed": np.uint8(3), "clip_norm": np.float32(0.5)},
+            **{
+                "kl_weight": np.float32(0.5),
+                "learning_rate": np.float64(0.01),
+                "loss": Renyi(np.float32(0.5), np.int64(2)),
+            },
+        },
+        {"seed": 3, "clip_norm": 0.5, "kl_weight": 0.5, "learning_rate": 0.01, "loss": Renyi(0.5, 2)},
+    ),
     "an optimiser's class": ({"optimizer": torch.optim.Adam}, {"optimizer": adam(1e-3)}),
 }
 
@@ -124,3 +140,42 @@ def test_the_command_line_takes_numbers(tmp_path, capsys):
     capsys.readouterr()
     assert main(["fit", "--data", "digits", "--out", str(tmp_path / "not"), "--learning_rate", "-1", *few]) == 2
     assert "expected learning_rate to be a positive number" in capsys.readouterr().err
+
+
+class Positional:
+    """A loss whose settings have no names."""
+
+    def __init__(self, *nats):
+        self.total = sum(nats)
+
+
+class Renamed:
+    """One that keeps its setting under another name."""
+
+    def __init__(self, nats=1.0):
+        self.total = nats
+
+
+def test_a_configuration_holds_numbers_or_says_that_it_does_not(tmp_path):
+    """What is written without its value would be another when the run is loaded."""
+    given = {"of": {"a": np.float32(0.5), "b": np.int64(3), "c": np.bool_(True)}}
+    assert describe(given) == {"of": {"a": 0.5, "b": 3, "c": True}}
+    assert describe({"x": FreeBits(np.float32(0.5))})["x"]["init_args"] == {"nats": 0.5}
+    for unnamed in (Positional(0.5), Renamed(0.5), torch.ones(2), np.ones(2), {1, 2}, Fraction(1, 2)):
+        assert list(describe({"x": unnamed})["x"]) == ["object"]
+    several = dist.StudentT(torch.ones(3), torch.zeros(3), 1.0)
+    assert describe({"x": several})["x"]["init_args"]["loc"] == {"object": repr(several.loc)}
+    run = trained(tmp_path / "run", loss=FreeBits(np.float32(0.5)), clip_norm=np.float32(0.5))
+    assert load_run(run.path).config["clip_norm"] == 0.5
+
+
+def test_a_pair_with_nothing_to_train_is_refused(tmp_path):
+    def program(x, obs=None):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            if obs is not None:
+                pyro.sample("x", dist.Normal(z, 1.0), obs=obs)
+
+    with pytest.raises(ValueError, match="expected parameters to optimise, got none in model, guide and loss"):
+        fit(lambda x: program(x, x), program, torch.zeros(5), out=tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()

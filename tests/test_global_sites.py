@@ -312,3 +312,44 @@ def test_batches_of_shared_sites_are_refused_with_and_without_a_plate(tmp_path):
         with pytest.raises(ValueError, match=r"a plate that stands for all 12 data, as the latent sites \['theta'\]"):
             fit(model, guide, Y, batch_size=5, **settings)
         fit(model, guide, Y, **settings, overwrite=True)
+
+
+def slopes(x=None, num_data=None):
+    """w ~ N(0, 10^2) and v of all data, z_i ~ N(0, 1), x_i ~ N(w z_i + v, 0.1^2)."""
+    w = pyro.sample("w", dist.Normal(torch.zeros(()), 10.0))
+    v = pyro.sample("v", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    with pyro.plate("data", num_data if x is None else len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+        return pyro.sample("x", dist.Normal(w * z[:, None] + v, 0.1).to_event(1), obs=x)
+
+
+def guide_of_slopes(x):
+    pyro.sample("w", dist.Normal(torch.tensor(3.0), 0.5))
+    pyro.sample("v", dist.Normal(torch.tensor([1.0, -1.0]), 0.5).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(x[:, 0], 0.1))
+
+
+def test_what_is_decoded_has_the_globals_of_the_guide(monkeypatch):
+    """E[x | z] = w z + v; nothing is drawn from a prior that knows no data."""
+    v = torch.tensor([1.0, -1.0])
+    z = torch.tensor([0.0, 1.0, 2.0])
+    given = {"w": torch.tensor(3.0), "v": v}
+    torch.testing.assert_close(prediction.decode(slopes, {"z": z, **given}), 3 * z[:, None] + v)
+    ends = torch.tensor([[0.0, 0.0], [2.0, 0.0]])
+    line = prediction.interpolate(slopes, guide_of_slopes, *ends, steps=3)
+    torch.testing.assert_close(line, 3 * z[:, None] + v)
+    for missing in ({"z": z}, {"z": z, "v": v}, z):
+        with pytest.raises(ValueError, match=r'values of the global sites \[.*"w": encodings\(guide, data\)\["w"\]'):
+            prediction.decode(slopes, missing)
+    with pytest.raises(ValueError, match=r'the global site "v" with shape \(2,\), got \(3, 2\)'):
+        prediction.decode(slopes, {"z": z, "w": given["w"], "v": v.expand(3, 2)})
+    monkeypatch.setattr(prediction, "MAX_ELEMENTS", 2 * 10)  # of ten draws in a call
+    drawn = prediction.sample(slopes, 4000, given=given)
+    covariance = 9 + 0.01 * torch.eye(2)
+    torch.testing.assert_close(drawn.mean(0), v, atol=5 * 3 / 4000**0.5, rtol=0)
+    torch.testing.assert_close(drawn.T.cov(), covariance, atol=5 * 9 * (2 / 4000) ** 0.5, rtol=0)
+    of_prior = prediction.sample(slopes, 40)  # of one w: x_1 - x_2 is v_1 - v_2 and noise
+    assert float((of_prior[:, 0] - of_prior[:, 1]).std()) < 0.3
+    with pytest.raises(ValueError, match=r"the global sites \['v', 'w'\], got one of \"z\""):
+        prediction.sample(slopes, 3, given={"z": z})

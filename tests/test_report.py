@@ -28,10 +28,11 @@ from PIL import Image
 from pyro_vae import Dataset, evaluate, fit, load_dataset
 from pyro_vae.data import Split
 from pyro_vae.evaluation import Estimate
-from pyro_vae.guides import AmortizedGuide
-from pyro_vae.models import VAE, likelihoods
-from pyro_vae.prediction import sample
+from pyro_vae.guides import AmortizedGuide, families
+from pyro_vae.models import VAE, BayesianVAE, likelihoods
+from pyro_vae.prediction import encodings, sample
 from pyro_vae.report import independent_baseline, summary_sentence, write_report
+from pyro_vae.report.subject import Coded
 
 NUM_SAMPLES = 30
 COLUMNS = ("$cost$", "_hidden", "<b>age</b>", "tail_$")
@@ -441,3 +442,19 @@ def test_the_recorder_sees_a_page_that_does_ask(tmp_path):
     widths, requests = browse(page, tmp_path, 1200)
     assert widths[2:] == [0]
     assert requests == ["GET http://pictures.invalid/a.png HTTP/1.1"]
+
+
+def test_sites_that_all_data_share_are_the_guides(tmp_path):
+    """The decoder's weights are latent: pictures are of those of q(w), and the scores have rows of their own."""
+    digits = load_dataset("digits")
+    torch.manual_seed(0)
+    model = BayesianVAE(digits.event_shape, len(digits.train), latent_dim=2, likelihood=likelihoods.Binomial(16))
+    guide = AmortizedGuide(model, family={"w": families.DiagonalNormal(initial_scale=0.05)})
+    run = fit(model, guide, digits.train, epochs=1, out=tmp_path / "run", progress=False)
+    page = Page(write_report(run, digits, num_samples=3, progress=False))
+    assert {"log evidence total", "log predictive"} <= {text.strip() for text in page.text["td"] + page.text["th"]}
+    w = encodings(guide, digits.test)["w"].mean
+    with torch.no_grad():
+        subject = Coded(run, digits, run.evaluate(digits.test, num_samples=3, progress=False), 0)
+        walked = subject.walk(torch.zeros(1, 2))
+        torch.testing.assert_close(walked, model.observation(torch.zeros(1, 2), w).mean.cpu())

@@ -7,6 +7,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.infer import TraceMeanField_ELBO
 
 from pyro_vae import compare_estimators, evaluate
 from pyro_vae.annealing import annealed, sandwich
@@ -218,6 +219,31 @@ def test_chains_whose_masks_differ_are_refused():
         with pytest.raises(ValueError, match='expected latent site "z" masked in model and guide alike'):
             score.loss(model, guide, torch.zeros(2))
         assert score.loss(model, program(torch.tensor([3, 2])), torch.zeros(2)) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_masks_that_come_to_differ_are_no_number():
+    """Masks are read at the first of like calls; later ones that differ give NaN, at which a training stops."""
+
+    def program(steps):
+        def run(x, of_model, of_guide):
+            lengths = of_model if steps == "model" else of_guide
+            there = torch.arange(3) < lengths[:, None]
+            with pyro.plate("data", len(x)):
+                first = normal(torch.zeros(len(x), 1)).to_event(1)
+                pyro.sample("z", MarkovChain(first, lambda z: normal(z).to_event(1), 3, mask=there))
+
+        return run
+
+    pair, x = (program("model"), program("guide")), torch.zeros(2)
+    alike, other = torch.tensor([3, 2]), torch.tensor([3, 1])
+    for score in (ELBO(), IWAE(3), FreeBits(0.0)):
+        for _ in range(2):  # joint draws are looked at in calls 1, 2, 4, 8 ...
+            assert score.loss(*pair, x, alike, alike) == pytest.approx(0.0, abs=1e-12)
+        assert math.isnan(score.loss(*pair, x, alike, other))
+        assert score.loss(*pair, x, other, other) == pytest.approx(0.0, abs=1e-12)
+    assert TraceMeanField_ELBO().loss(*pair, x, alike, alike) == pytest.approx(0.0, abs=1e-12)
+    with pytest.warns(UserWarning, match="Encountered NaN: loss"):
+        TraceMeanField_ELBO().loss(*pair, x, alike, other)
 
 
 # ------------------------------------------------------------ plates that are not whole

@@ -119,7 +119,7 @@ def compare_estimators(
     device = parameters[0].device if parameters else data.device
     data, held_out = data.to(device), held_out.to(device)
     rows = _some(len(data), num_data, seed)
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(int(seed))
     scored = _fixed(data, rows, generator)
     tested = scored if valid is None else _fixed(held_out, _some(len(held_out), num_data, seed), generator)
     batch = data.batch(_some(len(data), batch_size, seed).to(device), generator)
@@ -190,7 +190,7 @@ def _per_datum(log_evidence: float | Tensor, N: int) -> Tensor:
 
 def _some(N: int, count: int, seed: int) -> Tensor:
     """The indices of so many of N data, at most, in their order."""
-    return torch.randperm(N, generator=torch.Generator().manual_seed(seed))[:count].sort().values
+    return torch.randperm(N, generator=torch.Generator().manual_seed(int(seed)))[:count].sort().values
 
 
 def _fixed(data: Data, rows: Tensor, generator: torch.Generator) -> Data:

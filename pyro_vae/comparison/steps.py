@@ -152,8 +152,8 @@ class Steps:
         """Steps on whole batches in random order; how many, and in which time."""
         rows = len(self.batch[0][0])
         torch.manual_seed(seed)
-        draws = torch.Generator(data.device).manual_seed(seed)
-        order = torch.Generator().manual_seed(seed)
+        draws = torch.Generator(data.device).manual_seed(int(seed))
+        order = torch.Generator().manual_seed(int(seed))
         begun, taken = time.perf_counter(), 0
         while True:
             for index in torch.randperm(len(data), generator=order).to(data.device).split(rows):

@@ -23,6 +23,8 @@ NEGATIVE = {torch.neg, torch.negative, Tensor.neg, Tensor.negative, Tensor.__neg
 LOG1P = {torch.log1p, Tensor.log1p, torch.special.log1p}
 ONE_MINUS = {Tensor.__rsub__, torch.rsub}
 CLAMP = {torch.clamp, Tensor.clamp, torch.clip, Tensor.clip}
+GRADIENTS = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
+HOOKS = {Tensor.retain_grad, Tensor.register_hook, Tensor.register_post_accumulate_grad_hook}
 CASTS = {Tensor.double, Tensor.float, Tensor.to}
 SHAPES = {  # of one tensor to one tensor, that move elements and change none
     *(Tensor.__getitem__, Tensor.unsqueeze, Tensor.squeeze, Tensor.expand, Tensor.expand_as, Tensor.reshape),
@@ -38,7 +40,8 @@ class Constrained(Tensor):
 
     It is the tensor `plain` to every function of torch but for logarithms: ``log(y)``, ``xlogy(a, y)``, and where
     ``log(1 - y)`` is known ``log(1 - y)`` and ``log1p(-y)`` too. Functions that only move elements, or change their
-    type, keep what is remembered; the others give plain tensors.
+    type, keep what is remembered; the others give plain tensors. A derivative with respect to it is refused, as the
+    logarithms are no functions of the rounded values: it is one with respect to ``unconstrained(support, y)``.
 
     Attributes:
         plain: the values, an ordinary tensor.
@@ -64,6 +67,13 @@ class Constrained(Tensor):
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if _is_derivative(function, args, kwargs):
+            raise RuntimeError(
+                "expected a derivative with respect to plain tensors, got one with respect to a draw on a constrained "
+                "support, which does not see the logarithms that densities are computed from: compute the density of "
+                "z.detach().requires_grad_(), or take the derivative with respect to the "
+                "unconstrained number, pyro_vae.distributions.unconstrained(support, z)"
+            )
         found = _by_memory(function, args, kwargs)
         if found is not None:
             return found
@@ -78,6 +88,17 @@ class Constrained(Tensor):
 
 class _Negative(Constrained):
     """Minus such a tensor: its ``log1p`` is known."""
+
+
+def _is_derivative(function: Any, args: Sequence[Any], kwargs: Any) -> bool:
+    """Whether it is a derivative with respect to what remembers."""
+    if function in HOOKS:
+        return True
+    if function not in GRADIENTS:
+        return False
+    inputs = kwargs.get("inputs", args[1] if function is torch.autograd.grad and len(args) > 1 else ()) or ()
+    inputs = [inputs] if isinstance(inputs, Tensor) else inputs
+    return any(isinstance(each, Constrained) for each in inputs)
 
 
 def _by_memory(function: Any, args: Sequence[Any], kwargs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -221,7 +222,8 @@ def _drawn(p: Any) -> Tensor:
 
 @register_kl(MarkovChain, MarkovChain)
 def _kl_of_chains(q: MarkovChain, p: MarkovChain) -> Tensor:
-    """Along the draw of q; unbiased. Steps count where both chains have them."""
+    """Along the draw of q; unbiased. NaN where one chain has a step that the other has not: no divergence is defined,
+    and to raise an error the masks would have to be read at each call."""
     if q.carry is not None or p.carry is not None:
         raise NotImplementedError("the steps of a recurrent chain are not known apart from its carry")
     if not q.has_rsample:
@@ -240,4 +242,6 @@ def _kl_of_chains(q: MarkovChain, p: MarkovChain) -> Tensor:
     for mask in (q.mask_, p.mask_):
         if mask is not None:
             each = torch.where(mask, each, 0.0)
+    if q.mask_ is not None and p.mask_ is not None:
+        each = torch.where(q.mask_ == p.mask_, each, math.nan)
     return each.sum(-1)

@@ -167,6 +167,8 @@ def memory(subject: Coded) -> str:
 HINTS = {
     "elbo": "lower bound on log p(x), the one that training raises",
     "log_evidence": "closer lower bound on log p(x), from importance sampling",
+    "log_evidence_total": "that of all data together, in nats",
+    "log_predictive": "log p(x) of each datum at draws of the sites that all data share",
     "annealed": "log p(x) by annealed importance sampling, which does not rest on the guide",
     "kl": "information that the code z holds about x",
     "ess": "effective sample size: how many of the draws count",
@@ -180,9 +182,12 @@ def score_rows(subject: Subject) -> list[dict[str, Any]]:
     for name, estimate in evaluation.table().items():
         hint = HINTS[name]
         if name == "khat":
-            share = (evaluation.per_datum["khat"] > 0.7).double().mean().item()
+            each = evaluation.per_datum.get("khat", torch.tensor([estimate.value]))  # global sites have one
+            share = (each > 0.7).double().mean().item()
             if math.isnan(estimate.value):
                 hint = "needs 25 draws or more per datum"
+            elif share > 0 and evaluation.global_sites:
+                hint = "above 0.7: a few draws carry nearly all the weight, and log p(x) is likely higher"
             elif share > 0:
                 hint = (
                     f"above 0.7 for {share:.0%} of the {subject.noun}s: a few draws carry nearly all the "

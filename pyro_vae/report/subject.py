@@ -29,7 +29,9 @@ class Coded(Subject):
     def __init__(self, run: Run, dataset: Dataset, evaluation: Evaluation, seed: int) -> None:
         super().__init__(run, dataset, evaluation, seed)
         sites = dict(samples(trace_of(run.model)))
-        codes = encodings(run.guide, dataset.test, seed=seed)
+        encoded = encodings(run.guide, dataset.test, seed=seed)
+        codes = {name: each for name, each in encoded.items() if not each.is_global}
+        self.shared = {name: each.mean for name, each in encoded.items() if each.is_global}  # where all is drawn
         self.latents = {name: sites[name] for name in sites if name in codes}  # in the order that KL has
         self.code = torch.cat([codes[name].mean.flatten(1) for name in self.latents], dim=1)  # (N, D)
         self.active = self.code.double().var(0) > 0.01
@@ -42,7 +44,7 @@ class Coded(Subject):
         ]
 
     def sample(self, n: int, mean: bool) -> Tensor:
-        return sample(self.run.model, n, seed=self.seed, mean=mean)
+        return sample(self.run.model, n, seed=self.seed, mean=mean, given=self.shared)
 
     def walk(self, standard: Tensor) -> Tensor | str:
         """E[x|z] at ``z = E[z] + standard * sd[z]`` of the prior, for `standard` (..., D); or why not."""
@@ -59,7 +61,7 @@ class Coded(Subject):
         z = (mean + standard * scale).reshape(-1, *site["value"].shape[1:])
         if not bool(site["fn"].support.check(z.to(site["value"])).all()):
             return f"The values of {name} are constrained: there is no straight line to walk along."
-        return decode(self.run.model, {name: z}, seed=self.seed).unflatten(0, standard.shape[:-1])
+        return decode(self.run.model, {**self.shared, name: z}, seed=self.seed).unflatten(0, standard.shape[:-1])
 
     def walked(self, most: int) -> list[int]:
         """The dimensions to walk along: at most so many, active ones if there are any."""
