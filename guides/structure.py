@@ -177,10 +177,22 @@ class Latent:
         """Raises ValueError where the model's density p is none on the support that it declares."""
         if self.is_discrete:
             return
-        problem = "none"
+        problem = ""
+        for dtype in dict.fromkeys((self.dtype, torch.float64)):  # a value may be off the support by rounding alone
+            found = self._problem(p, dtype)
+            if found is None:
+                return
+            problem = problem or found
+        raise ValueError(
+            f'expected latent site "{self.name}" with a density on all of its support, {self.base}, got {problem}: '
+            "take a distribution whose support is what it says, or sample real numbers, and map them in the model"
+        )
+
+    def _problem(self, p: Any, dtype: Any) -> str | None:
+        """What is wrong with p at some values."""
         try:
             for number in (-1.0, 0.5, 1.5):
-                u = torch.full(p.batch_shape + self.bare_shape, number, dtype=self.dtype, device=self.device)
+                u = torch.full(p.batch_shape + self.bare_shape, number, dtype=dtype, device=self.device)
                 value, log_probs = u, []
                 if not self.is_real:
                     bijection = biject_to(self.support)
@@ -189,15 +201,10 @@ class Latent:
                 log_probs.append(p.log_prob(value))
                 sound = bool(value.isfinite().all()) and not any(bool(each.isnan().any()) for each in log_probs)
                 if not sound or any(each.shape != p.batch_shape for each in log_probs):
-                    break
-            else:
-                return
+                    return "none"
         except (NotImplementedError, RuntimeError, ValueError) as error:
-            problem = f"{type(error).__name__} {error}".strip()
-        raise ValueError(
-            f'expected latent site "{self.name}" with a density on all of its support, {self.base}, got {problem}: '
-            "take a distribution whose support is what it says, or sample real numbers, and map them in the model"
-        )
+            return f"{type(error).__name__} {error}".strip()
+        return None
 
     @property
     def event(self) -> tuple[Any, ...]:

@@ -296,7 +296,11 @@ def sandwich(
         x = simulated.nodes["_RETURN"]["value"]
         if not all(isinstance(part, Tensor) for part in (x if isinstance(x, tuple) else (x,))):
             raise ValueError(f"expected a model that returns the data it draws, got {type(x).__name__}: return x")
-        plate = plate_of_data([simulated], num_data)
+
+        def drawn(rows: int) -> list[poutine.Trace]:
+            return [simulated if rows == num_data else poutine.trace(model).get_trace(num_data=rows, **kwargs)]
+
+        plate = plate_of_data(drawn, num_data)
         for name, site in _sites(simulated):
             if any(frame.name == plate for frame in site["cond_indep_stack"]):
                 _data_dim(name, site, plate, num_data)

@@ -6,14 +6,19 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyro.infer
 import torch
 
 __all__ = ["Configured", "build", "describe", "import_object", "plain"]
+
+
+NUMBERS = (bool, int, float, str)
 
 
 class Configured:
@@ -37,7 +42,8 @@ class Configured:
 
         @functools.wraps(init)
         def recording(self: Configured, *args: Any, **kwargs: Any) -> None:
-            if "init_args" not in self.__dict__:
+            outermost = "init_args" not in self.__dict__
+            if outermost:
                 signature = inspect.signature(init)
                 given = signature.bind(self, *args, **kwargs).arguments
                 given.pop(next(iter(given)))
@@ -46,6 +52,9 @@ class Configured:
                         given.update(given.pop(name, {}))
                 self.__dict__["init_args"] = given
             init(self, *args, **kwargs)
+            if outermost:
+                own = {name: self.__dict__.get(name) for name in self.init_args}
+                self.__dict__["_as_made"] = {name: each for name, each in own.items() if type(each) in NUMBERS}
 
         cls.__init__ = recording  # type: ignore[assignment, method-assign]
 
@@ -60,7 +69,9 @@ def describe(objects: Mapping[str, Any]) -> dict[str, Any]:
 
     An object becomes ``{"class_path": ..., "init_args": {...}}``, its second appearance
     ``{"reference": path of the first}``, and an object that no import path leads to ``{"object": repr}``:
-    the file stays readable, and `build` says what it lacks. ``None`` is left out, as TOML has no word for it.
+    the file stays readable, and `build` says what it lacks. So does one whose arguments cannot be told: they have no
+    names, or a number among them is another now, or ``None``, for which TOML has no word, is not the default. Tuples
+    come back as lists, paths and devices as text.
 
     Example:
         >>> describe({"optimizer": functools.partial(torch.optim.Adam, lr=0.1)})
@@ -71,13 +82,15 @@ def describe(objects: Mapping[str, Any]) -> dict[str, Any]:
     def value_of(value: Any, path: str) -> Any:
         arguments: dict[str, Any] | None
         value = plain(value)
-        if isinstance(value, bool | int | float | str):
+        if value is None:
+            return {"object": "None"}
+        if type(value) in NUMBERS:
             return value
         if isinstance(value, Path | torch.device):
             return str(value)
-        if isinstance(value, list | tuple):
+        if type(value) in (list, tuple, torch.Size):
             return [value_of(item, f"{path}.{i}") for i, item in enumerate(value)]
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
             return table_of(value, path)
         if id(value) in seen:
             return {"reference": seen[id(value)]}
@@ -90,21 +103,29 @@ def describe(objects: Mapping[str, Any]) -> dict[str, Any]:
             target, arguments = type(value), _arguments_of(value)
         name = f"{target.__module__}.{target.__qualname__}"
         if arguments is None or not _is_importable(name, target):
-            return {"object": repr(value).splitlines()[0]}
-        return {"class_path": name, "init_args": table_of(arguments, path)}
+            return {"object": " ".join(repr(value).split())[:200]}
+        return {"class_path": name, "init_args": table_of(_told(target, arguments), path)}
 
     def table_of(table: Mapping[str, Any], path: str) -> dict[str, Any]:
-        named = {str(k): (v, f"{path}.{k}" if path else str(k)) for k, v in table.items() if v is not None}
-        return {key: value_of(value, where) for key, (value, where) in named.items()}
+        return {name: value_of(value, f"{path}.{name}" if path else name) for name, value in table.items()}
 
-    return table_of(objects, "")
+    return table_of({name: value for name, value in objects.items() if value is not None}, "")
+
+
+def _told(target: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments that are to be written: None is left out where it is what leaving it out means."""
+    try:
+        defaults = {name: each.default for name, each in inspect.signature(target).parameters.items()}
+    except (TypeError, ValueError):
+        defaults = {}
+    return {name: value for name, value in arguments.items() if value is not None or defaults.get(name) is not None}
 
 
 def _arguments_of(value: Any) -> dict[str, Any] | None:
     """The constructor's arguments of an object: as recorded, or read back from attributes of their names; None where
     one may have been given that no attribute tells."""
     if isinstance(value, Configured) or "init_args" in getattr(value, "__dict__", {}):
-        return value.init_args
+        return value.init_args if _as_made(value) else None
     if dataclasses.is_dataclass(value):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, torch.nn.Module) and (value.state_dict() or not _is_of_torch(value)):
@@ -113,16 +134,34 @@ def _arguments_of(value: Any) -> dict[str, Any] | None:
         parameters = inspect.signature(type(value)).parameters
     except ValueError:
         return None
+    if isinstance(value, torch.nn.Identity):  # whose arguments mean nothing
+        return {}
     known = type(value).__module__.partition(".")[0] in ("torch", "pyro")  # whose other arguments change no number
     arguments = {}
     for name, parameter in parameters.items():
-        is_variable = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-        if is_variable or not hasattr(value, name):
-            if not known or (parameter.default is parameter.empty and not is_variable):
+        if parameter.kind is parameter.VAR_KEYWORD and known:
+            continue
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) or not hasattr(value, name):
+            if not known or parameter.default is parameter.empty:
                 return None
         elif not _is_same(getattr(value, name), parameter.default):
             arguments[name] = getattr(value, name)
+    nesting = arguments.get("max_plate_nesting", math.inf)
+    if (
+        isinstance(value, pyro.infer.ELBO)
+        and value.vectorize_particles
+        and value.num_particles > 1 < nesting < math.inf
+    ):
+        arguments["max_plate_nesting"] = nesting - 1  # Pyro has added that of the particles
     return arguments
+
+
+def _as_made(value: Any) -> bool:
+    """Whether its arguments have names, and what the constructor has made of numbers among them is still there."""
+    kinds = inspect.signature(type(value)).parameters
+    if any(name in kinds and kinds[name].kind is inspect.Parameter.VAR_POSITIONAL for name in value.init_args):
+        return False
+    return all(getattr(value, name, None) == before for name, before in getattr(value, "_as_made", {}).items())
 
 
 def _is_same(value: Any, default: Any) -> bool:
@@ -187,8 +226,8 @@ def build(config: Mapping[str, Any], **given: Any) -> dict[str, Any]:
             return looked_up(value["reference"])
         if "object" in value:
             raise ValueError(
-                f"{path} was {value['object']}, which no import path leads to: hand it over, as in "
-                f"load_run(path, {path.split('.')[0]}=...)"
+                f"{path} was {value['object']}, which the file cannot tell, as no import path leads to it or its arguments "
+                f"are not known: hand it over, as in load_run(path, {path.split('.')[0]}=...)"
             )
         arguments = {
             key: made(item, f"{path}.{key}")

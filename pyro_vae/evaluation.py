@@ -18,7 +18,7 @@ from tqdm import tqdm
 from .compiled import Compiled, preserved
 from .data import Data, as_data
 from .distributions import MarkovChain
-from .log_weights import LogWeights, Structure, Structures, log_weights, plate_of_data, samples
+from .log_weights import LogWeights, Structure, Structures, is_point, log_weights, plate_of_data, samples, some_rows
 
 if TYPE_CHECKING:
     from .annealing import Annealed
@@ -301,6 +301,7 @@ def evaluate(
         first = torch.arange(min(max(1, MAX_ELEMENTS // event), len(data)), device=device)  # of one draw
         args, kwargs = data.batch(first, generator)
         plate = plate_of_pair(model, guide, args, kwargs)
+        _check_densities(model, guide, args, kwargs)
         if structures.of(model, guide, args, kwargs, plate).global_sites:
             if annealing is not None:
                 raise ValueError("expected local latent sites alone beside annealing, got global ones: leave it out")
@@ -337,16 +338,37 @@ def evaluate(
 
 def plate_of_pair(model: Callable, guide: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
     """The plate of the data, left as it was."""
+
+    def run(rows: int) -> list[poutine.Trace]:
+        given, named = some_rows(args, kwargs, rows)
+        q = poutine.trace(guide).get_trace(*given, **named)
+        return [poutine.trace(poutine.replay(model, q)).get_trace(*given, **named)]
+
+    with preserved():
+        return plate_of_data(run, len(args[0]))
+
+
+def _check_densities(model: Callable, guide: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Raises ValueError where q is a point: ``p(x, z)`` at one z is no bound on ``p(x)``."""
     with preserved():
         q = poutine.trace(guide).get_trace(*args, **kwargs)
         p = poutine.trace(poutine.replay(model, q)).get_trace(*args, **kwargs)
-    return plate_of_data([p], len(args[0]))
+    drawn = [site for _, site in samples(q) if not site["is_observed"]]
+    if any(site["infer"].get("is_auxiliary") and not is_point(site["fn"]) for site in drawn):
+        return  # autoguides map one draw to the sites
+    points = [site["name"] for site in drawn if site["name"] in p and is_point(site["fn"])]
+    points = [name for name in points if not p.nodes[name]["is_observed"] and not is_point(p.nodes[name]["fn"])]
+    if points:
+        raise ValueError(
+            f"expected a guide with a density for each latent site, got points for {points}, as of AutoDelta, at which "
+            "p(x, z) is no bound on p(x): take AutoNormal, say, or a family of guides"
+        )
 
 
 def global_draws(
     guide: Callable, sites: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any], count: int
 ) -> list[poutine.Trace]:
-    """Draws of the global sites, each a trace to replay programs with."""
+    """Draws of the global sites and of what they are made of, each a trace to replay programs with."""
     draws = []
     for _ in range(count if sites else 0):
         drawn, trace = poutine.Trace(), poutine.trace(guide).get_trace(*args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -38,6 +39,7 @@ __all__ = [
     "per_datum",
     "plate_of_data",
     "samples",
+    "some_rows",
     "structure_of",
 ]
 
@@ -126,16 +128,21 @@ def _check_order(traces: Sequence[Sequence[tuple[str, Any]]], plate: str) -> Non
                 )
 
 
-def plate_of_data(traces: Sequence[poutine.Trace], rows: int) -> str:
-    """The name of the plate of the data: "data", else the outermost that has `rows` elements and holds all that the
-    traces observe, or where they observe nothing, something that they draw.
+def plate_of_data(run: Callable[[int], Sequence[poutine.Trace]], rows: int) -> str:
+    """The name of the plate of the data: "data", else the outermost that has an element for each row and holds all that
+    the traces observe, or where they observe nothing, something that they draw.
+
+    A plate of something else may have as many elements: another number of rows tells them apart.
+
+    Args:
+        run: gives traces of calls with so many rows; it may fail for another number than `rows`.
 
     Raises:
         ValueError: there is none.
     """
-    sites = [site for trace in traces for _, site in samples(trace) if not _weightless(site)]
+    sites = [site for trace in run(rows) for _, site in samples(trace) if not _weightless(site)]
     sites = sorted((site for site in sites if _plates(site)), key=lambda site: not site["is_observed"])
-    stacks = [{f.name: f.size for f in site["cond_indep_stack"] if f.vectorized and f.name != DRAWS} for site in sites]
+    stacks = [_sizes(site) for site in sites]
     if any("data" in stack for stack in stacks):
         return "data"
     observed = sum(site["is_observed"] for site in sites)
@@ -145,6 +152,14 @@ def plate_of_data(traces: Sequence[poutine.Trace], rows: int) -> str:
         for name, size in stack.items()
         if size == rows and all(name in other for other in stacks[:observed])
     ]
+    if len({*fitting}) > 1 or (fitting and not observed):
+        others: dict[str, int] = {}
+        count = rows - 1 if rows > 1 else 2
+        with contextlib.suppress(Exception), torch.random.fork_rng():  # programs of one number of rows
+            for trace in run(count):
+                for _, site in samples(trace):
+                    others |= _sizes(site)
+        fitting = [name for name in fitting if others.get(name, count) == count]
     if not fitting:
         raise ValueError(
             f"expected a plate of the {rows} data of a call around all that is observed, got the plates "
@@ -152,6 +167,21 @@ def plate_of_data(traces: Sequence[poutine.Trace], rows: int) -> str:
             'pyro.plate("data", len(x))'
         )
     return fitting[0]
+
+
+def some_rows(args: Sequence[Any], kwargs: Mapping[str, Any], count: int) -> tuple[list[Any], dict[str, Any]]:
+    """The first `count` rows of data, or all and the first again."""
+
+    def some(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.dim():
+            return value
+        return value[:count] if count <= len(value) else torch.cat([value, value[:1]])
+
+    return [*map(some, args)], {name: some(value) for name, value in kwargs.items()}
+
+
+def _sizes(site: Mapping[str, Any]) -> dict[str, int]:
+    return {f.name: f.size for f in site["cond_indep_stack"] if f.vectorized and f.name != DRAWS}
 
 
 def _check_latents(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:

@@ -389,7 +389,13 @@ class Update:
         for parts, states in ((self.optimizers, state["optimizers"]), (self.schedulers, state["schedulers"])):
             for part, its_state in zip(parts, states, strict=True):
                 before = getattr(part, "state", {})
-                part.load_state_dict(dict(its_state))
+                try:
+                    part.load_state_dict(dict(its_state))
+                except ValueError as error:
+                    raise ValueError(
+                        f"expected an optimiser of the parameters of before, got another ({error}): train the same, "
+                        "such as those that requires_grad_(False) left out"
+                    ) from None
                 for p, its in getattr(part, "state", {}).items():
                     known = {key: value for key, value in before.get(p, {}).items() if isinstance(value, Tensor)}
                     its |= {key: value.copy_(its[key]) for key, value in known.items()}  # the tensors that graphs know
@@ -506,7 +512,7 @@ class AdamUpdate:
     It acts where it is sure to leave finite numbers. With L the largest of all gradients so far, which no element of
     the first moment exceeds, this is so where L^2 does not overflow and ``rate L / eps``, the most that any parameter
     moves by, is less than half of what the largest number is rounded to. In single precision and with Adam's own
-    settings this is L < 1.8e19.
+    settings this is L < 9.2e18.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:

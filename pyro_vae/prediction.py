@@ -28,8 +28,9 @@ from .evaluation import (
     evaluate,
     global_draws,
     isolated,
+    plate_of_pair,
 )
-from .log_weights import on_plates, per_datum, plate_of_data, samples
+from .log_weights import on_plates, per_datum, plate_of_data, samples, some_rows
 
 __all__ = [
     "Encoding",
@@ -59,12 +60,14 @@ class Encoding:
         scale: the standard deviation of each coordinate under q, (N, *latent_shape); None where q tells none and one
             draw was asked for.
         draws: ``z ~ q(z | x)``, (K, N, *latent_shape); None unless asked for.
+        value: of a global site, what data are decoded at: the mean, or a draw where the mean is no value of the site.
     """
 
     mean: Tensor
     scale: Tensor | None
     draws: Tensor | None
     is_global: bool = False
+    value: Tensor | None = None
 
 
 def sample(
@@ -83,7 +86,7 @@ def sample(
     or one for all.
 
     Args:
-        given: values of global sites theta, such as ``encodings(guide, data)["w"].mean``: the draws are of
+        given: values of global sites theta, such as ``encodings(guide, data)["w"].value``: the draws are of
             ``p(x | theta)``. Global sites left out are drawn from their prior, once for all draws.
 
     Raises:
@@ -115,7 +118,8 @@ def sample(
     with isolated(model):
         every = torch.arange(num_samples)
         trace = _drawn(model, 1, keywords(every[:1]))
-        shared = _shared(trace, plate_of_data([trace], 1))
+        plate = plate_of_data(lambda rows: [_drawn(model, rows, keywords(every[:1].expand(rows)))], 1)
+        shared = _shared(trace, plate)
         values = _of_all(given or {}, shared)
         rows = _rows(_observation(trace)["value"].numel())
         torch.manual_seed(seed)
@@ -123,7 +127,7 @@ def sample(
         for index in every.split(rows):
             trace = _drawn(poutine.condition(model, data=values), len(index), keywords(index))
             values |= {name: trace.nodes[name]["value"] for name in shared if name in trace}
-            site, plate = _observation(trace), plate_of_data([trace], len(index))
+            site = _observation(trace)
             parts.append((_mean(site, plate) if mean else _by_datum(site, site["value"], plate)).cpu())
     return torch.cat(parts)
 
@@ -134,7 +138,7 @@ def decode(model: Callable, z: Tensor | Mapping[str, Tensor], *, seed: int = 0, 
     Args:
         z: a tensor; or, for a model with several latent sites, a dict from site to tensor. Sites left out
             are drawn in the model's order, with `seed`. Global sites, which have no dimension N, are never left out,
-            as nothing is known of them before the data: ``encodings(guide, data)["w"].mean``.
+            as nothing is known of them before the data: ``encodings(guide, data)["w"].value``.
         kwargs: what else the model needs to draw data, as one of sequences needs `num_steps`.
 
     Raises:
@@ -147,7 +151,7 @@ def decode(model: Callable, z: Tensor | Mapping[str, Tensor], *, seed: int = 0, 
     """
     with isolated(model):
         trace = _drawn(model, 1, kwargs)
-        plate = plate_of_data([trace], 1)
+        plate = plate_of_data(lambda rows: [_drawn(model, rows, kwargs)], 1)
         shared = _shared(trace, plate)
         sites = {name: site for name, site in samples(trace) if name != OBSERVATION and name not in shared}
         given = {} if isinstance(z, Tensor) else {name: value for name, value in z.items() if name in shared}
@@ -155,9 +159,14 @@ def decode(model: Callable, z: Tensor | Mapping[str, Tensor], *, seed: int = 0, 
             raise ValueError(
                 f"expected values of the global sites {missing} in z, which all data share, got none: add those of the "
                 'guide, as in {"z": z, '
-                f'"{missing[0]}": encodings(guide, data)["{missing[0]}"].mean}}'
+                f'"{missing[0]}": encodings(guide, data)["{missing[0]}"].value}}'
             )
         of_all = _of_all(given, shared)
+        if not sites:
+            raise ValueError(
+                f"expected a model with a latent site for each datum, got {sorted(shared)}, which all data share: "
+                "sample(model, N, mean=True, given=...) gives E[x]"
+            )
         latents = _named(
             z if isinstance(z, Tensor) else {name: z[name] for name in z if name not in given}, sites, plate
         )
@@ -180,7 +189,7 @@ def encodings(guide: Callable, data: Any, *, num_samples: int | None = None, see
     100.
 
     Raises:
-        ValueError: fewer than one draw, or no plate of the data.
+        ValueError: fewer than one draw, or q of a global site that depends on a part of the data.
 
     Example:
         >>> from pyro_vae.guides import AmortizedGuide
@@ -197,26 +206,32 @@ def encodings(guide: Callable, data: Any, *, num_samples: int | None = None, see
         for args, kwargs in _batches(data, seed, guide):
             own = poutine.trace(guide).get_trace(*args, **kwargs)
             if plate is None:
-                plated = any(site["cond_indep_stack"] for site in _latents(own).values())
-                plate = plate_of_data([own], len(args[0])) if plated else ""  # all sites are global
+                plate = _plate_of(guide, args, kwargs)
                 shared = [name for name, site in _latents(own).items() if _plate_dim(site, plate) is None]
+                made_of = [name for name, site in samples(own) if _plate_dim(site, plate) is None]  # by autoguides
                 sites = list(_latents(own).values())
                 closed = len(sites) == 1 and _moment(sites[0], "mean", plate) is not None
                 count = num_samples or (1 if closed else MOMENT_DRAWS)
-                given = global_draws(guide, shared, args, kwargs, count)
+                given = global_draws(guide, made_of, args, kwargs, count)
             whole = [poutine.trace(poutine.replay(guide, each)).get_trace(*args, **kwargs) for each in given]
             for each, trace in zip(given, whole, strict=True):
                 check_given(each, trace)
             traces = [_latents(trace) for trace in whole]
             for name in traces[0] if not parts else [name for name in traces[0] if name not in shared]:
                 draws = torch.stack([_by_datum(trace[name], trace[name]["value"], plate) for trace in traces]).cpu()
+                numbers = draws if draws.is_floating_point() else draws.to(torch.get_default_dtype())
                 means = _stack([_moment(trace[name], "mean", plate) for trace in traces])
                 variances = _stack([_moment(trace[name], "variance", plate) for trace in traces])
-                scale = draws.std(0) if means is None and len(draws) > 1 else None
+                scale = numbers.std(0) if means is None and len(draws) > 1 else None
                 if means is not None and variances is not None:
                     scale = (variances.mean(0) + means.var(0, correction=0)).sqrt()
-                mean = (draws if means is None else means).mean(0)
-                encoding = Encoding(mean, scale, draws if num_samples else None, name in shared)
+                mean = (numbers if means is None else means).mean(0)
+                value = None
+                if name in shared:  # a mean may be no value that the site takes, as of categories or rotations
+                    support = traces[0][name]["fn"].support
+                    own_values = mean.to(traces[0][name]["value"]) if not support.is_discrete else draws[0]
+                    value = own_values if bool(support.check(own_values).all()) else draws[0]
+                encoding = Encoding(mean, scale, draws if num_samples else None, name in shared, value)
                 parts.setdefault(name, []).append(encoding)
     return {name: _joined(batches) for name, batches in parts.items()}
 
@@ -258,14 +273,15 @@ def reconstruct(model: Callable, guide: Callable, data: Any, *, num_samples: int
     """
     if num_samples < 1:
         raise ValueError(f"expected num_samples >= 1, got {num_samples}: give a positive number")
-    parts = []
+    parts, plate = [], None
     with isolated(model, guide):
         torch.manual_seed(seed)
         for args, kwargs in _batches(data, seed, model, guide):
+            plate = plate or plate_of_pair(model, guide, args, kwargs)
             total = torch.zeros(())
             for _ in range(num_samples):
                 trace = _traces(model, guide, args, kwargs)[1]
-                total = total + _mean(_observation(trace), plate_of_data([trace], len(args[0])))
+                total = total + _mean(_observation(trace), plate)
             parts.append((total / num_samples).cpu())
     return torch.cat(parts)
 
@@ -288,7 +304,7 @@ def denoise(model: Callable, guide: Callable, corrupted: Any, *, num_samples: in
 
 def interpolate(model: Callable, guide: Callable, a: Tensor, b: Tensor, *, steps: int = 9, seed: int = 0) -> Tensor:
     """``E[x | z_t]`` on the line ``z_t = (1 - t) E_q[z | a] + t E_q[z | b]``, t from 0 to 1, shape
-    ``(steps, *event_shape)``, for two data of shape `event_shape`. Global sites stay at their means under q.
+    ``(steps, *event_shape)``, for two data of shape `event_shape`. Global sites stay at their `Encoding.value`.
 
     Raises:
         ValueError: fewer than two steps, or two data of different shapes.
@@ -307,7 +323,7 @@ def interpolate(model: Callable, guide: Callable, a: Tensor, b: Tensor, *, steps
     line = {}
     for name, encoding in encodings(guide, torch.stack([a, b]), seed=seed).items():
         if encoding.is_global:
-            line[name] = encoding.mean
+            line[name] = encoding.mean if encoding.value is None else encoding.value
             continue
         start, end = encoding.mean
         t = torch.linspace(0, 1, steps, dtype=start.dtype).reshape(-1, *[1] * start.ndim)
@@ -321,7 +337,7 @@ def scores(model: Callable, guide: Callable, data: Any, *, num_samples: int = 10
     Low scores mark anomalies. A split's standardisation is undone, as in `evaluate`.
 
     Raises:
-        ValueError: data outside the likelihood's support, or a site outside the plate ``"data"``.
+        ValueError: data outside the likelihood's support, and as `evaluate`.
 
     Example:
         >>> from pyro_vae.guides import AmortizedGuide
@@ -363,12 +379,14 @@ def to_arviz(model: Callable, guide: Callable, data: Any, *, num_samples: int = 
         torch.manual_seed(seed)
         for args, kwargs in _batches(data, seed, model, guide):
             guide_trace, trace = _traces(model, guide, args, kwargs)
-            site, plate = _observation(trace), plate_of_data([trace], len(args[0]))
+            site = _observation(trace)
             if not observed:
+                plate = plate_of_pair(model, guide, args, kwargs)
                 shared = [name for name, each in _latents(guide_trace).items() if _plate_dim(each, plate) is None]
+                made_of = [name for name, each in samples(guide_trace) if _plate_dim(each, plate) is None]
                 of_prior, of_guide = (
-                    global_draws(program, shared, args, kwargs, num_samples)
-                    for program in (_of_prior(model, args, kwargs), guide)
+                    global_draws(program, names, args, kwargs, num_samples)
+                    for program, names in ((_of_prior(model, args, kwargs), shared), (guide, made_of))
                 )
             given = zip(of_prior, of_guide, strict=True)
             draws = [_draw_groups(model, guide, args, kwargs, plate, *each) for each in given]
@@ -505,6 +523,20 @@ def _plate_dim(site: Any, plate: str) -> int | None:
         if frame.name == plate:
             return frame.dim - len(site["fn"].event_shape)
     return None
+
+
+def _plate_of(guide: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """The plate of the data; none where all sites are global."""
+
+    def run(rows: int) -> list[poutine.Trace]:
+        given, named = some_rows(args, kwargs, rows)
+        return [poutine.trace(guide).get_trace(*given, **named)]
+
+    try:
+        with torch.random.fork_rng():
+            return plate_of_data(run, len(args[0]))
+    except ValueError:  # of plates of other things alone
+        return ""
 
 
 def _shared(trace: poutine.Trace, plate: str) -> dict[str, Any]:

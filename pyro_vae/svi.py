@@ -13,8 +13,12 @@ import pyro
 import pyro.infer
 import torch
 from pyro import poutine
+from pyro.infer import JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceMeanField_ELBO
+from pyro.nn import PyroModule
 from pyro.optim import PyroOptim
+from pyro.poutine import runtime
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from .compiled import Compiled, NotNowError, does_say, get_random_state, preserved, set_random_state
 from .guards import NotStaticError, walk, watched
@@ -121,6 +125,7 @@ class SVI(pyro.infer.SVI):
         self._named: set[str] = set()  # by two parameters, and told
         self.update = Update(optim)
         self._of_update = self.optim
+        self._buffers = _Buffers()
         self._begin()
 
     def _begin(self) -> None:
@@ -147,14 +152,17 @@ class SVI(pyro.infer.SVI):
         `ReweightedWakeSleep`, as a tensor (parts,).
         """
         self._follow()
-        random_state = get_random_state()
+        random_state, buffers = get_random_state(), self._buffers.taken(self.modules)
         loss, finite, used, largest = self._backward(*args, **kwargs)
         if not bool(finite):
+            self._buffers.put_back(buffers)
             raise self._diagnosis(loss, random_state, args, kwargs)
         gradients = [gradient_of(parameter) for parameter in self.parameters.values()]
         if self.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.clip_norm)
+            own = [parameter for parameter in self.parameters.values() if gradient_of(parameter) is not None]
+            torch.nn.utils.clip_grad_norm_(own, self.clip_norm)
         if self.parameters and (overflow := self.update.step(used, float(largest))):
+            self._buffers.put_back(buffers)
             raise self._diagnosis_of_update(overflow, loss, gradients)
         self.steps += 1
         return loss
@@ -176,7 +184,7 @@ class SVI(pyro.infer.SVI):
         captured = _Captured(param_only=True)
         try:
             with captured:
-                loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
+                loss = self.loss_and_grads(self._registered(), self.guide, *args, **kwargs)
         finally:
             for parameter, zero in zeros:
                 if parameter.grad is None:
@@ -188,6 +196,18 @@ class SVI(pyro.infer.SVI):
         values = torch.stack(losses) if isinstance(loss, tuple) else losses[0]
         finite, largest = _finite(sum(losses), gradients)
         return values, finite, self._used(captured.trace), largest
+
+    def _registered(self) -> Callable:
+        """The model; one that has a parameter's site, without which Pyro's losses take no derivative, where modules are
+        trained that register none."""
+        loss = self.objective
+        own = not isinstance(loss, pyro.infer.ELBO) or type(loss).__module__.startswith("pyro_vae.")
+        if own or isinstance(
+            loss, JitTrace_ELBO | JitTraceEnum_ELBO | JitTraceMeanField_ELBO
+        ):  # sites have names there
+            return self.model
+        plain = [module for module in self.modules.values() if not isinstance(module, PyroModule)]
+        return _Registered(self.model) if plain else self.model
 
     def _used(self, trace: poutine.Trace) -> list[bool]:
         """Which of the parameters this step takes up: all but those of ``pyro.param`` statements that did not run."""
@@ -248,7 +268,7 @@ class SVI(pyro.infer.SVI):
         sites: list[_Site] = []
         looked = False
         # a loss of the user's own may call the programs otherwise
-        with contextlib.suppress(Exception), torch.no_grad(), pyro.validation_enabled(False):
+        with contextlib.suppress(Exception), torch.no_grad(), pyro.validation_enabled(False), preserved():
             guide_trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
             model_trace = poutine.trace(poutine.replay(self.model, guide_trace)).get_trace(*args, **kwargs)
             sites = [site for trace in (guide_trace, model_trace) for site in _broken_sites(trace)]
@@ -419,7 +439,7 @@ class CompiledSVI(SVI):
         known = len(self.parameters)
         adam, problem = self._adam(), None
         if adam is not None:
-            random_state = get_random_state()
+            random_state, buffers = get_random_state(), self._buffers.taken(self.modules)
             try:
                 loss, finite, sure, *_ = self._whole.replay(adam, args, kwargs)
             except _UnusedParameterError:
@@ -431,7 +451,8 @@ class CompiledSVI(SVI):
             else:
                 self.update.leave_zeros(everywhere=True)
                 self.steps += 1
-                self._unsettled.append(_Step(self.steps, loss, finite, _Flag(sure), random_state, args, kwargs))
+                step = _Step(self.steps, loss, finite, _Flag(sure), random_state, buffers, args, kwargs)
+                self._unsettled.append(step)
                 self._settle(lambda flag: flag.arrived())
                 return loss
         loss = super().step_async(*args, **kwargs)
@@ -457,6 +478,7 @@ class CompiledSVI(SVI):
                 others = [*self._unsettled]
                 self._unsettled.clear()
                 self.steps = step.number - 1
+                self._buffers.put_back(step.buffers)
                 if adam := self.update.adam():
                     adam.mend()
                 if bool(step.finite):  # only the update may not be: beside the graph it is looked at itself
@@ -569,7 +591,7 @@ class CompiledSVI(SVI):
             with preserved():
                 for parameter in parameters:
                     parameter.grad = None
-                told = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
+                told = self.loss_and_grads(self._registered(), self.guide, *args, **kwargs)
                 found = [parameter.grad for parameter in parameters]
         except Exception:
             return None  # a recording meets it too
@@ -615,8 +637,61 @@ class _Step(NamedTuple):
     finite: Tensor
     acted: _Flag
     random_state: Any
+    buffers: Any
     args: Any
     kwargs: Any
+
+
+class _Buffers:
+    """The values that the buffers of modules had before a step, of those that steps write."""
+
+    def __init__(self) -> None:
+        self.first: list[tuple[Tensor, Tensor]] | None = None  # all of them, before the first step
+        self.known: list[tuple[Tensor, int]] = []  # not written so far, with their versions
+        self.written: list[Tensor] = []
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return _Buffers, ()
+
+    def taken(self, modules: Mapping[str, nn.Module]) -> list[tuple[Tensor, Tensor]]:
+        if self.first is None:
+            every = [part for module in modules.values() for part in module.modules()]
+            buffers = {id(b): (b, isinstance(part, _NormBase)) for part in every for b in part.buffers(recurse=False)}
+            self.first = [(buffer, buffer.clone()) for buffer, _ in buffers.values()]
+            self.written = [buffer for buffer, normalises in buffers.values() if normalises]  # without a new version
+            self.known = [(buffer, buffer._version) for buffer, normalises in buffers.values() if not normalises]
+            return self.first
+        self.first = []
+        if self.known:
+            self.written += [buffer for buffer, version in self.known if buffer._version != version]
+            self.known = [(buffer, version) for buffer, version in self.known if buffer._version == version]
+        return [(buffer, buffer.clone()) for buffer in self.written]
+
+    def put_back(self, taken: Sequence[tuple[Tensor, Tensor]]) -> None:
+        with torch.no_grad():
+            for buffer, before in taken:
+                buffer.copy_(before)
+
+
+class _Registered:
+    """A model with a parameter's site that stands for those of modules."""
+
+    def __init__(self, model: Callable) -> None:
+        self._model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        value: Any = torch.zeros(())
+        value.unconstrained = lambda: value
+        message: Any = {
+            **{"type": "param", "name": "_modules", "fn": lambda: value, "args": (), "kwargs": {}, "value": None},
+            **{"infer": {}, "scale": 1.0, "mask": None, "cond_indep_stack": (), "done": False, "stop": False},
+            **{"is_observed": False, "continuation": None, "intermediates": [], "obs": None},
+        }
+        runtime.apply_stack(message)
+        return self._model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
 
 
 class _NewParametersError(NotNowError):

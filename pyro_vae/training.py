@@ -617,18 +617,29 @@ def _check_globals(svi: SVI, count: int, args: Sequence[Any], kwargs: Mapping[st
     if len(traces) < 2:  # programs of one number of rows alone
         return
     p, fewer = traces
-    sizes = [(frame.size, frame.full_size or frame.size) for _, s in samples(p) for frame in s["cond_indep_stack"]]
-    shared = [
-        name
-        for name, site in samples(p)
-        if not site["is_observed"] and site["value"].shape == fewer.nodes[name]["value"].shape
-    ]
-    if shared and not any(size < full for size, full in sizes):
+    shared, seen = [], {}
+    for name, site in samples(p):
+        if torch.is_tensor(site["value"]) and site["value"].shape == fewer.nodes[name]["value"].shape:
+            shared += [] if site["is_observed"] else [name]
+        elif site["is_observed"]:
+            seen[name] = rows * _weight(site, fewer.nodes[name])
+    wrong = {name: stands for name, stands in seen.items() if abs(stands - count) > 1e-3 * count}
+    if shared and wrong:
+        name, stands = next(iter(wrong.items()))
         raise ValueError(
             f"expected a plate that stands for all {count} data, as the latent sites {shared} are shared by them, got "
-            f"batches of {rows} that stand for themselves: batch_size={count}, or pyro.plate(NAME, {count}, "
-            "subsample=torch.arange(len(x)))"
+            f'batches of {rows} whose site "{name}" stands for {stands:g}: batch_size={count}, or pyro.plate(NAME, '
+            f"{count}, subsample=torch.arange(len(x)))"
         )
+
+
+def _weight(site: Mapping[str, Any], fewer: Mapping[str, Any]) -> float:
+    """How many data a row of an observed site counts for: its scale, but for plates within a datum of which a part is
+    drawn. `fewer` is the site of a call with fewer rows."""
+    sizes = {frame.name: frame.size for frame in fewer["cond_indep_stack"]}
+    within = [frame for frame in site["cond_indep_stack"] if sizes.get(frame.name) == frame.size]
+    of_parts = math.prod((frame.full_size or frame.size) / frame.size for frame in within)
+    return float(torch.as_tensor(site["scale"]).double().mean()) / of_parts
 
 
 def _check_weight(svi: SVI, loss: Any, scale: LatentScale, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

@@ -2074,3 +2074,129 @@ def test_what_torch_says_of_itself_is_not_passed_on_while_it_compiles(caplog):
         "something else",
         "artifact generation failed, cannot save",
     }
+
+
+class PlainModel(nn.Module):
+    """x ~ N(a z, 1), of a module that registers nothing in the parameter store."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros((), dtype=torch.float64), 1.0))
+            pyro.sample("x", dist.Normal(z * self.a, 1.0), obs=x)
+
+
+class PlainGuide(nn.Module):
+    def __init__(self, norm=False):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(1).double() if norm else nn.Identity()
+        self.linear = nn.Linear(1, 1).double()
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.linear(self.norm(x[:, None]))[:, 0], 1.0))
+
+
+@pytest.mark.filterwarnings("ignore::pyro_vae.compiled.FallbackWarning")
+@pytest.mark.parametrize(
+    "loss",
+    [
+        Trace_ELBO,
+        TraceMeanField_ELBO,
+        functools.partial(TraceEnum_ELBO, strict_enumeration_warning=False, max_plate_nesting=1),
+        TraceGraph_ELBO,
+        RenyiELBO,
+        pyro_vae.estimators.ELBO,
+    ],
+)
+def test_modules_that_register_nothing_are_trained(loss, recorded):
+    """As those of modules that do: the derivative of the same loss along the same draws."""
+    x, trained = 3 * torch.ones(6, dtype=torch.float64), []
+    for svi_class, registered in ((SVI, True), (pyro_vae.svi.SVI, False), (CompiledSVI, False)):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        model, guide = PlainModel(), PlainGuide()
+
+        def named(program, name):
+            return lambda x: (pyro.module(name, program), program(x))
+
+        programs = (named(model, "model"), named(guide, "guide")) if registered else (model, guide)
+        svi = svi_class(*programs, pyro.optim.Adam({"lr": 0.1}), loss(num_particles=2))
+        for _ in range(6):
+            svi.step(x)
+        trained.append(torch.stack([model.a.detach(), *(p.detach().flatten()[0] for p in guide.parameters())]))
+        assert bool([*pyro.get_param_store().keys()]) == registered
+    assert abs(float(trained[0][0]) - 1) > 0.05
+    for found in trained[1:]:
+        torch.testing.assert_close(found, trained[0], rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:Encountered NaN")
+@pytest.mark.parametrize("svi_class", [pyro_vae.svi.SVI, CompiledSVI])
+def test_a_step_that_is_not_finite_leaves_the_buffers(svi_class, recorded):
+    torch.manual_seed(0)
+    guide = PlainGuide(norm=True)
+    svi = svi_class(PlainModel(), guide, functools.partial(torch.optim.Adam, lr=1e-3), Trace_ELBO())
+    with pyro.validation_enabled(False):
+        for _ in range(3):
+            svi.step(torch.randn(8, dtype=torch.float64))
+        before = copy.deepcopy(guide.state_dict())
+        broken = torch.randn(8, dtype=torch.float64)
+        broken[0] = math.nan
+        with pytest.raises(NonFiniteLossError):
+            svi.step(broken)
+        for name, value in guide.state_dict().items():
+            torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+        svi.step(torch.randn(8, dtype=torch.float64))
+        guide.eval()
+        assert math.isfinite(svi.evaluate_loss(torch.randn(8, dtype=torch.float64)))
+
+
+@pytest.mark.parametrize("svi_class", [pyro_vae.svi.SVI, CompiledSVI])
+@pytest.mark.parametrize(
+    "optimiser",
+    [
+        functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+        functools.partial(torch.optim.Adam, lr=0.1),
+        functools.partial(torch.optim.AdamW, lr=0.1, weight_decay=0.5),
+    ],
+)
+def test_clipping_moves_no_parameter_that_a_step_does_not_use(optimiser, svi_class, recorded):
+    b = nn.Parameter(torch.ones(2))
+    programs = nn.Module()
+    programs.b = b
+
+    def model(x, uses_b):
+        pyro.module("programs", programs)
+        location_model(x + (programs.b if uses_b else 0.0))
+
+    svi = svi_class(model, lambda x, uses_b: location_guide(x), optimiser, ELBO, clip_norm=1e9)
+    svi.step(X, uses_b=True)
+    after = b.detach().clone()
+    assert not torch.equal(after, torch.ones(2))
+    for _ in range(4):
+        svi.step(X, uses_b=False)
+    assert torch.equal(b.detach(), after)
+
+
+def test_numbers_that_are_read_and_written_behind_versions(recorded):
+    """A write through ``.data`` is seen at the next step."""
+    scale, losses = torch.tensor(1.0, dtype=torch.float64), []
+
+    def model(x):
+        location_model(x, weight=scale.item())
+
+    for svi_class in (SVI, CompiledSVI):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        scale.data.fill_(1.0)
+        svi = svi_class(model, location_guide, pyro.optim.Adam({"lr": 0.01}), ELBO)
+        losses.append([])
+        for i in range(8):
+            if i == 5:
+                scale.data.fill_(2.0)
+            losses[-1].append(svi.step(X))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-10)

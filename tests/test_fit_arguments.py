@@ -1,5 +1,7 @@
 """What `fit` takes as learning rate, KL weight, loss and optimiser, from Python and from the command line."""
 
+import collections
+import enum
 import functools
 import math
 from fractions import Fraction
@@ -11,11 +13,12 @@ import pyro.optim
 import pytest
 import torch
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
+from torch import nn
 
 from pyro_vae import fit, load_run
 from pyro_vae.cli import main
-from pyro_vae.config import describe
-from pyro_vae.estimators import ELBO, FreeBits, Renyi
+from pyro_vae.config import Configured, build, describe
+from pyro_vae.estimators import ELBO, BetaELBO, FreeBits, Renyi
 from pyro_vae.guides import AmortizedGuide
 from pyro_vae.models import VAE
 from pyro_vae.schedules import Exponential, Warmup
@@ -167,6 +170,44 @@ def test_a_configuration_holds_numbers_or_says_that_it_does_not(tmp_path):
     assert describe({"x": several})["x"]["init_args"]["loc"] == {"object": repr(several.loc)}
     run = trained(tmp_path / "run", loss=FreeBits(np.float32(0.5)), clip_norm=np.float32(0.5))
     assert load_run(run.path).config["clip_norm"] == 0.5
+
+
+class Gain(Configured):
+    """One whose setting may be None, though that is not its default."""
+
+    def __init__(self, gain=3.0, table=None, *more):
+        self.gain, self.table = gain, table
+
+
+class Level(enum.StrEnum):
+    HIGH = "high"
+
+
+def changed(thing, **settings):
+    for name, value in settings.items():
+        setattr(thing, name, value)
+    return thing
+
+
+def test_what_a_file_would_bring_back_otherwise_is_an_object_without_a_path():
+    for lossy in (
+        nn.Sequential(nn.Tanh(), nn.ReLU()),
+        changed(BetaELBO(beta=4.0), beta=9.0),
+        Gain(2.0, None, 5.0),
+        Level.HIGH,
+        collections.namedtuple("Pair", "a b")(1, 2),
+    ):
+        assert list(describe({"x": lossy})["x"]) == ["object"], lossy
+    for of_another, name in ((Gain(None), "gain"), (Gain(table={1: 5.0}), "table")):
+        assert list(describe({"x": of_another})["x"]["init_args"][name]) == ["object"]
+    assert describe({"x": Gain(table={"a": None})})["x"]["init_args"] == {"table": {"a": {"object": "None"}}}
+    assert describe({"x": Gain()})["x"]["init_args"] == {}
+    assert describe({"x": Gain(table=None)})["x"]["init_args"] == {}
+    assert describe({"x": nn.Identity()})["x"]["init_args"] == {}
+    loss = Trace_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=1)
+    for _ in range(3):  # Pyro adds the particles' plate to what it is given
+        loss = build(describe({"x": loss}))["x"]
+        assert loss.max_plate_nesting == 2
 
 
 def test_a_pair_with_nothing_to_train_is_refused(tmp_path):

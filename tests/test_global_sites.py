@@ -1,11 +1,14 @@
 """Models with latent sites that all data share, against quadrature and closed forms."""
 
+import contextlib
 import math
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
+from pyro.infer import TraceMeanField_ELBO
 from pyro.nn import PyroModule
 from torch import nn
 
@@ -353,3 +356,200 @@ def test_what_is_decoded_has_the_globals_of_the_guide(monkeypatch):
     assert float((of_prior[:, 0] - of_prior[:, 1]).std()) < 0.3
     with pytest.raises(ValueError, match=r"the global sites \['v', 'w'\], got one of \"z\""):
         prediction.sample(slopes, 3, given={"z": z})
+
+
+def crossed(x=None, num_data=None):
+    """x_ij ~ N(a_i + b_j, 0.1^2) of rows i, which are the data, and three columns j, with one b_j for all data."""
+    columns = pyro.plate("columns", 3, dim=-1)
+    with columns:
+        b = pyro.sample("b", dist.Normal(torch.tensor([10.0, 20.0, 30.0]), 0.01))
+    with pyro.plate("rows", num_data if x is None else len(x), dim=-2):
+        a = pyro.sample("a", dist.Normal(torch.zeros(()), 0.1))
+        with columns:
+            return pyro.sample("x", dist.Normal(a + b, 0.1), obs=x)
+
+
+def guide_of_crossed(x):
+    with pyro.plate("columns", 3, dim=-1):
+        pyro.sample("b", dist.Normal(torch.tensor([10.0, 20.0, 30.0]), 0.01))
+    with pyro.plate("rows", len(x), dim=-2):
+        pyro.sample("a", dist.Normal(x.mean(-1, keepdim=True) - 20, 0.05))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 15])
+def test_a_plate_of_as_many_elements_as_there_are_data_is_another(count, monkeypatch):
+    """Rows and columns of equal numbers are told apart by a call with another number of rows."""
+    monkeypatch.setattr(prediction, "MAX_ELEMENTS", 36)  # 12 rows in a call, so that the rest are 3
+    columns = torch.tensor([10.0, 20.0, 30.0])
+    b = torch.tensor([[1.0, 2.0, 3.0]])[0]
+    x = prediction.sample(crossed, count)
+    torch.testing.assert_close(x, columns.expand(count, 3), atol=1.0, rtol=0)
+    given = prediction.sample(crossed, count, given={"b": b}, mean=True)
+    torch.testing.assert_close(given, b.expand(count, 3), atol=1.0, rtol=0)
+    codes = encodings(guide_of_crossed, x)
+    assert codes["b"].is_global and not codes["a"].is_global
+    torch.testing.assert_close(codes["a"].mean[:, 0], x.mean(-1) - 20)
+    a = torch.arange(float(count))[:, None]
+    torch.testing.assert_close(prediction.decode(crossed, {"a": a, "b": b}), a + b)
+    assert reconstruct(crossed, guide_of_crossed, x).shape == (count, 3)
+    draws = to_arviz(crossed, guide_of_crossed, x, num_samples=4)["posterior"]
+    assert draws["a"].shape[:3] == (1, 4, count) and draws["b"].shape == (1, 4, 3)
+    found = evaluate(crossed, guide_of_crossed, x, num_samples=50, progress=False)
+    assert found.global_sites == ("b",) and found.per_datum["elbo"].shape == (count,)
+
+
+def one_component(x=None, num_data=None):
+    with pyro.plate("components", 1):
+        m = pyro.sample("m", dist.Normal(torch.zeros(()), 1.0))
+    with pyro.plate("documents", num_data if x is None else len(x)):
+        z = pyro.sample("z", dist.Normal(m, 1.0))
+        return pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def test_a_global_plate_of_one_element():
+    m, z = torch.ones(1), torch.arange(3.0)
+    torch.testing.assert_close(prediction.decode(one_component, {"m": m, "z": z}), z)
+    assert prediction.sample(one_component, 4, given={"m": m}).shape == (4,)
+
+    def guide(x):
+        with pyro.plate("components", 1):
+            pyro.sample("m", dist.Normal(torch.zeros(()), 1.0))
+        with pyro.plate("documents", len(x)):
+            pyro.sample("z", dist.Normal(x, 1.0))
+
+    for rows in (1, 2):
+        codes = encodings(guide, torch.arange(float(rows)))
+        assert codes["m"].is_global and not codes["z"].is_global
+
+
+def test_topics_that_are_given_lie_in_a_plate_of_their_own():
+    def topics(x=None, num_data=None):
+        with pyro.plate("topics", 4):
+            words = pyro.sample("words", dist.Dirichlet(torch.ones(5)))
+        with pyro.plate("documents", num_data if x is None else len(x)):
+            share = pyro.sample("share", dist.Dirichlet(torch.ones(4)))
+            return pyro.sample("x", dist.Multinomial(10, share @ words), obs=x)
+
+    words = torch.eye(5)[:4]
+    for count in (4, 7):
+        drawn = prediction.sample(topics, count, given={"words": words})
+        assert drawn.shape == (count, 5) and not drawn[:, 4].any()
+
+
+@pytest.mark.parametrize("kind", ["AutoNormal", "AutoDiagonalNormal", "AutoMultivariateNormal"])
+def test_pyros_guides_of_global_sites(kind):
+    """Their draws are made of auxiliary ones, which are the same for every part of the data."""
+    guide = getattr(pyro.infer.autoguide, kind)(regression)
+    guide(X, Y)
+    codes = encodings(guide, (X, Y), num_samples=40)
+    assert codes["w"].is_global and codes["w"].draws.shape == (40, 2) and bool(codes["w"].draws.std(0).gt(0).all())
+    assert to_arviz(regression, guide, (X, Y), num_samples=5)["posterior"]["w"].shape == (1, 5, 2)
+    with pytest.raises(ValueError, match="expected a model with a latent site for each datum"):
+        prediction.decode(lambda num_data: regression(X[:num_data]), {"w": torch.zeros(2)})
+
+
+def switched(x=None, num_data=None):
+    """c ~ Bernoulli(1/2) of all data chooses a slope, 0 or 100."""
+    c = pyro.sample("c", dist.Bernoulli(0.5))
+    with pyro.plate("data", num_data if x is None else len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+        return pyro.sample("x", dist.Normal(z * torch.tensor([0.0, 100.0])[c.long()], 1.0), obs=x)
+
+
+def test_data_are_decoded_at_values_that_global_sites_take():
+    def guide(x):
+        pyro.sample("c", dist.Bernoulli(0.999))
+        pyro.sample("L", dist.LKJCholesky(3, 2.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 0.1))
+
+    codes = encodings(guide, torch.zeros(4))
+    assert float(codes["c"].mean) == pytest.approx(0.999) and float(codes["c"].value) == 1.0
+    L = codes["L"].value
+    torch.testing.assert_close((L @ L.mT).diagonal(), torch.ones(3))
+
+    def of_switch(x):
+        pyro.sample("c", dist.Bernoulli(0.999))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 0.1))
+
+    line = prediction.interpolate(switched, of_switch, torch.tensor(0.0), torch.tensor(2.0), steps=3)
+    torch.testing.assert_close(line, torch.tensor([0.0, 100.0, 200.0]))
+
+
+@pytest.mark.parametrize("num_samples", [None, 10])
+def test_codes_of_categories(num_samples):
+    def guide(x):
+        pyro.sample("k", dist.Categorical(torch.tensor([0.0, 0.0, 1.0])))
+        with pyro.plate("data", len(x)):
+            pyro.sample("c", dist.Categorical(torch.tensor([0.0, 1.0, 0.0])))
+
+    codes = encodings(guide, torch.zeros(4, 1), num_samples=num_samples)
+    assert torch.equal(codes["c"].mean, torch.ones(4)) and torch.equal(codes["c"].scale, torch.zeros(4))
+    assert codes["k"].value.dtype == torch.int64 and int(codes["k"].value) == 2
+
+
+def test_points_bound_no_evidence():
+    """ln p(x, z) at one z is none: of mu ~ N(0, 0.1^2) and 20 data it was 77 nats too high."""
+
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 0.1))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(mu, 0.1))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x = torch.zeros(20)
+    point = pyro.infer.autoguide.AutoDelta(model)
+    point(x)
+    for score in (evaluate, scores):
+        with pytest.raises(ValueError, match=r"a density for each latent site, got points for \['mu', 'z'\]"):
+            score(model, point, x, num_samples=5)
+    normal = pyro.infer.autoguide.AutoNormal(model, init_scale=0.05)
+    normal(x)
+    evaluate(model, normal, x, num_samples=5, progress=False)
+
+
+@pytest.mark.parametrize("handler", ["scale around", "plate's own size"])
+def test_batches_that_stand_for_all_by_a_scale_are_taken(handler, tmp_path):
+    """theta ~ N(0, 1), x_i ~ N(theta, 1): the variance of q is the posterior's, 1 / (N + 1)."""
+    N = 40
+    data = torch.randn(N, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+
+    def program(x):
+        rows = pyro.plate("data", N, subsample=torch.arange(len(x))) if handler != "scale around" else None
+        scale = poutine.scale(scale=N / len(x)) if rows is None else contextlib.nullcontext()
+        return scale, rows or pyro.plate("data", len(x))
+
+    def model(x):
+        theta = pyro.sample("theta", dist.Normal(torch.zeros(()), 1.0))
+        scale, rows = program(x)
+        with scale, rows:
+            pyro.sample("x", dist.Normal(theta, 1.0), obs=x)
+
+    def guide(x):
+        loc, log_scale = pyro.param("loc", torch.zeros(())), pyro.param("log_scale", torch.tensor(-1.5))
+        pyro.sample("theta", dist.Normal(loc, log_scale.exp()))
+
+    settings = {
+        "epochs": 60,
+        "batch_size": 10,
+        "learning_rate": 0.02,
+        "loss": TraceMeanField_ELBO(num_particles=30),
+        "progress": False,
+    }
+    run = fit(model, guide, data, out=tmp_path / "run", **settings)
+    q = encodings(run.guide, data)["theta"]
+    assert float(q.scale) == pytest.approx((N + 1) ** -0.5, rel=0.15)
+
+
+def test_a_part_of_a_plate_within_a_datum_does_not_make_it_stand_for_all(tmp_path):
+    def model(x):
+        w = pyro.sample("w", dist.Normal(torch.zeros(()), 1.0))
+        with pyro.plate("data", len(x), dim=-2), pyro.plate("pixels", 4, subsample_size=2, dim=-1) as pixels:
+            pyro.sample("x", dist.Normal(w, 1.0), obs=x[:, pixels])
+
+    def guide(x):
+        pyro.sample("w", dist.Normal(pyro.param("loc", torch.zeros(())), 0.1))
+
+    with pytest.raises(ValueError, match=r'batches of 4 whose site "x" stands for 4: batch_size=40'):
+        fit(model, guide, torch.zeros(40, 4), batch_size=4, epochs=1, out=tmp_path / "run", progress=False)

@@ -170,3 +170,15 @@ def test_a_simplex_of_one_is_a_constant():
     with pytest.raises(ValueError, match='expected latent site "S" with something to infer, got Simplex'):
         AmortizedGuide(model)(x)
     assert float(annealed(model, x, num_temperatures=3, leapfrog_steps=2, progress=False)) == pytest.approx(EXACT)
+
+
+@pytest.mark.parametrize(
+    "p", [dist.LKJCholesky(130, 1.0), dist.Dirichlet(torch.full((20_000,), 0.1))], ids=["matrix", "simplex"]
+)
+def test_values_that_rounding_takes_off_a_large_support_are_no_fault_of_the_density(p):
+    def model(x):
+        pyro.sample("z", p)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(torch.zeros(()), 1.0), obs=x)
+
+    AmortizedGuide(model, example=((torch.zeros(3),), {}))

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 B = 4
 SHIFT = torch.tensor([[0.5, -1.0], [0.2, 1.5], [0.0, 0.3], [2.0, 1.0]], dtype=torch.float64)  # of q's mean, (B, 2)
 KEEP = torch.tensor([[True, False], [False, False], [True, True], [True, False]])  # (B, 2)
+KEEP3 = torch.tensor([[True, True, True], [True, True, False]])
 
 
 def normal(location, scale=1.0):
@@ -241,6 +242,11 @@ def test_masks_that_come_to_differ_are_no_number():
             assert score.loss(*pair, x, alike, alike) == pytest.approx(0.0, abs=1e-12)
         assert math.isnan(score.loss(*pair, x, alike, other))
         assert score.loss(*pair, x, other, other) == pytest.approx(0.0, abs=1e-12)
+    first = normal(torch.zeros(2, 1)).to_event(1)
+    whole, cut = (MarkovChain(first, lambda z: normal(z).to_event(1), 3, mask=mask) for mask in (None, KEEP3))
+    kl = torch.distributions.kl_divergence
+    whole.rsample(), cut.rsample()
+    assert kl(whole, cut).isnan().tolist() == kl(cut, whole).isnan().tolist() == [False, True]
     assert TraceMeanField_ELBO().loss(*pair, x, alike, alike) == pytest.approx(0.0, abs=1e-12)
     with pytest.warns(UserWarning, match="Encountered NaN: loss"):
         TraceMeanField_ELBO().loss(*pair, x, alike, other)

@@ -224,6 +224,8 @@ def _power(comparison: Comparison, slope: Mapping[str, Any]) -> str | None:
         return None
     if not lies_on_a_line(slope):
         return f"no power of K for the {slope['part']}"
+    if abs(slope["slope"]) < SURE * slope["standard_error"]:
+        return f"no power of K that is sure for the {slope['part']}"
     power = f"K^({uncertain(slope['slope'], slope['standard_error'])}) for the {slope['part']}"
     return power if slope["points"] > 2 else "{} from K = {} to {}".format(power, *_range(comparison, slope))
 

@@ -239,9 +239,8 @@ def _kl_of_chains(q: MarkovChain, p: MarkovChain) -> Tensor:
         each = torch.cat([first[..., None].expand_as(later[..., :1]), later], -1)
     else:
         each = first[..., None].expand(q.batch_shape + (1,))
-    for mask in (q.mask_, p.mask_):
-        if mask is not None:
-            each = torch.where(mask, each, 0.0)
-    if q.mask_ is not None and p.mask_ is not None:
-        each = torch.where(q.mask_ == p.mask_, each, math.nan)
-    return each.sum(-1)
+    of_q, of_p = (True if mask is None else mask for mask in (q.mask_, p.mask_))
+    if of_q is True and of_p is True:
+        return each.sum(-1)
+    of_q, of_p = (torch.as_tensor(mask, device=each.device) for mask in (of_q, of_p))
+    return torch.where(of_q == of_p, torch.where(of_q, each, 0.0), math.nan).sum(-1)

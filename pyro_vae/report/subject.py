@@ -31,7 +31,7 @@ class Coded(Subject):
         sites = dict(samples(trace_of(run.model)))
         encoded = encodings(run.guide, dataset.test, seed=seed)
         codes = {name: each for name, each in encoded.items() if not each.is_global}
-        self.shared = {name: each.mean for name, each in encoded.items() if each.is_global}  # where all is drawn
+        self.shared = {name: each.value for name, each in encoded.items() if each.value is not None}  # all is drawn at
         self.latents = {name: sites[name] for name in sites if name in codes}  # in the order that KL has
         self.code = torch.cat([codes[name].mean.flatten(1) for name in self.latents], dim=1)  # (N, D)
         self.active = self.code.double().var(0) > 0.01
