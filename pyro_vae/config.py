@@ -226,8 +226,8 @@ def build(config: Mapping[str, Any], **given: Any) -> dict[str, Any]:
             return looked_up(value["reference"])
         if "object" in value:
             raise ValueError(
-                f"{path} was {value['object']}, which the file cannot tell, as no import path leads to it or its arguments "
-                f"are not known: hand it over, as in load_run(path, {path.split('.')[0]}=...)"
+                f"{path} was {value['object']}, which the file cannot tell, as no import path leads to it or its "
+                f"arguments are not known: hand it over, as in load_run(path, {path.split('.')[0]}=...)"
             )
         arguments = {
             key: made(item, f"{path}.{key}")
