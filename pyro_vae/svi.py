@@ -13,7 +13,7 @@ import pyro
 import pyro.infer
 import torch
 from pyro import poutine
-from pyro.infer import JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceMeanField_ELBO
+from pyro.infer import JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceMeanField_ELBO, TraceTailAdaptive_ELBO
 from pyro.nn import PyroModule
 from pyro.optim import PyroOptim
 from pyro.poutine import runtime
@@ -194,8 +194,13 @@ class SVI(pyro.infer.SVI):
         self._warn_of_names(captured.others)
         gradients = [g for p in self.parameters.values() if (g := gradient_of(p)) is not None]
         values = torch.stack(losses) if isinstance(loss, tuple) else losses[0]
-        finite, largest = _finite(sum(losses), gradients)
+        finite, largest = _finite(torch.zeros(()) if self._tells_no_loss else sum(losses), gradients)
         return values, finite, self._used(captured.trace), largest
+
+    @property
+    def _tells_no_loss(self) -> bool:
+        """Whether the loss is infinite by design, and only its gradients mean something."""
+        return isinstance(self.objective, TraceTailAdaptive_ELBO)
 
     def _registered(self) -> Callable:
         """The model; one that has a parameter's site, without which Pyro's losses take no derivative, where modules are
@@ -569,7 +574,8 @@ class CompiledSVI(SVI):
         by_parameter = dict(zip(free, found, strict=True))
         gradients = [by_parameter.get(parameter) for parameter in self.parameters.values()]
         loss = loss.detach().double().reshape(())
-        finite, largest = _finite(loss, [gradient for gradient in gradients if gradient is not None])
+        told = torch.zeros_like(loss) if self._tells_no_loss else loss
+        finite, largest = _finite(told, [gradient for gradient in gradients if gradient is not None])
         return loss, finite, self._used(captured.trace), gradients, largest
 
     def _problem(self, args: Any, kwargs: Any) -> str | None:

@@ -27,6 +27,7 @@ from pyro.infer import (
     Trace_MMD,
     TraceGraph_ELBO,
     TraceMeanField_ELBO,
+    TraceTailAdaptive_ELBO,
 )
 from pyro.optim import PyroOptim
 from pyro.optim.lr_scheduler import PyroLRScheduler
@@ -546,6 +547,10 @@ def _loss(loss: Any) -> Any:
                 f"expected a loss, got the class {loss.__name__}, which cannot be made without arguments ({error}): "
                 f"hand over {loss.__name__}(...)"
             ) from None
+    if isinstance(loss, TraceTailAdaptive_ELBO):
+        raise ValueError(
+            "expected a loss that tells a bound, got TraceTailAdaptive_ELBO, which has none: use CompiledSVI"
+        )
     if not (callable(loss) or hasattr(loss, "loss")):
         raise ValueError(f"expected a loss such as Trace_ELBO(), got {loss!r}: name one of pyro_vae.estimators")
     return loss

@@ -34,6 +34,7 @@ from pyro.infer import (
     TraceEnum_ELBO,
     TraceGraph_ELBO,
     TraceMeanField_ELBO,
+    TraceTailAdaptive_ELBO,
     config_enumerate,
 )
 from pyro.nn import PyroModule, PyroParam
@@ -2200,3 +2201,32 @@ def test_numbers_that_are_read_and_written_behind_versions(recorded):
                 scale.data.fill_(2.0)
             losses[-1].append(svi.step(X))
     assert losses[1] == pytest.approx(losses[0], rel=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore::pyro_vae.compiled.FallbackWarning")
+def test_a_loss_that_is_infinite_by_design_trains(tmp_path, recorded):
+    """The tail-adaptive divergence has gradients, and no value."""
+
+    def loss():
+        return TraceTailAdaptive_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=1)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        location = pyro.param("location", torch.zeros(2, dtype=torch.float64))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(location, 1.0).to_event(1))
+
+    results = []
+    for svi_class in (SVI, CompiledSVI):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        svi = svi_class(model, guide, pyro.optim.Adam({"lr": 0.05}), loss())
+        assert [svi.step(X) for _ in range(5)] == [math.inf] * 5
+        results.append(values())
+    assert_equal(results[1], results[0])
+    with pytest.raises(ValueError, match="expected a loss that tells a bound, got TraceTailAdaptive_ELBO"):
+        fit(model, guide, X, loss=loss(), out=tmp_path / "run", progress=False)

@@ -39,7 +39,7 @@ TRENDS = {  # signals at K = 1, 4, 16: what is said, and how the text tells of i
     "falls and rises": ([1.0, 0.3, 0.9], None, "no power of K for the model"),
     "rises": ([1.0, 2.0, 4.0], None, "K^(0.50"),
     "falls little": ([1.0, 0.95, 0.9], None, "K^(-0.0"),
-    "is all noise": ([1.0, 0.99, 1.02], None, "K^("),
+    "is all noise": ([1.0, 0.99, 1.02], None, "no power of K that is sure for the model"),
 }
 
 
