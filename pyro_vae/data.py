@@ -26,6 +26,7 @@ from .sources.times import padded
 __all__ = ["Data", "Dataset", "Split", "as_data", "joined", "load_dataset", "rows_of"]
 
 Binarize = Literal["none", "static", "dynamic"]
+CHUNK = 10_000  # rows that are looked at together
 NUM_BUCKETS = 4  # of lengths of sequences: each is a compiled step
 
 
@@ -424,6 +425,8 @@ def load_dataset(
     inputs: Sequence[str] = (),
     window: int | None = None,
     every: str | float | None = None,
+    size: int | str | Sequence[int] | None = None,
+    max_gb: float = 2.0,
     seed: int = 0,
 ) -> Dataset:
     """A data set by name, or from a file or folder of the user's own.
@@ -436,7 +439,8 @@ def load_dataset(
     - `sp500`: 2,517 daily log returns in percent, in order, as 40 sequences (63, 1) of a quarter each.
     - simulated sequences, with the true z in `latents` of the splits: `linear_sequences` and `nonlinear_sequences`,
       those of arXiv 1609.09869 (25, 1), `pendulum` (100, 2) with inputs, `stochastic_volatility` (250, 1).
-    - a `.npy`, `.npz` (array `x`, or the only one; `labels`), `.pt` (a tensor, or a dict with x and labels)
+    - a `.npy`, `.npz` (array `x`, `X`, `x_train` or `data`, or the only one; `labels`, or `y` and its like), `.pt` (a
+      tensor, or a dict with x and labels)
       or `.csv` file (a header row, numeric columns), or a folder of images of one size whose sub-folders, if
       any, are the classes.
     - sequences of the user's own: a `.npz` with x (N, T, D), `lengths` (N,) and, if any, inputs `u` (N, T, C) and the
@@ -444,7 +448,8 @@ def load_dataset(
       and guide as ``(x, {"lengths": ..., "u": ..., "mask": ...})``.
 
     A name goes before a file of that name: write `./digits` for the file. Arrays are tables (N, D) or images
-    (N, H, W), (N, C, H, W) or, for uint8, (N, H, W, 3).
+    (N, H, W), (N, C, H, W), or (N, H, W, C) with 1, 3 or 4 channels beside H, W > 4, which is told. Transparent pixels
+    of images are put over white, images are turned as their EXIF tag says, and 16 bits become x/65535.
 
     Eight-bit data become x/255, and are scored as such: uint8 arrays with values above 1, image files, and
     images without negative values whose largest is above 127 and at most 255. Other whole numbers, values in
@@ -470,6 +475,8 @@ def load_dataset(
             and so on, as pandas writes them, or a number for times that are numbers; dates with a zone are taken in
             UTC. Times without a row are steps without values, then; otherwise rows follow one another as they are, and
             the description counts the gaps.
+        size: of the images of a folder, which are resized to it: 32, "32x24", or (32, 24) for height and width.
+        max_gb: what a file may take in memory, as far as it announces it; more is refused.
         seed: of the split's permutation and of static binarisation, and of nothing else.
 
     Raises:
@@ -496,12 +503,16 @@ def load_dataset(
         _check_fractions(split)
     every = None if every is None else str(every)
 
-    name, source = find(name_or_path, root, download, Columns(label, id, time, tuple(inputs), window, every))
+    if not max_gb > 0:
+        raise ValueError(f"expected max_gb > 0, got {max_gb}: give the gigabytes that data may take")
+    columns = Columns(label, id, time, tuple(inputs), window, every)
+    name, source = find(name_or_path, root, download, columns, _height_and_width(size), max_gb)
     known = isinstance(name_or_path, str) and name_or_path in NAMED
     arguments: dict[str, Any] = {"name_or_path": name_or_path if known else _absolute(name_or_path)}
     arguments |= {"binarize": binarize} if binarize != "none" else {}
     named: dict[str, Any] = {"label": label, "id": id, "time": time, "inputs": list(inputs) or None}
-    named |= {"window": window, "every": every}
+    named |= {"window": window, "every": every, "max_gb": None if max_gb == 2 else max_gb}
+    named |= {"size": size if size is None or isinstance(size, int | str) else list(size)}
     arguments |= {key: value for key, value in named.items() if value is not None}
     arguments |= {"root": _absolute(root)} if root else {}
     arguments |= {"split": list(split)} if split else {}
@@ -519,15 +530,21 @@ def load_dataset(
         permutation = torch.arange(len(x)) if source.in_time else permutation
         sizes = _sizes(len(x), (0.8, 0.1, 0.1) if split is None else split, name)
     rows = permutation.split(list(sizes))
-    parts = [x[r] for r in rows]
     counted = None if source.lengths is None else _counted(source)  # (N, T, D)
+    table = x if counted is None else _by_step(x, counted)
+    real = binarize == "none" and not source.as_they_are and _is_real_table(table)
+    largest = table.abs().nan_to_num(0.0).amax(0) if real else None
+    shape, source.x = x.shape, x[:0]
+    parts = [x[r] for r in rows]
+    del x, table
 
     location = scale = None
-    table = x if counted is None else _by_step(x, counted)
-    if binarize == "none" and not source.as_they_are and _is_real_table(table):
+    if largest is not None:
         training = parts[0] if counted is None else _by_step(parts[0], counted[rows[0]])
-        location, scale = _standardisation(training, table, source.columns, name)
-        parts = [(part - location) / scale for part in parts]
+        location, scale = _standardisation(training, largest, source.columns, name)
+        del training
+        for i, part in enumerate(parts):
+            parts[i] = torch.cat([((some - location) / scale).float() for some in part.split(CHUNK)])
         values = "real values standardised per column"
     elif binarize == "static":
         parts = [_bernoulli(part, 3 * seed + i) for i, part in enumerate(parts)]
@@ -536,7 +553,7 @@ def load_dataset(
 
     def make_split(i: int, split_name: str) -> Split:
         log_jacobian: float | Tensor = 0.0 if scale is None else -scale.log().sum().item()
-        part = parts[i].float()
+        part, parts[i] = parts[i].float(), parts[i][:0]
         of_steps: dict[str, Any] = {}
         if source.lengths is not None and counted is not None:
             part, of_steps = _steps_of(source, part, counted, rows[i])
@@ -558,8 +575,8 @@ def load_dataset(
         train=make_split(0, "train"),
         valid=make_split(1, "valid"),
         test=make_split(2, "test"),
-        event_shape=x.shape[1 if source.lengths is None else 2 :],
-        description=f"{len(x):,} {source.noun or _noun(x.shape, counted is not None)}, {values}{source.note}",
+        event_shape=shape[1 if source.lengths is None else 2 :],
+        description=f"{shape[0]:,} {source.noun or _noun(shape, counted is not None)}, {values}{source.note}",
         location=location,
         scale=scale,
         columns=source.columns,
@@ -610,7 +627,7 @@ def _scaled(source: Source) -> tuple[Tensor, str]:
         x = x.float()
     if source.values:
         return x, source.values
-    if bool((x == x.round()).all()):
+    if _are_whole(x):
         return x, "binary values" if low >= 0 and high <= 1 else f"whole numbers {low:.0f} to {high:.0f}"
     return x, "values in [0, 1]" if low >= 0 and high <= 1 else "real values"
 
@@ -627,16 +644,32 @@ def _intensities(x: Tensor, name: str) -> Tensor:
 
 def _is_real_table(x: Tensor) -> bool:
     """A table that is neither of counts up to 255 nor within [0, 1]: a Normal is its likelihood."""
-    dims, x = x.ndim, x[~x.isnan()]
-    counts = bool((x == x.round()).all()) and x.min().item() >= 0 and x.max().item() <= 255
-    return dims == 2 and not counts and not bool(((x >= 0) & (x <= 1)).all())
+    if x.ndim != 2:
+        return False
+    ends = [some[~some.isnan()].aminmax() for some in x.split(CHUNK) if not bool(some.isnan().all())]
+    low, high = (
+        float(torch.stack([each[i] for each in ends]).amax() if i else min(e[0] for e in ends)) for i in (0, 1)
+    )
+    counts = low >= 0 and high <= 255 and _are_whole(x)
+    return not counts and not (low >= 0 and high <= 1)
 
 
-def _standardisation(train: Tensor, table: Tensor, columns: tuple[str, ...] | None, name: str) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (1/N) of the training rows of a table, (D,) each."""
-    location = train.nanmean(0)
-    scale = (train - location).square().nanmean(0).sqrt()
-    rounding = 1e-12 * table.abs().nan_to_num(0.0).amax(0)
+def _are_whole(x: Tensor) -> bool:
+    """Whether all values that are not missing are whole numbers, looked at in parts, as memory counts."""
+    return all(bool(((some == some.round()) | some.isnan()).all()) for some in x.split(CHUNK))
+
+
+def _standardisation(train: Tensor, size: Tensor, columns: tuple[str, ...] | None, name: str) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (1/N) of the training rows of a table, (D,) each, float64.
+
+    Args:
+        size: (D,), the largest absolute value of each column.
+    """
+    pieces = train.split(CHUNK)
+    count = sum((~some.isnan()).sum(0) for some in pieces)
+    location = sum(some.double().nansum(0) for some in pieces) / count
+    scale = (sum((some - location).square().nansum(0) for some in pieces) / count).sqrt()
+    rounding = 1e-12 * size
     unseen = scale.isnan().nonzero().flatten().tolist()
     if unseen:
         raise ValueError(
@@ -650,6 +683,15 @@ def _standardisation(train: Tensor, table: Tensor, columns: tuple[str, ...] | No
             f"({location[constant[0]]:g}) in the training split, up to rounding: drop it"
         )
     return location, scale
+
+
+def _height_and_width(size: int | str | Sequence[int] | None) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    given = str(size).lower().split("x") if isinstance(size, int | str) else [str(each) for each in size]
+    if not 1 <= len(given) <= 2 or not all(each.isdecimal() and int(each) > 0 for each in given):
+        raise ValueError(f"expected size as 32, 32x24 or (32, 24), got {size!r}: give height and width in pixels")
+    return int(given[0]), int(given[-1])
 
 
 def _check_fractions(fractions: Sequence[float]) -> None:

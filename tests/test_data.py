@@ -802,9 +802,9 @@ MISTAKES = [
         "a .csv file for id='a', got 'digits'",
     ),
     ("empty folder", lambda f: f, {}, r"expected images \(.png, .*got none: correct the path"),
-    ("odd image", odd_image, {}, r"have 5 x 4 pixels as 00.png has, .*07.png has 9 x 9: resize or crop it"),
-    ("broken image", broken_image, {}, "expected an image in .*03.png, got a truncated or foreign file"),
-    ("deep image", deep_image, {}, "8 bits per channel in .*05.tif, got the mode 'I"),
+    ("odd image", odd_image, {}, r"have 5 x 4 pixels as 00.png has, .*07.png has 9 x 9: resize them all by size="),
+    ("broken image", broken_image, {}, "expected an image in .*03.png, got a truncated, foreign or too large file"),
+    ("deep image", deep_image, {}, "expected an image in .*05.tif, got .*values from 70000 to 70000 of 32 bits"),
     ("stray image", stray_image, {}, "in sub-folders or none, .*00.png is not: move it"),
     (
         "binarised counts",

@@ -56,6 +56,8 @@ def find(
     root: str | os.PathLike[str] | None,
     download: bool,
     columns: Columns,
+    size: tuple[int, int] | None = None,
+    max_gb: float = 2.0,
 ) -> tuple[str, Source]:
     if not isinstance(name_or_path, str | os.PathLike):
         raise ValueError(f"expected a data set's name or a path, got {kind_of(name_or_path)}: pass one of {_names()}")
@@ -65,6 +67,8 @@ def find(
             raise ValueError(
                 f"expected a .csv file for {option}={column!r}, got {text!r}: leave {option}= (--data.{option}) out"
             )
+    if size is not None and text in NAMED:
+        raise ValueError(f"expected a folder of images for size= (--data.size), got {text!r}: leave it out")
     if text in NAMED:
         root = Path(root or os.environ.get("PYRO_VAE_DATA") or "~/.cache/pyro_vae").expanduser()
         return text, NAMED[text](root, download)
@@ -74,14 +78,16 @@ def find(
         message = f"expected one of {_names()} or a path that exists, got {text!r}: correct the name or the path"
         raise (FileNotFoundError if path.suffix or len(path.parts) > 1 else ValueError)(message)
     readers: dict[str, Callable[[Path], Source]] = {
-        ".npy": read_npy,
-        ".npz": read_npz,
-        ".pt": read_pt,
+        ".npy": partial(read_npy, max_gb=max_gb),
+        ".npz": partial(read_npz, max_gb=max_gb),
+        ".pt": partial(read_pt, max_gb=max_gb),
         ".csv": partial(read_csv, columns=columns),
     }
     suffix = path.suffix.lower()
+    if size is not None and not path.is_dir():
+        raise ValueError(f"expected a folder of images for size= (--data.size), got {text!r}: leave it out")
     if path.is_dir():
-        source = read_images(path)
+        source = read_images(path, size, max_gb)
     elif suffix not in readers:
         raise ValueError(
             f"expected a folder of images or a file ending in {', '.join(readers)}, got {text!r}: convert "

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import math
 import pickle
+import warnings
 import zipfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,40 +20,102 @@ from torch import Tensor
 from .base import Columns, Source, column_name, first_line, kind_of, number
 from .times import late, on_grid, padded, read_times, written
 
-__all__ = ["OF_STEPS", "checked", "read_csv", "read_future", "read_images", "read_npy", "read_npz", "read_pt"]
+__all__ = [
+    "OF_STEPS",
+    "checked",
+    "read_csv",
+    "read_future",
+    "read_images",
+    "read_npy",
+    "read_npz",
+    "read_pt",
+]
 
 OF_STEPS = ("lengths", "u", "mask")  # the arrays that make x of a .npz sequences
+SIXTEEN_BIT = "intensities x/65535"
 
 
-def read_npy(path: Path) -> Source:
+def _check_size(path: Path, what: str, size: int, max_gb: float) -> None:
+    """Refuses to read what takes more memory than is allowed, before it is read."""
+    if size > max_gb * 1e9:
+        raise ValueError(
+            f"expected at most {max_gb:g} GB in {path}, got {size / 1e9:.3g} GB in {what}: allow more with max_gb= "
+            "(--data.max_gb), or keep a part of it"
+        )
+
+
+def read_npy(path: Path, max_gb: float = 2.0) -> Source:
     with path.open("rb") as file:
         if file.read(6) != b"\x93NUMPY":
             raise ValueError(f"expected an array in {path}, got a foreign file: write it with numpy.save")
+        file.seek(0)
+        _check_size(path, "its array", _announced(file, path), max_gb)
         file.seek(0)
         try:
             array = np.lib.format.read_array(file, allow_pickle=False)
         except Exception as error:
             raise _unreadable(path, error) from error
-    return Source(_from_numpy(array, path))
+    return _array(array, path)
 
 
-def read_npz(path: Path) -> Source:
+def _announced(file: Any, path: Path) -> int:
+    """The bytes of the array that a file in NumPy's format announces."""
+    try:
+        version = np.lib.format.read_magic(file)
+        read = {(1, 0): np.lib.format.read_array_header_1_0}.get(version, np.lib.format.read_array_header_2_0)
+        shape, _, dtype = read(file)
+        return math.prod(shape) * dtype.itemsize
+    except Exception as error:
+        raise _unreadable(path, error) from error
+
+
+def _array(array: np.ndarray, path: Path, labels: Tensor | None = None, classes: Any = None) -> Source:
+    if _pictures_of_16_bits(array):
+        x = torch.from_numpy(array.astype(np.float32) / np.float32(65535))
+        return Source(x, labels, classes=classes, values=SIXTEEN_BIT)
+    return Source(_from_numpy(array, path), labels, classes=classes)
+
+
+def read_npz(path: Path, max_gb: float) -> Source:
     if not zipfile.is_zipfile(path):
         raise ValueError(f"expected arrays in {path}, got a foreign or truncated file: write it with numpy.savez")
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as archive:
+            names = list(archive.files)
+            data, label = _names_in(names, path)
+            of_steps = [each for each in OF_STEPS if each in names]
+            wanted = [name for name in (data, label, *of_steps) if name is not None]
+            sizes = {info.filename.removesuffix(".npy"): info.file_size for info in archive.zip.infolist()}
+            for name in wanted:  # an entry may announce an array that is larger than itself
+                _check_size(path, f"the array {name}", sizes[name], max_gb)
+                with archive.zip.open(f"{name}.npy" if f"{name}.npy" in archive.zip.namelist() else name) as file:
+                    _check_size(path, f"the array {name}", _announced(file, path), max_gb)
+            arrays = {name: archive[name] for name in wanted}
     except Exception as error:
+        if isinstance(error, ValueError) and str(error).startswith("expected"):
+            raise
         raise _unreadable(path, error) from error
-    others = [name for name in arrays if name not in ("labels", *OF_STEPS)]
-    name = "x" if "x" in arrays else others[0] if len(others) == 1 else None
-    if name is None:
-        raise ValueError(f"expected an array x, or one array only, in {path}, got {others}: name the data x")
-    labels, classes = _labels(arrays["labels"], path) if "labels" in arrays else (None, None)
-    x = _from_numpy(arrays[name], path)
-    if not {*OF_STEPS} & arrays.keys():
-        return Source(x, labels, classes=classes)
-    return _sequences(x, labels, classes, arrays, path)
+    labels, classes = _labels(arrays[label], path) if label is not None else (None, None)
+    if of_steps:
+        source = _sequences(_from_numpy(arrays[data], path), labels, classes, arrays, path)
+    else:
+        source = _array(arrays[data], path, labels, classes)
+    unused = [name for name in names if name not in wanted]
+    told = f", {data} read" if data != "x" and len(names) > 1 else ""
+    return replace(source, note=f"{told}, {', '.join(unused)} not used" if unused else told)
+
+
+def _names_in(names: Sequence[str], path: Path) -> tuple[str, str | None]:
+    """Which array of a .npz are the data, and which the labels."""
+    labels = {"x": ("labels", "y"), "X": ("y", "labels"), "x_train": ("y_train",), "data": ("labels", "target", "y")}
+    others = [name for name in names if name not in ("labels", "y", "target", *OF_STEPS)]
+    data = next((name for name in labels if name in names), others[0] if len(others) == 1 else None)
+    if data is None:
+        raise ValueError(
+            f"expected an array x (or {', '.join([*labels][1:])}), or one array only, in {path}, got {others}: name "
+            "the data x"
+        )
+    return data, next((name for name in labels.get(data, ("labels", "y")) if name in names), None)
 
 
 def _sequences(
@@ -81,9 +145,17 @@ def _sequences(
     return Source(x, labels, classes=classes, lengths=lengths.long(), inputs=found.get("u"), mask=mask)
 
 
-def read_pt(path: Path) -> Source:
+def read_pt(path: Path, max_gb: float) -> Source:
+    _check_size(path, "the file", path.stat().st_size, max_gb)
+    unpacked = 0
+    # `torch.load` says what is wrong with a broken archive
+    with contextlib.suppress(Exception), path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        unpacked = sum(info.file_size for info in archive.infolist())
+    _check_size(path, "its tensors", unpacked, max_gb)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is refused below
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         pickled = zipfile.is_zipfile(path) and isinstance(error, pickle.UnpicklingError)
         raise ValueError(
@@ -96,6 +168,12 @@ def read_pt(path: Path) -> Source:
     for name, value in (("x", x), ("labels", labels)):
         if not isinstance(value, Tensor) and not (name == "labels" and value is None):
             raise ValueError(f"expected {name} in {path} to be a tensor, got {kind_of(value)}: save it as a tensor")
+    if x.is_meta:
+        raise ValueError(f"expected values in {path}, got a tensor on the meta device, which has none: save its data")
+    if x.layout == torch.strided and 0 in x.stride() and x.numel() > x.untyped_storage().nbytes() // x.itemsize:
+        raise ValueError(
+            f"expected a value for each element of {path}, got {tuple(x.shape)} that repeat fewer: save x.contiguous()"
+        )
     if x.is_complex() or x.is_quantized or x.layout != torch.strided:
         raise ValueError(
             f"expected a dense real tensor in {path}, got {x.dtype} ({x.layout}): convert it before saving"
@@ -333,26 +411,59 @@ def _csv_labels(table: _Table, name: str) -> tuple[Tensor, tuple[str, ...] | Non
 
 
 _IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
+_DECODERS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # none that runs another program
+MOST_PIXELS = 100_000_000  # of one image
 
 
-def _pixels(path: Path) -> np.ndarray:
-    """(H, W, 3), uint8; transparency is dropped."""
-    from PIL import Image
+class _Picture(NamedTuple):
+    """One image: (H, W, 3), uint8, or uint16 where it has 16 bits, and what was done to it."""
 
+    pixels: np.ndarray
+    said: tuple[str, ...]
+
+
+def _picture(path: Path, size: tuple[int, int] | None) -> _Picture:
+    """The first frame, turned as its EXIF tag says, over white where it is transparent, resized to (H, W)."""
+    from PIL import Image, ImageOps
+
+    said = []
     try:
-        with Image.open(path) as image:
-            mode = image.mode
-            pixels = None if mode[0] in "IF" else np.asarray(image.convert("RGBA").convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what matters of them is refused
+            with Image.open(path, formats=_DECODERS) as image:
+                if image.width * image.height > MOST_PIXELS:
+                    raise ValueError(f"{image.width:,} x {image.height:,} pixels, of which {MOST_PIXELS:,} are taken")
+                if getattr(image, "n_frames", 1) > 1:
+                    said.append("the first frame of animations")
+                deep = image.mode.startswith("I")
+                if image.mode == "F":
+                    raise ValueError("32-bit real numbers: save them by numpy.save")
+                upright = ImageOps.exif_transpose(image)
+                if upright.size != image.size or image.getexif().get(0x0112, 1) != 1:
+                    said.append("turned as EXIF tells")
+                if size is not None and (upright.height, upright.width) != size:
+                    said.append(f"resized to {size[0]} x {size[1]}")
+                    resample = Image.Resampling.BILINEAR if deep else Image.Resampling.LANCZOS
+                    upright = upright.resize(size[::-1], resample)
+                if deep:
+                    values = np.asarray(upright).astype(np.int64)
+                    if values.min() < 0 or values.max() > 65535:
+                        raise ValueError(f"values from {values.min()} to {values.max()} of 32 bits: save them as .npy")
+                    return _Picture(np.repeat(values.astype(np.uint16)[..., None], 3, -1), tuple(said))
+                if "A" in upright.getbands() or "transparency" in upright.info:
+                    upright = upright.convert("RGBA")
+                    if np.asarray(upright.getchannel("A")).min() < 255:
+                        said.append("transparent pixels over white")
+                    white = Image.new("RGBA", upright.size, (255, 255, 255, 255))
+                    upright = Image.alpha_composite(white, upright)
+                return _Picture(np.asarray(upright.convert("RGB")), tuple(said))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, OverflowError, KeyError) as error:
         raise ValueError(
-            f"expected an image in {path}, got a truncated or foreign file ({first_line(error)}): replace it"
+            f"expected an image in {path}, got a truncated, foreign or too large file ({first_line(error)}): replace it"
         ) from error
-    if pixels is None:
-        raise ValueError(f"expected 8 bits per channel in {path}, got the mode {mode!r}: convert it, or use .npy")
-    return pixels
 
 
-def read_images(folder: Path) -> Source:
+def read_images(folder: Path, size: tuple[int, int] | None, max_gb: float) -> Source:
     def visible(path: Path) -> bool:
         return not any(part.startswith(".") for part in path.relative_to(folder).parts)
 
@@ -365,21 +476,39 @@ def read_images(folder: Path) -> Source:
         stray = paths[in_folders.index(False)]
         raise ValueError(f"expected all images of {folder} in sub-folders or none, {stray} is not: move it into one")
 
-    arrays: list[np.ndarray] = []
+    pictures: list[_Picture] = []
     for path in paths:
-        arrays.append(_pixels(path))
-        if arrays[-1].shape != arrays[0].shape:
-            first, odd = (f"{width} x {height}" for height, width, _ in (arrays[0].shape, arrays[-1].shape))
+        pictures.append(_picture(path, size))
+        first, last = pictures[0].pixels, pictures[-1].pixels
+        _check_size(folder, f"{len(paths):,} images", len(paths) * first.nbytes, max_gb)
+        if last.shape != first.shape:
+            one, odd = (f"{width} x {height}" for height, width, _ in (first.shape, last.shape))
             raise ValueError(
-                f"expected all images of {folder} to have {first} pixels as {paths[0].name} has, {path} has "
-                f"{odd}: resize or crop it"
+                f"expected all images of {folder} to have {one} pixels as {paths[0].name} has, {path} has {odd}: "
+                "resize them all by size= (--data.size 32, or 32x24 for height and width)"
             )
-    x = torch.from_numpy(np.stack(arrays)).movedim(-1, 1)
-    if (x == x[:, :1]).all():
-        x = x[:, :1]
+        if last.dtype != first.dtype:
+            raise ValueError(
+                f"expected all images of {folder} to have as many bits as {paths[0].name} has, {path} has "
+                f"{8 * last.itemsize}: convert it"
+            )
+    arrays = np.stack([picture.pixels for picture in pictures])
+    if (arrays == arrays[..., :1]).all():
+        arrays = arrays[..., :1]
+    eight_bit = arrays.dtype == np.uint8
+    x = torch.from_numpy(arrays if eight_bit else (arrays / np.float32(65535))).movedim(-1, 1).contiguous()
     ids = np.array(["/".join(p) for p in parts])
     labels, classes = _labels(np.array([p[0] for p in parts]), folder) if all(in_folders) else (None, None)
-    return Source(x.contiguous(), labels, ids, classes=classes, eight_bit=True)
+    said = [one for one in dict.fromkeys(one for picture in pictures for one in picture.said)]
+    return Source(
+        x,
+        labels,
+        ids,
+        classes=classes,
+        eight_bit=eight_bit,
+        values="" if eight_bit else SIXTEEN_BIT,
+        note="".join(f", {one}" for one in said),
+    )
 
 
 def _unreadable(path: Path, error: Exception) -> ValueError:
@@ -390,8 +519,14 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
 def _from_numpy(array: np.ndarray, where: Path) -> Tensor:
     if array.dtype.kind not in "buif":
         raise ValueError(f"expected numbers in {where}, got dtype {array.dtype}: convert with array.astype('float32')")
-    eight_bit = array.dtype in (np.dtype(bool), np.dtype(np.uint8))
-    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.uint8 if eight_bit else np.float64))
+    if array.dtype in (np.dtype(bool), np.dtype(np.uint8)):
+        return torch.from_numpy(np.ascontiguousarray(array, dtype=np.uint8))
+    narrow = array.dtype in (np.dtype(np.float32), np.dtype(np.float16))  # else double precision, for the scales' sake
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32 if narrow else np.float64))
+
+
+def _pictures_of_16_bits(array: np.ndarray) -> bool:
+    return array.dtype == np.uint16 and array.ndim > 2 and array.size > 0 and int(array.max()) > 255
 
 
 def _labels(labels: np.ndarray, where: Path) -> tuple[Tensor, tuple[str, ...] | None]:
@@ -419,8 +554,9 @@ def checked(source: Source, where: Path) -> Source:
         )
     if x.ndim == 3:
         x = x[:, None]
-    if x.ndim == 4 and x.dtype == torch.uint8 and x.shape[3] == 3 and x.shape[1] not in (1, 3):
-        x = x.movedim(3, 1).contiguous()
+    note = source.note
+    if x.ndim == 4 and x.shape[3] in (1, 3, 4) and min(x.shape[1:3]) > 4:
+        x, note = x.movedim(3, 1).contiguous(), f", channels last in the file{note}"
     if len(x) < 10:
         raise ValueError(f"expected at least 10 rows in {where}, to split them, got {len(x)}: add data")
     if x.numel() == 0:
@@ -429,8 +565,9 @@ def checked(source: Source, where: Path) -> Source:
         raise ValueError(
             f"expected labels of shape ({len(x)},) in {where}, got {tuple(source.labels.shape)}: give one per row"
         )
-    bad = ~torch.isfinite(x.float()) if x.is_floating_point() else torch.zeros(1, dtype=torch.bool)
-    if bad.any():
+    bad = torch.zeros(1, dtype=torch.bool)
+    if x.is_floating_point() and not all(bool(some.float().isfinite().all()) for some in x.split(10_000)):
+        bad = ~torch.isfinite(x.float())
         row, *place = (int(i) for i in bad.nonzero()[0])
         column = f"column {column_name(place[0], source.columns)}" if x.ndim == 2 else f"position {tuple(place)}"
         where_row = f"row {row} (from 0)" if source.lines is None else f"line {source.lines[row]}"
@@ -438,7 +575,7 @@ def checked(source: Source, where: Path) -> Source:
             f"expected finite float32 values in {where}, got {int(bad.sum())} missing, NaN, infinite or too "
             f"large, the first in {where_row}, {column}: fill in or drop these rows"
         )
-    return replace(source, x=x)
+    return replace(source, x=x, note=note)
 
 
 def _checked_sequences(source: Source, where: Path) -> Source:
