@@ -19,7 +19,6 @@ from pyro.distributions.util import sum_rightmost
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions.constraints import MixtureSameFamilyConstraint
-from tqdm import tqdm
 
 from .compiled import Compiled, preserved
 from .data import Data, as_data
@@ -27,6 +26,7 @@ from .distributions import Remembered
 from .draws import DRAWS, difference, log_prob_of, warn_of
 from .evaluation import MAX_ELEMENTS, Estimate, check_support, generalized_pareto_shape, isolated, plate_of_pair
 from .log_weights import on_plates, per_datum, plate_of_data, samples, structure_of
+from .progress import Bar
 
 __all__ = ["Annealed", "AnnealingWarning", "Sandwich", "annealed", "sandwich"]
 
@@ -351,14 +351,14 @@ class _Chains:
             if number < 1:
                 raise ValueError(f"expected {name} >= 1, got {number}: give a positive number")
         self.count, self.leapfrog_steps, self.between = num_chains, leapfrog_steps, num_temperatures - 1
-        sigmoid = torch.linspace(-4, 4, num_temperatures + 1, dtype=torch.float64).sigmoid()
+        sigmoid = torch.linspace(-4, 4, num_temperatures + 1, dtype=torch.float64, device="cpu").sigmoid()
         self.temperatures: list[float] = ((sigmoid - sigmoid[0]) / (sigmoid[-1] - sigmoid[0])).tolist()
         self.pilot_moves = [0, *[-(-PILOT_MOVES // num_temperatures)] * self.between, 0]
         self.pilot_moves[1] += FIRST_MOVES if self.between else 0
         self.every = range(num_temperatures + 1)
         self.every_other = sorted({*self.every[::2], num_temperatures})
 
-    def pilot(self, density: Density, u: Tensor, bar: tqdm) -> list[Tensor]:
+    def pilot(self, density: Density, u: Tensor, bar: Bar) -> list[Tensor]:
         """Step sizes (B, 1) for each temperature, from chains that start at u, (K, B, S)."""
         log_step, steps = u.new_zeros(u.shape[1], 1), []
         for t, moves in zip(self.temperatures, self.pilot_moves, strict=True):
@@ -370,7 +370,7 @@ class _Chains:
         return steps
 
     def run(
-        self, density: Density, u: Tensor, steps: Sequence[Tensor], bar: tqdm, order: Sequence[int]
+        self, density: Density, u: Tensor, steps: Sequence[Tensor], bar: Bar, order: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
         """log w of chains from u ~ pi_0 along temperatures in this order, or -log w of backward ones from u ~ pi_T, and
         rates of acceptance, (K, B)."""
@@ -433,7 +433,7 @@ def _run(
     generator = torch.Generator(device).manual_seed(int(seed))
     results = torch.empty(2, 2, K, N, dtype=torch.float64)
     path: _Path | None = None
-    with tqdm(total=moves, unit="move", disable=None if progress else True) as bar:
+    with Bar(total=moves, unit="move", disable=None if progress else True) as bar:
         for begin in range(0, N, rows):
             index = torch.arange(begin, begin + rows, device=device).clamp(max=N - 1)  # graphs have one shape
             batch = data.batch(index, generator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import inspect
@@ -82,6 +83,7 @@ data:
   --data.time COLUMN   a .csv of sequences, one for each id, or pieces of --data.window N steps of one series;
                        --data.inputs COLUMN,COLUMN act on the latents; with --data.every D (h, MS, 2, ...)
                        absent times are steps without values
+  --data.size 32|32x24 resize the images of a folder    --data.max_gb N   what a file may take in memory (2)
   --data.download      fetch a named data set          --data.root DIR   where the named data sets are
   --data.split [0.8,0.1,0.1], --data.seed N  another division into train, valid and test
 
@@ -288,6 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ...
         0
     """
+    _open_streams()
     try:
         with _working_directory_importable():
             code = _dispatch(list(sys.argv[1:] if arguments is None else arguments))
@@ -306,6 +309,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
         line, code = _explained(error)
     print(f"pyro-vae: {' '.join(line.split())}", file=sys.stderr)
     return code
+
+
+def _open_streams() -> None:
+    """Streams that are closed lead nowhere, and those of a narrow encoding say +- for ±: neither costs the work."""
+    for name, number in (("stdin", 0), ("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if stream is None:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:  # else a file that is opened next takes the number, and what is printed goes there
+                with contextlib.suppress(OSError):
+                    os.dup2(null, number)
+                os.close(null)
+            setattr(sys, name, open(number, "r" if number == 0 else "w", encoding="utf-8", closefd=False))  # noqa: SIM115
+        elif number and hasattr(stream, "reconfigure"):
+            codecs.register_error("pyro_vae", _in_ascii)
+            stream.reconfigure(errors="pyro_vae")
+
+
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    return "".join("+-" if letter == "±" else "?" for letter in text), error.end
+
+
+class _Unbroken:
+    """A stream whose reader may leave before the work is done."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(BrokenPipeError):
+            return self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 def _explained(error: Exception) -> tuple[str, int]:
@@ -341,7 +386,8 @@ def _dispatch(arguments: list[str]) -> int:
     if command == "fit":
         if positional:
             raise ValueError(f"expected options, got {positional[0]!r}: data go by --data {positional[0]}")
-        return _fit(options)
+        with contextlib.redirect_stdout(_Unbroken(sys.stdout)):
+            return _fit(options)
     if command == "doctor":
         if positional or options:
             raise ValueError(f"expected doctor alone, got {' '.join(arguments[1:])!r}: leave it out")
@@ -429,16 +475,13 @@ def _fit(options: Options) -> int:
         log = [] if sys.stderr.isatty() else [_log_of_epochs()]
         settings |= {"valid": dataset.valid, "resume": resume, "callbacks": log}
         run = training.fit(train=dataset.train, **programs, **settings)
-    except KeyboardInterrupt as interrupt:
-        if not str(interrupt):
-            raise
-        path = resume or _newest(settings.get("out"))
+    except training.Interrupted as interrupt:
         saved = str(interrupt).partition(":")[0]
-        raise Stop(f"interrupted, {saved}; to go on: pyro-vae fit --resume {_quoted(path)}", 130) from None
-    except ArithmeticError as error:  # NonFiniteLossError
-        path = resume or _newest(settings.get("out"))
-        mend = f"pyro-vae fit --resume {_quoted(path)} --optimizer.lr 1e-4 --clip_norm 10"
-        raise Stop(f"error: {error}; to go on from the last checkpoint: {mend}", 1) from None
+        raise Stop(f"interrupted, {saved}; to go on: pyro-vae fit --resume {_quoted(interrupt.run)}", 130) from None
+    except training.NonFiniteLossError as error:
+        mend = f"pyro-vae fit --resume {_quoted(error.run)} --optimizer.lr 1e-4 --clip_norm 10"
+        go_on = f"; to go on from the last checkpoint: {mend}" if error.run is not None else ""
+        raise Stop(f"error: {error}{go_on}", 1) from None
 
     last = run.history[-1]
     best = max(run.history, key=lambda record: record["valid"])
@@ -485,7 +528,7 @@ def _log_of_epochs() -> Callable[[Run], None]:
 
 def _configuration(options: Options) -> tuple[Table, Path | None]:
     """All settings of `fit`: defaults, then files, then options; and the run to go on with, if any."""
-    from .checkpoint import load_config
+    from .checkpoint import begun_run, recorded_config
     from .sources import holds_sequences
 
     paths = {path: value for path, value in options if path in ("config", "resume")}
@@ -496,9 +539,8 @@ def _configuration(options: Options) -> tuple[Table, Path | None]:
     files = [read_config(Path(value)) for path, value in options if path == "config"]
     if "resume" in paths:
         resume = Path(paths["resume"])
-        files.append(flat(load_config(resume / "config.toml")))
-        if not (resume / "checkpoints" / "last.safetensors").is_file():
-            raise FileNotFoundError(f"expected a run's checkpoints in {resume}, found none: name a run's directory")
+        files.append(flat(recorded_config(resume, resume / "checkpoints" / "last.safetensors")))
+        begun_run(resume)
     own = [(path, value) for path, value in options if path not in ("config", "resume", "print_config")]
     own.sort(key=lambda option: option[0].count("."))
     given = [*(option for file in files for option in file), *own]
@@ -609,10 +651,6 @@ def _device(device: Any) -> str:
         return f"{device}, {torch.cuda.get_device_name(device)}"
     threads = torch.get_num_threads()
     return f"{device}, {threads} thread{'s' if threads > 1 else ''}"
-
-
-def _newest(out: Any) -> Path:
-    return Path(out) if out else Path("runs") / os.readlink(Path("runs") / "latest")
 
 
 def _quoted(path: Any) -> str:
@@ -939,13 +977,17 @@ def _report(run: Path, num_samples: int = 1000, device: str = "auto", seed: int 
 
 
 def _load(run: Path, device: str) -> Run:
-    from .checkpoint import load_config
+    from .checkpoint import recorded_config, weights_of
     from .training import load_run
 
-    config = load_config(run / "config.toml")
+    config = recorded_config(run, weights_of(run))
     _check_references({name: config[name] for name in ("model", "guide") if name in config}, str(run / "config.toml"))
     try:
-        loaded = load_run(run, device=device)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.filterwarnings("always", ".* is not the configuration that", UserWarning)
+            loaded = load_run(run, device=device)
+        for warning in said:
+            print(f"note     {warning.message}", file=sys.stderr)
         damaged: list[Any] = [record for record in loaded.history if not isinstance(record, dict)]
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         damaged = [error]
@@ -1105,7 +1147,19 @@ def _write_data(
             while column in columns:  # a feature that is called id or label
                 column = f"{name}_{column}"
             columns[column] = values
-    _write(out, pandas.DataFrame(columns).to_csv(index=False).encode())
+    table = pandas.DataFrame({name: [*map(_as_text, v)] if v.dtype.kind in "UO" else v for name, v in columns.items()})
+    _write(out, table.rename(columns=_as_text).to_csv(index=False).encode())
+
+
+def _as_text(cell: Any) -> Any:
+    """A cell that a spreadsheet does not take for a formula, and run: an apostrophe before it says so."""
+    if not isinstance(cell, str) or not cell.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return f"'{cell}"
+    return cell
 
 
 COMMANDS: dict[str, Callable[..., int]] = {

@@ -13,12 +13,12 @@ import pyro
 import torch
 from pyro import poutine
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from .compiled import Compiled, preserved
 from .data import Data, as_data
 from .distributions import MarkovChain
 from .log_weights import LogWeights, Structure, Structures, is_point, log_weights, plate_of_data, samples, some_rows
+from .progress import Bar
 
 if TYPE_CHECKING:
     from .annealing import Annealed
@@ -295,7 +295,7 @@ def evaluate(
     structures = Structures()
     tail = min(math.ceil(num_samples / 5), math.ceil(3 * math.sqrt(num_samples))) + 1
     scores: dict[str, Tensor] = {}
-    with isolated(model, guide), tqdm(total=len(data), unit="datum", disable=None if progress else True) as bar:
+    with isolated(model, guide), Bar(total=len(data), unit="datum", disable=None if progress else True) as bar:
         torch.manual_seed(seed)
         generator = torch.Generator(device).manual_seed(int(seed))
         first = torch.arange(min(max(1, MAX_ELEMENTS // event), len(data)), device=device)  # of one draw
@@ -611,13 +611,23 @@ def isolated(*programs: Any) -> Iterator[None]:
     """
     modules = [program for program in programs if isinstance(program, nn.Module)]
     store = pyro.get_param_store()
+    device = next((p.device for module in modules for p in module.parameters()), torch.device("cpu"))
     with (
+        of_the_library(device),
         evaluating(*modules),
         torch.random.fork_rng(),
         torch.no_grad(),
         store.scope(None if len(modules) == len(programs) else store.get_state()),
         pyro.validation_enabled(False),
     ):
+        yield
+
+
+@contextlib.contextmanager
+def of_the_library(device: torch.device) -> Iterator[None]:
+    """Without the caller's ``inference_mode`` and default device, under which no draw is what it is elsewhere."""
+    same = torch.get_default_device().type in (device.type, "cpu")
+    with torch.inference_mode(False), contextlib.nullcontext() if same else device:
         yield
 
 

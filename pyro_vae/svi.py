@@ -7,6 +7,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyro
@@ -37,7 +38,12 @@ OF_LOSSES = "another scale of the data, or float64; where step 1 was finite, a s
 class NonFiniteLossError(ArithmeticError):
     """The loss, a gradient or what an update would make of a parameter is NaN or infinite; parameters and optimiser are
     those of the step before.
+
+    Attributes:
+        run: the directory of a run that can go on from its last checkpoint, or None.
     """
+
+    run: Path | None = None
 
 
 class LatentScale(poutine.scale_messenger.ScaleMessenger):
@@ -336,12 +342,21 @@ class SVI(pyro.infer.SVI):
             raise ValueError(
                 f"expected {state['update']['class']}, the optimiser of the checkpoint, got {now}: go on with the same"
             )
-        load_modules(self.modules, state)
+        self.load_weights(state)
         self.update.load_state_dict(state["update"])
+        self.steps = state["steps"]
+
+    def load_weights(self, state: Mapping[str, Any]) -> None:
+        """Take up the parameters and buffers of a `state_dict`, and leave the optimiser as it is.
+
+        Raises:
+            ValueError: the state belongs to other modules; nothing has been changed then.
+        """
+        params = self._params()
+        load_modules(self.modules, state)
         with torch.no_grad():
             for name, value in state["params"].items():
                 params[name].copy_(value)
-        self.steps = state["steps"]
 
     def _params(self) -> dict[str, Tensor]:
         """The values of ``pyro.param`` statements that are no parameters of modules, unconstrained."""

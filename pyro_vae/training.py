@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import functools
 import json
 import math
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pyro
+import tomli_w
 import torch
 from pyro import poutine
 from pyro.infer import (
@@ -31,27 +34,39 @@ from pyro.infer import (
 )
 from pyro.optim import PyroOptim
 from pyro.optim.lr_scheduler import PyroLRScheduler
+from pyro.poutine import runtime
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from tqdm import tqdm
 
 from . import checkpoint, prediction
 from .compiled import get_random_state, preserved, set_random_state
 from .config import build, describe, plain
 from .data import Data, Dataset, Split, as_data, load_dataset
 from .estimators import ConstrainedELBO, Estimator
-from .evaluation import Evaluation, check_support, evaluate, evaluating
+from .evaluation import Evaluation, check_support, evaluate, evaluating, of_the_library
 from .log_weights import check_draws_alone, samples
 from .optim import Optimizer
+from .progress import Bar
 from .schedules import Schedule
 from .svi import SVI, CompiledSVI, LatentScale, NonFiniteLossError, latent_scale, load_modules, modules_of
 
-__all__ = ["Run", "fit", "load_run", "select_device"]
+__all__ = ["Interrupted", "Run", "fit", "load_run", "select_device"]
 
 Callback = Callable[["Run"], Any]
 SAVE_EVERY = 10.0  # seconds between checkpoints
 WORTH_COMPILING = 5_000  # steps
+TRAINING = threading.Lock()  # held by the process's training
 LINEAR = Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO  # in the KL weight
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C ended a training, whose state is saved.
+
+    Attributes:
+        run: the directory to go on with, ``fit(..., resume=run)``.
+    """
+
+    run: Path | None = None
 
 
 class Run:
@@ -162,9 +177,10 @@ def fit(
         resume: the directory of a run to go on with; on the same CPU it ends in the same bits as one never interrupted.
 
     Raises:
-        ValueError, FileNotFoundError, FileExistsError: arguments that do not fit, with the mend.
-        NonFiniteLossError: before the weights take a NaN; the last checkpoint stays.
-        KeyboardInterrupt: after the state has been saved.
+        ValueError, FileNotFoundError, FileExistsError: arguments that do not fit, with the mend; another process, or
+            another training of this one, that is under way.
+        NonFiniteLossError: before the weights take a NaN; the last checkpoint stays. Its `run` is the directory.
+        Interrupted: a KeyboardInterrupt, after the state has been saved. Its `run` is the directory.
 
     Example:
         >>> import tempfile
@@ -179,101 +195,68 @@ def fit(
     learning_rate, kl_weight, epochs, batch_size, clip_norm, patience, seed = map(
         plain, (learning_rate, kl_weight, epochs, batch_size, clip_norm, patience, seed)
     )
-    place = select_device(device)
-    data = as_data(train, model, guide).to(place)
-    held_out = None if valid is None else as_data(valid, model, guide).to(place)
-    loss = _loss(loss)
-    optimizer = functools.partial(torch.optim.Adam, lr=1e-3, fused=True) if optimizer is None else optimizer
-    batch_size = min(100, len(data)) if batch_size is None else batch_size
-    _check_arguments(data, epochs, batch_size, patience, held_out)
-    _check_optimizer(optimizer)
-    _check_schedules(loss, optimizer, learning_rate, kl_weight)
-    for module in modules_of(model=model, guide=guide, loss=loss).values():
-        module.to(place).train()
-    settings: dict[str, Any] = {
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "clip_norm": clip_norm,
-        "patience": patience,
-    }
-    objects: dict[str, Any] = {"model": model, "guide": guide, "loss": loss, "optimizer": optimizer}
-    objects |= {"learning_rate": learning_rate, "kl_weight": kl_weight}
-    settings |= {"data": getattr(data, "source", None), "seed": seed, "device": place}
-    with _surroundings(seed), _interruptions() as interrupted:
+    _check_numbers(epochs, batch_size, clip_norm, patience, seed)
+    _check_caller(model, guide, loss)
+    with _surroundings(seed, select_device(device)) as place, _interruptions() as interrupted:
+        data = _of_its_own(as_data(train, model, guide)).to(place)
+        held_out = None if valid is None else _of_its_own(as_data(valid, model, guide)).to(place)
+        loss = _loss(loss)
+        optimizer = functools.partial(torch.optim.Adam, lr=1e-3, fused=True) if optimizer is None else optimizer
+        batch_size = min(100, len(data)) if batch_size is None else batch_size
+        _check_data(data, batch_size, patience, held_out)
+        _check_optimizer(optimizer)
+        _check_schedules(loss, optimizer, learning_rate, kl_weight)
         if compile is None:
             long = epochs * len(data) >= WORTH_COMPILING * batch_size
             compile = long if resume is None else _was_compiled(resume)
+        for module in modules_of(model=model, guide=guide, loss=loss).values():
+            module.to(place).train()
         svi = (CompiledSVI if compile else SVI)(model, guide, optimizer, loss, clip_norm=clip_norm)
         weight = _constant(kl_weight) if isinstance(kl_weight, float | int) else kl_weight
         scale = latent_scale(1.0, place) if weight else None
-        typical = data.typical_batches(batch_size)
-        try:
-            with scale or contextlib.nullcontext():
-                for rows in typical if compile else typical[:1]:
-                    args, kwargs = data.trimmed_batch(rows.to(place), _generator(place, seed))
-                    _initialize(svi, loss, scale, args, kwargs)
-                _check_globals(svi, len(data), args, kwargs)
-        except Exception as problem:
-            try:  # data outside the support fail in either; this says it better
-                _check_support(svi, data)
-            except ValueError:
+        _make_parameters(svi, scale, data, held_out, batch_size, seed)
+        settings: dict[str, Any] = {
+            **{"epochs": epochs, "batch_size": batch_size, "clip_norm": clip_norm, "patience": patience},
+            **{"data": getattr(data, "source", None), "seed": seed, "device": place},
+            **{"model": model, "guide": guide, "loss": loss, "optimizer": optimizer},
+            **{"learning_rate": learning_rate, "kl_weight": kl_weight},
+        }
+        path = checkpoint.new_run(out, overwrite) if resume is None else checkpoint.begun_run(resume)
+        with checkpoint.locked(path), _told(path):
+            run = Run(model, guide, path, describe(settings))
+            state = _State(svi, run, _generator(place, seed), data, {"seed": seed, "batch_size": batch_size})
+            try:
+                state.resume(patience) if resume is not None else state.begin()
+            except BaseException:
+                if resume is None:
+                    checkpoint.discard_run(path)
                 raise
-            except Exception:
-                raise problem from None
-            raise
-        for part in (data, held_out):
-            _check_support(svi, part)
-        path = Path(resume) if resume is not None else checkpoint.new_run(out, overwrite)
-        run = Run(model, guide, path, describe(settings | objects))
-        state = _State(svi, run, _generator(place, seed), data, {"seed": seed, "batch_size": batch_size})
-        try:
-            state.resume(patience) if resume is not None else state.begin()
-        except BaseException:
-            if resume is None:
-                checkpoint.discard_run(path)
-            raise
-        if progress and isinstance(svi, CompiledSVI) and svi.compiled:
-            tqdm.write(f"compiled the step in {svi.compile_seconds:.0f} s", file=sys.stderr)
-        steps_per_epoch = -(-len(data) // batch_size)
-        share = _share(svi, data)
-        bar = tqdm(total=epochs * steps_per_epoch, initial=svi.steps, unit="step", disable=None if progress else True)
-        while state.epoch < epochs and not state.finished:
-            batches = data.batches(batch_size, _generator("cpu", seed, state.epoch))
-            for index in batches[state.position :]:
-                now = svi.steps / steps_per_epoch
-                if scale and weight:
-                    scale.weight = weight(now)
-                if learning_rate is not None:
-                    for group, given in zip(svi.update.groups, svi.update.settings, strict=True):
-                        rate = given["lr"] * learning_rate(now) if callable(learning_rate) else learning_rate
-                        group["lr"] = rate
-                args, kwargs = data.trimmed_batch(index, state.generator)
-                with scale or contextlib.nullcontext():
-                    state.total = state.total + svi.step_async(*args, **kwargs).reshape(-1)[0] * share(len(index))
-                state.position += 1
-                bar.update()
-                if interrupted.is_set() or time.monotonic() - state.saved > SAVE_EVERY:
+            if progress and isinstance(svi, CompiledSVI) and svi.compiled:
+                Bar.write(f"compiled the step in {svi.compile_seconds:.0f} s", file=sys.stderr)
+            steps_per_epoch = -(-len(data) // batch_size)
+            bar = Bar(
+                total=epochs * steps_per_epoch, initial=svi.steps, unit="step", disable=None if progress else True
+            )
+            with bar:
+                while state.epoch < epochs and not state.finished:
+                    batches = data.batches(batch_size, _generator("cpu", seed, state.epoch))
+                    for index in batches[state.position :]:
+                        _set_rates(svi, svi.steps / steps_per_epoch, learning_rate, weight, scale)
+                        state.step(index, scale)
+                        bar.update()
+                        if interrupted.is_set() or time.monotonic() - state.saved > SAVE_EVERY:
+                            svi.settle()
+                            state.save()
+                        if interrupted.is_set():
+                            raise Interrupted(f"saved at step {svi.steps}: go on with resume={str(path)!r}")
                     svi.settle()
-                    state.save()
-                if interrupted.is_set():
-                    bar.close()
-                    raise KeyboardInterrupt(f"saved at step {svi.steps}: go on with resume={str(path)!r}")
-            svi.settle()
-            record: dict[str, Any] = {"epoch": state.epoch + 1, "steps": svi.steps}
-            record["bound"] = data.mean_log_jacobian - float(state.total) / len(data)
-            if held_out is not None:
-                record["valid"] = _validation_bound(svi, held_out, share, 8 * batch_size, seed)
-            record["kl_weight"] = weight((svi.steps - 1) / steps_per_epoch) if weight else 1.0
-            record["learning_rate"] = svi.update.groups[0].get("lr")
-            if isinstance(loss, Estimator):
-                record |= loss.record()
-            state.end_epoch(record, patience)
-            shown = {key: f"{record[key]:.2f}" for key in ("bound", "valid") if key in record}
-            bar.set_postfix(epoch=f"{state.epoch}/{epochs}", **shown)
-            if any([callback(state.run) is True for callback in callbacks]):  # noqa: C419  each is called
-                state.finished = True
-        bar.close()
-        return state.end(best=patience is not None)
+                    state.end_epoch(held_out, weight((svi.steps - 1) / steps_per_epoch) if weight else 1.0, patience)
+                    last = state.run.history[-1]
+                    shown = {key: f"{last[key]:.2f}" for key in ("bound", "valid") if key in last}
+                    bar.set_postfix(epoch=f"{state.epoch}/{epochs}", **shown)
+                    if any([callback(state.run) is True for callback in callbacks]):  # noqa: C419  each is called
+                        state.finished = True
+            return state.end(best=patience is not None)
 
 
 def load_run(path: Path | str, *, model: Any = None, guide: Any = None, device: str = "cpu") -> Run:
@@ -286,7 +269,10 @@ def load_run(path: Path | str, *, model: Any = None, guide: Any = None, device: 
         FileNotFoundError: no run there. ValueError: a truncated or foreign file, or another architecture.
     """
     path = Path(path)
-    config = checkpoint.load_config(path / "config.toml")
+    weights = checkpoint.weights_of(path)
+    config = checkpoint.recorded_config(path, weights)
+    if (text := checkpoint.changed_config(path, config)) is not None:
+        warnings.warn(text, stacklevel=2)
     if not {"model", "guide"} <= config.keys():
         raise ValueError(
             f"expected the sections model and guide in {path / 'config.toml'}, found {sorted(config)}: "
@@ -296,9 +282,6 @@ def load_run(path: Path | str, *, model: Any = None, guide: Any = None, device: 
     with torch.random.fork_rng():
         built = build({name: config[name] for name in ("model", "guide") if name not in given}, **given)
     run = Run(built["model"], built["guide"], path, config)
-    weights = path / "model.safetensors"
-    if not weights.exists():
-        weights = path / "checkpoints" / "last.safetensors"
     state = checkpoint.load(weights)
     programs = {"model": run.model, "guide": run.guide}
     for name, module in modules_of(**programs).items():
@@ -306,10 +289,15 @@ def load_run(path: Path | str, *, model: Any = None, guide: Any = None, device: 
         module.to(device=select_device(device), dtype=floating[0] if floating else None).eval()
     load_modules(modules_of(**programs), state)
     run.model, run.guide = (_with_params(program, state["params"]) for program in programs.values())
+    run.history = state["history"] if "history" in state else _history(path, state.get("epochs"))
+    return run
+
+
+def _history(path: Path, epochs: int | None) -> list[dict[str, Any]]:
+    """The lines of ``metrics.jsonl``, the first `epochs` of them where it is known how many the weights have seen."""
     metrics = path / "metrics.jsonl"
     lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
-    run.history = [json.loads(line) for line in lines if line.endswith("\n")]
-    return run
+    return [json.loads(line) for line in lines[:epochs] if line.endswith("\n")]
 
 
 class _State:
@@ -317,10 +305,13 @@ class _State:
 
     def __init__(self, svi: SVI, run: Run, generator: torch.Generator, data: Data, order: dict[str, int]) -> None:
         self.svi, self.run, self.generator, self.order = svi, run, generator, order
+        self.rows, self.share = data, _share(svi, data)
         self.epoch, self.position, self.finished = 0, 0, False
         self.total: Tensor = torch.zeros((), dtype=torch.float64)
         self.best, self.since_best = -float("inf"), 0
+        self.best_weights: dict[str, Any] | None = None
         self.saved = self.started = time.monotonic()
+        self.written = 0  # lines of the history, or -1 where there may be others
         tensors = (*data.args, *data.kwargs.values())
         self.data = {
             "rows": len(data),
@@ -333,27 +324,41 @@ class _State:
 
     def begin(self) -> None:
         self.folder.mkdir(exist_ok=True)
-        for old in (*self.folder.glob("*.safetensors"), self.run.path / "model.safetensors"):
-            old.unlink(missing_ok=True)
-        checkpoint.save_config(self.run.config, self.run.path / "config.toml")
-        self._write_history()
-        self.save()
+        checkpoint.save(self.state_dict(), self.folder / "last.safetensors")
+        for old in (self.folder / "best.safetensors", self.run.path / "model.safetensors"):
+            old.unlink(missing_ok=True)  # of a run that was here, which has gone on until now
+        self.written = -1
+        self._tell()
 
     def state_dict(self) -> dict[str, Any]:
-        counters = ("epoch", "position", "total", "best", "since_best", "data", "order")
+        counters = ("epoch", "position", "total", "best", "since_best", "best_weights", "data", "order")
         return {
             **self.svi.state_dict(),
             "settings": self.svi.update.settings,
             **{name: getattr(self, name) for name in counters},
             "history": self.run.history,
+            "config": self.run.config,
             "random": get_random_state(),
             "generator": self.generator.get_state(),
             "execution": {"threads": torch.get_num_threads(), "compiled": isinstance(self.svi, CompiledSVI)},
         }
 
     def save(self) -> None:
+        """One file, written whole or not at all; what people read follows it."""
         checkpoint.save(self.state_dict(), self.folder / "last.safetensors")
+        self._tell()
         self.saved = time.monotonic()
+
+    def _tell(self) -> None:
+        path = self.run.path / "config.toml"
+        if not path.exists() or path.read_text(encoding="utf-8") != tomli_w.dumps(self.run.config):
+            checkpoint.save_config(self.run.config, path)
+        self._write_history()
+
+    def _weights(self) -> dict[str, Any]:
+        """What a pair is loaded from, without the optimiser's state."""
+        weights: dict[str, Any] = {name: module.state_dict() for name, module in self.svi.modules.items()}
+        return {**weights, "params": self.svi.state_dict()["params"]}
 
     def resume(self, patience: int | None) -> None:
         state = checkpoint.load(self.folder / "last.safetensors")
@@ -372,18 +377,37 @@ class _State:
             group.update({key: value for key, value in now.items() if _plain(value) != then.get(key)})
         for name in ("epoch", "position", "total", "best", "since_best"):
             setattr(self, name, state[name])
-        if not (self.folder / "best.safetensors").exists():
+        self.best_weights = state.get("best_weights")
+        before = self.folder / "best.safetensors"  # of a run by an earlier version
+        if self.best_weights is None and before.exists():
+            own = {"params", *self.svi.modules}
+            self.best_weights = {name: value for name, value in checkpoint.load(before).items() if name in own}
+        if self.best_weights is None:
             self.best, self.since_best = -float("inf"), 0
         self.finished = patience is not None and self.since_best >= patience
-        (self.run.path / "model.safetensors").unlink(missing_ok=True)
         self.run.history = state["history"]
         self.generator.set_state(state["generator"])
         set_random_state(state["random"])
         self.started -= self.run.history[-1]["seconds"] if self.run.history else 0.0
-        checkpoint.save_config(self.run.config, self.run.path / "config.toml")
-        self._write_history()
+        self.written = -1
 
-    def end_epoch(self, record: dict[str, Any], patience: int | None) -> None:
+    def step(self, index: Tensor, scale: LatentScale | None) -> None:
+        args, kwargs = self.rows.trimmed_batch(index, self.generator)
+        with scale or contextlib.nullcontext():
+            loss = self.svi.step_async(*args, **kwargs).reshape(-1)[0]
+        self.total = self.total + loss * self.share(len(index))
+        self.position += 1
+
+    def end_epoch(self, held_out: Data | None, kl_weight: float, patience: int | None) -> None:
+        svi, order = self.svi, self.order
+        record: dict[str, Any] = {"epoch": self.epoch + 1, "steps": svi.steps}
+        record["bound"] = self.rows.mean_log_jacobian - float(self.total) / len(self.rows)
+        if held_out is not None:
+            record["valid"] = _validation_bound(svi, held_out, self.share, 8 * order["batch_size"], order["seed"])
+        record["kl_weight"] = kl_weight
+        record["learning_rate"] = svi.update.groups[0].get("lr")
+        if isinstance(svi.objective, Estimator):
+            record |= svi.objective.record()
         self.run.history.append({**record, "seconds": round(time.monotonic() - self.started, 3)})
         self.epoch, self.position = self.epoch + 1, 0
         self.total = torch.zeros_like(self.total)
@@ -399,25 +423,78 @@ class _State:
                 )
             self.finished = self.since_best >= patience
             if self.since_best == 0:
-                checkpoint.save(self.svi.state_dict(), self.folder / "best.safetensors")
-        with (self.run.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(self.run.history[-1]) + "\n")
+                self.best_weights = copy.deepcopy(self._weights())
+        self._write_history()
 
     def end(self, best: bool) -> Run:
         self.save()
-        if best:
-            self.svi.load_state_dict(checkpoint.load(self.folder / "best.safetensors"))
-        weights = {name: module.state_dict() for name, module in self.svi.modules.items()}
-        params = self.svi.state_dict()["params"]
-        checkpoint.save({**weights, "params": params}, self.run.path / "model.safetensors")
+        if best and self.best_weights is not None:
+            self.svi.load_weights(self.best_weights)
+        weights = self._weights()
+        content = {**weights, "epochs": len(self.run.history), "config": self.run.config}
+        checkpoint.save(content, self.run.path / "model.safetensors")
+        (self.folder / "best.safetensors").unlink(missing_ok=True)
+        params = weights["params"]
         for module in self.svi.modules.values():
             module.eval()
         self.run.model, self.run.guide = (_with_params(p, params) for p in (self.run.model, self.run.guide))
         return self.run
 
     def _write_history(self) -> None:
-        with checkpoint.atomic(self.run.path / "metrics.jsonl") as temporary:
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in self.run.history))
+        path, lines = self.run.path / "metrics.jsonl", [json.dumps(record) + "\n" for record in self.run.history]
+        if self.written < 0 or not path.exists():
+            with checkpoint.atomic(path) as temporary:
+                temporary.write_text("".join(lines), encoding="utf-8")
+        elif self.written < len(lines):
+            checkpoint.append("".join(lines[self.written :]), path)
+        self.written = len(lines)
+
+
+def _make_parameters(
+    svi: SVI, scale: LatentScale | None, data: Data, held_out: Data | None, batch_size: int, seed: int
+) -> None:
+    """Run the pair once for each shape of a batch, and look whether the data are in its support."""
+    typical, place = data.typical_batches(batch_size), data.device
+    try:
+        with scale or contextlib.nullcontext():
+            for rows in typical if isinstance(svi, CompiledSVI) else typical[:1]:
+                args, kwargs = data.trimmed_batch(rows.to(place), _generator(place, seed))
+                _initialize(svi, svi.objective, scale, args, kwargs)
+            _check_globals(svi, len(data), args, kwargs)
+    except Exception as problem:
+        try:  # data outside the support fail in either; this says it better
+            _check_support(svi, data)
+        except ValueError:
+            raise
+        except Exception:
+            raise problem from None
+        raise
+    for part in (data, held_out):
+        _check_support(svi, part)
+
+
+def _set_rates(
+    svi: SVI,
+    epoch: float,
+    learning_rate: Schedule | float | None,
+    weight: Schedule | None,
+    scale: LatentScale | None,
+) -> None:
+    if scale and weight:
+        scale.weight = weight(epoch)
+    if learning_rate is not None:
+        for group, given in zip(svi.update.groups, svi.update.settings, strict=True):
+            group["lr"] = given["lr"] * learning_rate(epoch) if callable(learning_rate) else learning_rate
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """What ends the training early tells the directory to go on with."""
+    try:
+        yield
+    except (NonFiniteLossError, Interrupted) as error:
+        error.run = path
+        raise
 
 
 def _initialize(svi: SVI, loss: Any, scale: LatentScale | None, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
@@ -520,19 +597,74 @@ def _was_compiled(run: Path | str) -> bool:
     return execution.get("compiled", False)
 
 
-def _check_arguments(data: Data, epochs: int, batch_size: int, patience: int | None, valid: Data | None) -> None:
-    if epochs < 1:
-        raise ValueError(f"expected epochs >= 1, got {epochs}: give a positive number")
+def _check_numbers(epochs: Any, batch_size: Any, clip_norm: Any, patience: Any, seed: Any) -> None:
+    for name, value, low in (
+        ("epochs", epochs, 1),
+        ("batch_size", batch_size, 1),
+        ("patience", patience, 1),
+        ("seed", seed, 0),
+    ):
+        optional = name in ("batch_size", "patience") and value is None
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not optional and not (whole and low <= value < 2**63):
+            raise ValueError(f"expected {name} to be a whole number >= {low}, got {value!r}: give one")
+    number = isinstance(clip_norm, float | int) and not isinstance(clip_norm, bool)
+    if clip_norm is not None and not (number and clip_norm > 0):
+        raise ValueError(f"expected clip_norm > 0, got {clip_norm!r}: give a positive number")
+
+
+def _check_caller(model: Any, guide: Any, loss: Any) -> None:
+    """Where `fit` is called from: handlers would act on every step, and on all that is looked at besides."""
+    if handlers := [type(handler).__name__ for handler in runtime._PYRO_STACK]:
+        raise ValueError(
+            f"expected fit outside of Pyro's handlers, got it inside {', '.join(handlers)}: put them into the programs"
+        )
+    for name, module in modules_of(model=model, guide=guide, loss=loss).items():
+        if any(parameter.is_inference() for parameter in module.parameters()):
+            raise ValueError(
+                f"expected a {name} whose parameters can be trained, got one that was made under "
+                "torch.inference_mode(): make it outside"
+            )
+
+
+def _of_its_own(data: Data) -> Data:
+    """The data as tensors that autograd takes, which those made under ``inference_mode`` are not."""
+    tensors = (*data.args, *data.kwargs.values())
+    if not any(tensor.is_inference() for tensor in tensors):
+        return data
+    kwargs = {name: tensor.clone() for name, tensor in data.kwargs.items()}
+    return dataclasses.replace(data, args=tuple(tensor.clone() for tensor in data.args), kwargs=kwargs)
+
+
+def _check_data(data: Data, batch_size: int, patience: int | None, valid: Data | None) -> None:
     if not 1 <= batch_size <= len(data):
         raise ValueError(
             f"expected a batch_size from 1 to {len(data)}, the number of data, got {batch_size}: choose within"
         )
-    if patience is not None and (patience < 1 or valid is None):
+    if patience is not None and valid is None:
         raise ValueError(f"expected patience >= 1 beside validation data, got {patience}: pass valid=...")
-    for refused, tensors in ((torch.isinf, data.args), (lambda x: ~torch.isfinite(x), data.kwargs.values())):
-        for tensor in tensors:  # NaN among the arguments may be data that a likelihood takes as missing
-            if tensor.is_floating_point() and (count := int(refused(tensor).sum())):
-                raise ValueError(f"expected finite data, got {count} NaN or infinite values: drop or fill them")
+    for name, part in (("data", data), ("validation data", valid)):
+        if part is None:
+            continue
+        for refused, tensors in ((torch.isinf, part.args), (lambda x: ~torch.isfinite(x), part.kwargs.values())):
+            for tensor in tensors:  # NaN among the arguments may be data that a likelihood takes as missing
+                if tensor.is_floating_point() and (count := int(refused(tensor).sum())):
+                    raise ValueError(f"expected finite {name}, got {count} NaN or infinite values: drop or fill them")
+    if valid is None:
+        return
+    given, held_out = (
+        [("an argument", tensor.shape[1:]) for tensor in part.args]
+        + [(name, tensor.shape[1:]) for name, tensor in sorted(part.kwargs.items())]
+        for part in (data, valid)
+    )
+    steps = "lengths" in data.kwargs  # of which validation data may have another number
+    if [name for name, _ in given] != [name for name, _ in held_out] or any(
+        a[steps:] != b[steps:] or len(a) != len(b) for (_, a), (_, b) in zip(given, held_out, strict=True)
+    ):
+        shapes = [", ".join(f"{name} {tuple(shape)}" for name, shape in part) for part in (given, held_out)]
+        raise ValueError(
+            f"expected validation data like the training data, each datum {shapes[0]}, got {shapes[1]}: give the same"
+        )
 
 
 def _loss(loss: Any) -> Any:
@@ -701,21 +833,32 @@ def _check_support(svi: SVI, data: Data | None) -> None:
 
 
 @contextlib.contextmanager
-def _surroundings(seed: int) -> Iterator[None]:
-    """Seeded draws, an empty parameter store and no validation of every step; all as before when it ends."""
+def _surroundings(seed: int, place: torch.device) -> Iterator[torch.device]:
+    """Gradients, seeded draws, an empty parameter store and no validation of every step, on a device; all is as it was
+    when it ends."""
+    if not TRAINING.acquire(blocking=False):
+        raise ValueError(
+            "expected one training at a time in a process, as draws and parameter store are the process's, got a "
+            "second: run it in a process of its own, or after the first"
+        )
     threads = torch.get_num_threads()
-    with (
-        torch.random.fork_rng(),
-        pyro.get_param_store().scope(),
-        pyro.validation_enabled(False),
-        warnings.catch_warnings(),
-    ):
-        warnings.filterwarnings("ignore", "Encountered", UserWarning)
-        torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
+    try:
+        with (
+            of_the_library(place),
+            torch.enable_grad(),
+            torch.random.fork_rng(),
+            pyro.get_param_store().scope(),
+            pyro.validation_enabled(False),
+            warnings.catch_warnings(),
+        ):
+            warnings.filterwarnings("ignore", "Encountered", UserWarning)
+            torch.manual_seed(seed)
+            try:
+                yield place
+            finally:
+                torch.set_num_threads(threads)
+    finally:
+        TRAINING.release()
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import pytest
 import tomli_w
 import torch
 
+from pyro_vae import checkpoint
 from pyro_vae.cli import main
 
 TINY = ["--model.decoder.hidden", "[4]", "--guide.encoder.hidden", "[4]", "--model.latent_dim", "2"]
@@ -97,7 +98,15 @@ def spoil(trained, name, how):
     how(Path(RUN, name))
 
 
+def of_before(run):
+    """A run as earlier versions wrote it, whose configuration is in config.toml alone."""
+    for path in (run / "model.safetensors", run / "checkpoints" / "last.safetensors"):
+        state = checkpoint.load(path)
+        checkpoint.save({name: value for name, value in state.items() if name not in ("config", "epochs")}, path)
+
+
 def wider(path):
+    of_before(path.parent)
     path.write_text(path.read_text().replace("4,", "5,"))
 
 
@@ -159,6 +168,7 @@ def rewrite(trained, change, name="config.toml"):
     """A run whose configuration is another."""
 
     def changed(path):
+        of_before(path.parent)
         table = tomllib.loads(path.read_text())
         change(table)
         path.write_text(tomli_w.dumps(table))
@@ -344,9 +354,9 @@ CASES = {
     ),
     "no latent dimension": ("fit --model.latent_dim 0", r"a positive whole number, got 0: ", None),
     "no width": ("fit --model.decoder.hidden [0]", r"hidden to be a positive whole number, got 0: ", None),
-    "negative epochs": ("fit --epochs -3", r"epochs >= 1, got -3: ", None),
+    "negative epochs": ("fit --epochs -3", r"epochs to be a whole number >= 1, got -3: ", None),
     "too large a batch": ("fit --batch_size 5000", r"batch_size from 1 to 1297.*, got 5000: ", None),
-    "no patience": ("fit --patience 0", r"patience >= 1.*, got 0: ", None),
+    "no patience": ("fit --patience 0", r"patience to be a whole number >= 1, got 0: ", None),
     "no gradient": ("fit --clip_norm -1", r"clip_norm > 0, got -1.0: ", None),
     "negative learning rate": ("fit --optimizer.lr -1", r"optimiser.*, got Invalid learning rate: -1", None),
     "no warmup": ("fit --kl_weight Warmup --kl_weight.epochs 0", r"epochs > 0, got 0.*: ", None),

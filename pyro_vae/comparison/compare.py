@@ -10,10 +10,11 @@ from typing import Any
 import pandas
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..data import Data, as_data
+from ..evaluation import of_the_library
 from ..optim import Optimizer
+from ..progress import Bar
 from ..svi import modules_of
 from .bounds import best_log_evidence, bound_row
 from .contestants import check_takes, contestants_of, draws_of, is_whole
@@ -118,15 +119,16 @@ def compare_estimators(
     parameters = [p for module in modules_of(model=model, guide=guide).values() for p in module.parameters()]
     device = parameters[0].device if parameters else data.device
     data, held_out = data.to(device), held_out.to(device)
-    rows = _some(len(data), num_data, seed)
-    generator = torch.Generator(device).manual_seed(int(seed))
-    scored = _fixed(data, rows, generator)
-    tested = scored if valid is None else _fixed(held_out, _some(len(held_out), num_data, seed), generator)
-    batch = data.batch(_some(len(data), batch_size, seed).to(device), generator)
-    given = None if log_evidence is None else _per_datum(log_evidence, len(data))[rows]
+    with of_the_library(device):
+        rows = _some(len(data), num_data, seed)
+        generator = torch.Generator(device).manual_seed(int(seed))
+        scored = _fixed(data, rows, generator)
+        tested = scored if valid is None else _fixed(held_out, _some(len(held_out), num_data, seed), generator)
+        batch = data.batch(_some(len(data), batch_size, seed).to(device), generator)
+        given = None if log_evidence is None else _per_datum(log_evidence, len(data))[rows]
 
     total = len(contestants) * (4 + len(budget.seeds))
-    with surroundings(seed), tqdm(total=total, unit="measurement", disable=None if progress else True) as bar:
+    with surroundings(seed, device), Bar(total=total, unit="measurement", disable=None if progress else True) as bar:
         pair = Pair(model, guide, *batch)
         with pair.copied() as (p, q):
             for each in contestants:  # what one of them cannot take is said before anything is measured

@@ -18,15 +18,22 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from ..compiled import preserved
+from ..evaluation import of_the_library
 from ..log_weights import structure_of
 from ..svi import modules_of
 
 
 @contextlib.contextmanager
-def surroundings(seed: int) -> Iterator[None]:
-    """Seeded draws and no validation of every step; all as before when it ends."""
+def surroundings(seed: int, device: torch.device) -> Iterator[None]:
+    """Gradients, seeded draws and no validation of every step, on a device; all as before when it ends."""
     states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(), pyro.validation_enabled(False), warnings.catch_warnings():
+    with (
+        of_the_library(device),
+        torch.enable_grad(),
+        torch.random.fork_rng(),
+        pyro.validation_enabled(False),
+        warnings.catch_warnings(),
+    ):
         warnings.filterwarnings("ignore", "Encountered", UserWarning)
         torch.manual_seed(seed)
         try:
