@@ -38,14 +38,15 @@ print("%d.%d" % sys.version_info[:2])' 2>/dev/null </dev/null) || continue
     return 1
 }
 
+# A path entry, and no hook on imports: Python started beside a clone called pyro_vae takes the folder for the package else.
 install() {
     if [ -z "${PIP_ARGS:-}" ] && uv --version >/dev/null 2>&1; then
-        uv pip install --python .venv/bin/python -e '.[dev]' && return
+        uv pip install --python .venv/bin/python --config-setting editable_mode=compat -e '.[dev]' && return
         echo "uv could not install: trying pip" >&2
     fi
     .venv/bin/python -m pip --version >/dev/null 2>&1 || .venv/bin/python -m ensurepip --default-pip || return
     # shellcheck disable=SC2086
-    .venv/bin/python -m pip install ${PIP_ARGS:-} -e '.[dev]'
+    .venv/bin/python -m pip install ${PIP_ARGS:-} --config-settings editable_mode=compat -e '.[dev]'
 }
 
 if [ "${1:-}" = --which ]; then

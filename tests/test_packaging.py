@@ -288,3 +288,17 @@ def test_install_says_what_is_missing(fake):
     status, output = which(fake)
     assert status != 0
     assert output.endswith("(Debian, Ubuntu: apt install python3.12-venv)\n")
+
+
+def test_a_folder_called_as_the_package_does_not_shadow_it(tmp_path):
+    """Python started beside a clone finds the package, and no namespace of the folder's name."""
+    (tmp_path / "pyro_vae").symlink_to(Path(__file__).parents[1])
+    found = subprocess.run(
+        [sys.executable, "-c", "import pyro_vae; print(pyro_vae.__version__)"],
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, f"{found.stderr}: make install anew"
