@@ -539,6 +539,8 @@ def _configuration(options: Options) -> tuple[Table, Path | None]:
     files = [read_config(Path(value)) for path, value in options if path == "config"]
     if "resume" in paths:
         resume = Path(paths["resume"])
+        if resume.is_symlink():  # as runs/latest, which soon leads elsewhere
+            resume = resume.parent / os.readlink(resume)
         files.append(flat(recorded_config(resume, resume / "checkpoints" / "last.safetensors")))
         begun_run(resume)
     own = [(path, value) for path, value in options if path not in ("config", "resume", "print_config")]
@@ -624,7 +626,7 @@ def _check_references(components: Table, where: str) -> None:
                 raise ValueError(
                     f"expected {path} in {where} to refer to an earlier object, got {value['reference']!r}: mend it"
                 )
-        elif isinstance(value, Mapping) and "object" not in value:
+        elif isinstance(value, Mapping) and not value.keys() & {"object", "tensor"}:
             arguments = value.get("init_args", {}) if "class_path" in value else value
             if not isinstance(arguments, Mapping) or not isinstance(value.get("class_path", ""), str):
                 raise ValueError(f"expected {path} in {where} as class_path and init_args, got {value}: correct it")
@@ -732,7 +734,7 @@ def _sample(
     device: str = "auto",
     seed: int = 0,
 ) -> int:
-    from .prediction import sample
+    from .prediction import global_sites, global_values, sample
 
     _check_out(out, overwrite)
     if num < 1:
@@ -751,6 +753,13 @@ def _sample(
         steps = {"u": _some_inputs(dataset, num, T, seed)} if inputs else {"num_steps": T}  # type: ignore[arg-type]
     elif num_steps is not None:
         raise ValueError(f"expected --num_steps for a run on sequences, got {run}, which is none: leave it out")
+    if shared := global_sites(loaded.model, **steps):
+        if dataset is None:
+            raise ValueError(
+                f"expected data for {run}, whose global sites {shared} are drawn by them: train it on a file"
+            )
+        steps["given"] = global_values(loaded.guide, dataset.train)
+        print(f"         at the guide's values of the global sites {', '.join(shared)}")
     x = sample(loaded.model, num, seed=seed, mean=mean, **steps)
     arrays = {"x": x if dataset is None else dataset.restore(x)}
     _write_data(out, dataset, None, arrays | ({"u": steps["u"]} if "u" in steps else {}))
@@ -842,7 +851,14 @@ def _encode(
     dataset = _dataset(loaded, data)
     part = _split(dataset, split)
     arrays: dict[str, Any] = {}
-    for site, code in encodings(loaded.guide, part, num_samples=num_samples, seed=seed).items():
+    codes = encodings(loaded.guide, part, num_samples=num_samples, seed=seed)
+    shared = [site for site, code in codes.items() if code.is_global]
+    if shared and out.suffix == ".csv":
+        print(f"         without the global sites {', '.join(shared)}, which have no rows: --out FILE.npz has them")
+        codes = {site: code for site, code in codes.items() if not code.is_global}
+        if not codes:
+            raise ValueError("expected a site for each datum to write a row of, got global sites alone: --out FILE.npz")
+    for site, code in codes.items():
         arrays |= {f"{site}_mean": code.mean, f"{site}_scale": code.scale}
         if code.draws is not None:
             arrays[f"{site}_draws"] = code.draws

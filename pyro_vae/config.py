@@ -64,14 +64,15 @@ def plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def describe(objects: Mapping[str, Any]) -> dict[str, Any]:
+def describe(objects: Mapping[str, Any], tensors: dict[str, torch.Tensor] | None = None) -> dict[str, Any]:
     """The configuration that `build` turns into equal objects: plain numbers, strings, lists and tables.
 
     An object becomes ``{"class_path": ..., "init_args": {...}}``, its second appearance
     ``{"reference": path of the first}``, and an object that no import path leads to ``{"object": repr}``:
     the file stays readable, and `build` says what it lacks. So does one whose arguments cannot be told: they have no
     names, or a number among them is another now, or ``None``, for which TOML has no word, is not the default. Tuples
-    come back as lists, paths and devices as text.
+    come back as lists, paths and devices as text. Tensors go to `tensors`, by their paths, where it is given: the
+    configuration names them, ``{"tensor": path}``, and `build` takes them from there.
 
     Example:
         >>> describe({"optimizer": functools.partial(torch.optim.Adam, lr=0.1)})
@@ -94,6 +95,11 @@ def describe(objects: Mapping[str, Any]) -> dict[str, Any]:
             return table_of(value, path)
         if id(value) in seen:
             return {"reference": seen[id(value)]}
+        if type(value) is torch.Tensor:
+            if tensors is None:
+                return {"object": f"a tensor of shape {tuple(value.shape)}"}
+            tensors[path] = value.detach().cpu().clone()
+            return {"tensor": path}
         seen[id(value)] = path
         if isinstance(value, functools.partial) and not value.args:
             target, arguments = value.func, dict(value.keywords)
@@ -207,8 +213,9 @@ def _is_component(target: type) -> bool:
     )
 
 
-def build(config: Mapping[str, Any], **given: Any) -> dict[str, Any]:
-    """The objects that `describe` described; `given` ones are taken as they are and can be referred to.
+def build(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor] | None = None, **given: Any) -> dict[str, Any]:
+    """The objects that `describe` described, with its `tensors`; `given` ones are taken as they are and can be referred
+    to.
 
     Raises:
         ValueError: an entry that holds only an object's name, or a class that refuses its arguments.
@@ -224,10 +231,13 @@ def build(config: Mapping[str, Any], **given: Any) -> dict[str, Any]:
             return value
         if "reference" in value:
             return looked_up(value["reference"])
-        if "object" in value:
+        if "tensor" in value and value["tensor"] in (tensors or {}):
+            return (tensors or {})[value["tensor"]]
+        if "object" in value or "tensor" in value:
+            was = value.get("object", "a tensor")
             raise ValueError(
-                f"{path} was {value['object']}, which the file cannot tell, as no import path leads to it or its "
-                f"arguments are not known: hand it over, as in load_run(path, {path.split('.')[0]}=...)"
+                f"{path} was {was}, which the file cannot tell, as no import path leads to it or its arguments are not "
+                f"known: hand it over, as in load_run(path, {path.split('.')[0]}=...)"
             )
         arguments = {
             key: made(item, f"{path}.{key}")

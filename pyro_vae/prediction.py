@@ -38,6 +38,8 @@ __all__ = [
     "denoise",
     "encode",
     "encodings",
+    "global_sites",
+    "global_values",
     "interpolate",
     "reconstruct",
     "sample",
@@ -86,7 +88,7 @@ def sample(
     or one for all.
 
     Args:
-        given: values of global sites theta, such as ``encodings(guide, data)["w"].value``: the draws are of
+        given: values of global sites theta, such as `global_values` gives: the draws are of
             ``p(x | theta)``. Global sites left out are drawn from their prior, once for all draws.
 
     Raises:
@@ -138,7 +140,7 @@ def decode(model: Callable, z: Tensor | Mapping[str, Tensor], *, seed: int = 0, 
     Args:
         z: a tensor; or, for a model with several latent sites, a dict from site to tensor. Sites left out
             are drawn in the model's order, with `seed`. Global sites, which have no dimension N, are never left out,
-            as nothing is known of them before the data: ``encodings(guide, data)["w"].value``.
+            as nothing is known of them before the data: `global_values` gives them.
         kwargs: what else the model needs to draw data, as one of sequences needs `num_steps`.
 
     Raises:
@@ -158,8 +160,7 @@ def decode(model: Callable, z: Tensor | Mapping[str, Tensor], *, seed: int = 0, 
         if missing := [name for name in shared if name not in given]:
             raise ValueError(
                 f"expected values of the global sites {missing} in z, which all data share, got none: add those of the "
-                'guide, as in {"z": z, '
-                f'"{missing[0]}": encodings(guide, data)["{missing[0]}"].value}}'
+                'guide, {"z": z, **pyro_vae.prediction.global_values(guide, data)}'
             )
         of_all = _of_all(given, shared)
         if not sites:
@@ -234,6 +235,34 @@ def encodings(guide: Callable, data: Any, *, num_samples: int | None = None, see
                 encoding = Encoding(mean, scale, draws if num_samples else None, name in shared, value)
                 parts.setdefault(name, []).append(encoding)
     return {name: _joined(batches) for name, batches in parts.items()}
+
+
+def global_sites(model: Callable, *, seed: int = 0, mean: bool = False, **kwargs: Any) -> list[str]:
+    """The names of the latent sites of a model outside the plate of the data; `kwargs` as for `sample`."""
+    kwargs = {name: each[:1] if isinstance(each, Tensor) and each.ndim else each for name, each in kwargs.items()}
+
+    def drawn(rows: int) -> list[poutine.Trace]:
+        given = {
+            n: each.expand(rows, *each.shape[1:]) if isinstance(each, Tensor) else each for n, each in kwargs.items()
+        }
+        return [_drawn(model, rows, given)]
+
+    with isolated(model):
+        return list(_shared(drawn(1)[0], plate_of_data(drawn, 1)))
+
+
+def global_values(guide: Callable, data: Any, *, seed: int = 0) -> dict[str, Tensor]:
+    """Values of the global sites to draw and decode data at: the `Encoding.value` of each.
+
+    Example:
+        >>> from pyro_vae.guides import AmortizedGuide
+        >>> from pyro_vae.models import BayesianVAE
+        >>> model = BayesianVAE((4,), size=5, latent_dim=2)
+        >>> given = global_values(AmortizedGuide(model), torch.ones(5, 4))
+        >>> sample(model, 3, given=given).shape
+        torch.Size([3, 4])
+    """
+    return {name: each.value for name, each in encodings(guide, data, seed=seed).items() if each.value is not None}
 
 
 def encode(guide: Callable, data: Any, *, num_samples: int | None = None, seed: int = 0) -> Encoding:

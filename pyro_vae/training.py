@@ -80,6 +80,7 @@ class Run:
 
     def __init__(self, model: Any, guide: Any, path: Path, config: dict[str, Any]) -> None:
         self.model, self.guide, self.path, self.config = model, guide, path, config
+        self.tensors: dict[str, Tensor] = {}  # those that the configuration names
         self.history: list[dict[str, Any]] = []
 
     def __repr__(self) -> str:
@@ -102,7 +103,16 @@ class Run:
         return evaluate(self.model, self.guide, data, **options)
 
     def sample(self, num_samples: int, **options: Any) -> Tensor:
-        """`pyro_vae.prediction.sample` of this model."""
+        """`pyro_vae.prediction.sample` of this model, given values of its global sites, if any.
+
+        Raises:
+            ValueError: it has some, and none were given: their prior knows nothing of the data.
+        """
+        if "given" not in options and (shared := prediction.global_sites(self.model, **options)):
+            raise ValueError(
+                f"expected values of the global sites {shared} to draw data at, got none: run.sample(..., "
+                "given=pyro_vae.prediction.global_values(run.guide, data))"
+            )
         return prediction.sample(self.model, num_samples, **options)
 
     def encode(self, data: Any, **options: Any) -> prediction.Encoding:
@@ -223,7 +233,9 @@ def fit(
         }
         path = checkpoint.new_run(out, overwrite) if resume is None else checkpoint.begun_run(resume)
         with checkpoint.locked(path), _told(path):
-            run = Run(model, guide, path, describe(settings))
+            tensors: dict[str, Tensor] = {}
+            run = Run(model, guide, path, describe(settings, tensors))
+            run.tensors = tensors
             state = _State(svi, run, _generator(place, seed), data, {"seed": seed, "batch_size": batch_size})
             try:
                 state.resume(patience) if resume is not None else state.begin()
@@ -279,10 +291,12 @@ def load_run(path: Path | str, *, model: Any = None, guide: Any = None, device: 
             "name a run's directory"
         )
     given = {name: value for name, value in (("model", model), ("guide", guide)) if value is not None}
-    with torch.random.fork_rng():
-        built = build({name: config[name] for name in ("model", "guide") if name not in given}, **given)
-    run = Run(built["model"], built["guide"], path, config)
     state = checkpoint.load(weights)
+    tensors = state.get("tensors", {})
+    with torch.random.fork_rng():
+        built = build({name: config[name] for name in ("model", "guide") if name not in given}, tensors, **given)
+    run = Run(built["model"], built["guide"], path, config)
+    run.tensors = tensors
     programs = {"model": run.model, "guide": run.guide}
     for name, module in modules_of(**programs).items():
         floating = [value.dtype for value in state.get(name, {}).values() if value.is_floating_point()]
@@ -338,6 +352,7 @@ class _State:
             **{name: getattr(self, name) for name in counters},
             "history": self.run.history,
             "config": self.run.config,
+            "tensors": self.run.tensors,
             "random": get_random_state(),
             "generator": self.generator.get_state(),
             "execution": {"threads": torch.get_num_threads(), "compiled": isinstance(self.svi, CompiledSVI)},
@@ -431,7 +446,7 @@ class _State:
         if best and self.best_weights is not None:
             self.svi.load_weights(self.best_weights)
         weights = self._weights()
-        content = {**weights, "epochs": len(self.run.history), "config": self.run.config}
+        content = {**weights, "epochs": len(self.run.history), "config": self.run.config, "tensors": self.run.tensors}
         checkpoint.save(content, self.run.path / "model.safetensors")
         (self.folder / "best.safetensors").unlink(missing_ok=True)
         params = weights["params"]

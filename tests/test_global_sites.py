@@ -3,6 +3,7 @@
 import contextlib
 import math
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -12,7 +13,8 @@ from pyro.infer import TraceMeanField_ELBO
 from pyro.nn import PyroModule
 from torch import nn
 
-from pyro_vae import annealing, evaluate, evaluation, fit, prediction
+from pyro_vae import annealing, evaluate, evaluation, fit, load_dataset, load_run, prediction
+from pyro_vae.cli import main
 from pyro_vae.guides import AmortizedGuide, families
 from pyro_vae.models import BayesianVAE
 from pyro_vae.prediction import encode, encodings, reconstruct, scores, to_arviz
@@ -343,7 +345,7 @@ def test_what_is_decoded_has_the_globals_of_the_guide(monkeypatch):
     line = prediction.interpolate(slopes, guide_of_slopes, *ends, steps=3)
     torch.testing.assert_close(line, 3 * z[:, None] + v)
     for missing in ({"z": z}, {"z": z, "v": v}, z):
-        with pytest.raises(ValueError, match=r'values of the global sites \[.*"w": encodings\(guide, data\)\["w"\]'):
+        with pytest.raises(ValueError, match=r"values of the global sites \[.*global_values\(guide, data\)"):
             prediction.decode(slopes, missing)
     with pytest.raises(ValueError, match=r'the global site "v" with shape \(2,\), got \(3, 2\)'):
         prediction.decode(slopes, {"z": z, "w": given["w"], "v": v.expand(3, 2)})
@@ -553,3 +555,44 @@ def test_a_part_of_a_plate_within_a_datum_does_not_make_it_stand_for_all(tmp_pat
 
     with pytest.raises(ValueError, match=r'batches of 4 whose site "x" stands for 4: batch_size=40'):
         fit(model, guide, torch.zeros(40, 4), batch_size=4, epochs=1, out=tmp_path / "run", progress=False)
+
+
+def of_people(x=None, num_data=None):
+    """A factor model: x_i ~ N(load z_i, s^2), load and s of all people."""
+    load = pyro.sample("load", dist.Normal(torch.zeros(3), 2.0).to_event(1))
+    s = pyro.sample("s", dist.LogNormal(0.0, 1.0))
+    with pyro.plate("people", num_data if x is None else len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+        return pyro.sample("x", dist.Normal(z * load, s).to_event(1), obs=x)
+
+
+def test_a_run_of_global_sites_is_reopened_and_drawn_at_what_it_learned(tmp_path, capsys):
+    """From Python, whose guide was made by an example, and from the command line."""
+    torch.manual_seed(0)
+    data = (100.0 + torch.randn(60, 3)).float()
+    np.savetxt(tmp_path / "t.csv", data.numpy(), delimiter=",", header="a,b,c", comments="")
+    dataset = load_dataset(tmp_path / "t.csv")
+    example = dataset.train.x.double()
+    guide = AmortizedGuide(of_people, example=((example,), {})).double()
+    run = fit(of_people, guide, dataset.train, epochs=2, out=tmp_path / "run", progress=False)
+    again = load_run(run.path)
+    assert torch.equal(again.tensors["guide.example.0.0"], example)
+    x = dataset.test.x
+    assert torch.equal(encode(again.guide, x, seed=3).mean, encode(run.guide, x, seed=3).mean)
+    with pytest.raises(ValueError, match=r"values of the global sites \['load', 's'\] to draw data at"):
+        run.sample(3)
+    given = prediction.global_values(run.guide, dataset.train)
+    assert run.sample(3, given=given).shape == (3, 3) and set(given) == {"load", "s"}
+
+    out = tmp_path / "x.csv"
+    assert main(["sample", str(run.path), "--num", "2000", "--out", str(out)]) == 0
+    drawn = torch.tensor(np.loadtxt(out, delimiter=",", skiprows=1))
+    sd = (given["load"].square() + given["s"].square()).sqrt() * dataset.scale
+    torch.testing.assert_close(drawn.std(0), sd, rtol=0.1, atol=0)  # and not that of the prior
+    assert main(["encode", str(run.path), "--out", str(tmp_path / "z.csv")]) == 0
+    said = capsys.readouterr().out
+    assert "at the guide's values of the global sites load, s" in said
+    assert "without the global sites load, s, which have no rows: --out FILE.npz has them" in said
+    assert (tmp_path / "z.csv").read_text().splitlines()[0] == "id,z_mean_0,z_scale_0"
+    assert main(["encode", str(run.path), "--out", str(tmp_path / "z.npz")]) == 0
+    assert np.load(tmp_path / "z.npz")["load_mean"].shape == (3,)

@@ -34,7 +34,7 @@ def summary_sentence(model: Callable, evaluation: Evaluation, dataset: Dataset) 
     part = "pixel" if noun == "image" else "column"
     baseline = independent_baseline(model, dataset)
     discrete = observation_of(model).support.is_discrete
-    score = evaluation.log_evidence
+    score = evaluation.log_predictive  # log_evidence, but where sites are shared by all data
     start = f"On {counted(evaluation.num_data, noun)} that it has never seen, this model "
     if evaluation.per_step is not None and dataset.sequences:
         score, noun = evaluation.per_step["log_evidence"], "step"
