@@ -167,7 +167,10 @@ def test_a_configuration_holds_numbers_or_says_that_it_does_not(tmp_path):
     for unnamed in (Positional(0.5), Renamed(0.5), torch.ones(2), np.ones(2), {1, 2}, Fraction(1, 2)):
         assert list(describe({"x": unnamed})["x"]) == ["object"]
     several = dist.StudentT(torch.ones(3), torch.zeros(3), 1.0)
-    assert describe({"x": several})["x"]["init_args"]["loc"] == {"object": repr(several.loc)}
+    assert describe({"x": several})["x"]["init_args"]["loc"] == {"object": "a tensor of shape (3,)"}
+    tensors = {}
+    told = describe({"x": several}, tensors)["x"]["init_args"]
+    assert told["loc"] == {"tensor": "x.loc"} and torch.equal(tensors["x.loc"], several.loc)
     run = trained(tmp_path / "run", loss=FreeBits(np.float32(0.5)), clip_norm=np.float32(0.5))
     assert load_run(run.path).config["clip_norm"] == 0.5
 
