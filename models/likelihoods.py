@@ -265,7 +265,7 @@ def auto(x: Tensor) -> Likelihood:
 
     Example:
         >>> auto(torch.tensor([[0.0, 16.0], [3.0, 7.0]]))
-        Binomial()
+        NegativeBinomial()
     """
     likelihood, reason = fitting(x)
     logging.getLogger(__name__).info("likelihood: %s, because %s", type(likelihood).__name__, reason)
@@ -273,22 +273,27 @@ def auto(x: Tensor) -> Likelihood:
 
 
 def fitting(x: Tensor) -> tuple[Likelihood, str]:
-    """The likelihood that fits the values of x, shape ``(N, *event_shape)``, and why.
+    """The likelihood that fits the values of x, shape ``(N, *event_shape)``, and why: counts of tables have no largest
+    value, the whole numbers of pictures have.
 
     Example:
         >>> fitting(torch.tensor([[0.0, 16.0], [3.0, 7.0]]))
-        (Binomial(), 'the values are whole numbers from 0 to 16')
+        (NegativeBinomial(), 'the values are counts, from 0 to 16')
     """
     likelihood: Likelihood
+    is_picture = x.ndim > 2
     if bool(x.isnan().any()):
-        likelihood, reason = fitting(x[~x.isnan()])
+        there = x[~x.isnan()]
+        likelihood, reason = fitting(there.reshape(-1, *[1] * (x.ndim - 1)))
         return Missing(likelihood), f"some values are missing, and of the others {reason}"
     low, high = x.min().item(), x.max().item()
     whole = bool((x == x.round()).all())
     if whole and low >= 0 and high <= 1:
         likelihood, reason = Bernoulli(), "every value is 0 or 1"
-    elif whole and low >= 0 and high <= 255:
+    elif whole and low >= 0 and is_picture:
         likelihood, reason = Binomial(int(high)), f"the values are whole numbers from 0 to {high:.0f}"
+    elif whole and low >= 0:
+        likelihood, reason = NegativeBinomial(), f"the values are counts, from 0 to {high:.0f}"
     elif low >= 0 and high <= 1:
         likelihood, reason = ContinuousBernoulli(), "the values are real numbers in [0, 1]"
     else:

@@ -80,9 +80,12 @@ data:
                        folder of images; sequences: jsb_chorales, sp500, pendulum, ..., a .npz with lengths
   --data.binarize HOW  none (default), static, dynamic
   --data.label COLUMN, --data.id COLUMN      columns of a .csv that are no features
-  --data.time COLUMN   a .csv of sequences, one for each id, or pieces of --data.window N steps of one series;
-                       --data.inputs COLUMN,COLUMN act on the latents; with --data.every D (h, MS, 2, ...)
-                       absent times are steps without values
+  --data.columns A,B   columns to model, not all       --data.drop A,B   columns to leave out
+  --data.kind A=count  what a column is: real, count, binary   --data.standardize false   values as they are
+  --data.header true|false   whether the first row names the columns (found out by default)
+  --data.time COLUMN   a .csv of sequences, one for each id, or pieces of --data.window N steps, or both;
+                       year,quarter: times in several columns; --data.inputs COLUMN,COLUMN act on the latents;
+                       with --data.every D (h, MS, 2, ...) absent times are steps without values
   --data.size 32|32x24 resize the images of a folder    --data.max_gb N   what a file may take in memory (2)
   --data.download      fetch a named data set          --data.root DIR   where the named data sets are
   --data.split [0.8,0.1,0.1], --data.seed N  another division into train, valid and test
@@ -471,6 +474,9 @@ def _fit(options: Options) -> int:
     programs, reason = _programs(components, dataset, settings.get("seed", 0))
     print(f"model    {_name_of(programs['model'])}, {reason}")
     print(f"device   {_device(device)}", flush=True)
+    if dataset.columns and dataset.location is None and "whole numbers" in dataset.description:
+        told = "all values are counts, whole numbers from 0 on, and stay as they are (--data.kind NAME=real: of another kind)"
+        print(f"note     {told}", file=sys.stderr, flush=True)
     try:
         log = [] if sys.stderr.isatty() else [_log_of_epochs()]
         settings |= {"valid": dataset.valid, "resume": resume, "callbacks": log}
@@ -584,7 +590,7 @@ def _programs(components: Table, dataset: Dataset, seed: int) -> tuple[Table, st
     if "event_shape" in names:
         arguments["event_shape"] = shape
     if "likelihood" in names and arguments.get("likelihood", "auto") == "auto":
-        observed = torch.cat([split.values for split in (dataset.train, dataset.valid, dataset.test)])
+        observed = dataset.train.values
         likelihood, why = likelihoods.fitting(observed[~observed.isnan()] if dataset.sequences else observed)
         arguments["likelihood"] = describe({"likelihood": likelihood})["likelihood"]
         reason = f"{type(likelihood).__name__} likelihood because {why}"

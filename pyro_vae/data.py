@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,8 @@ from .sources.times import padded
 __all__ = ["Data", "Dataset", "Split", "as_data", "joined", "load_dataset", "rows_of"]
 
 Binarize = Literal["none", "static", "dynamic"]
+Kind = Literal["real", "count", "binary"]
+KINDS = ("real", "count", "binary")
 CHUNK = 10_000  # rows that are looked at together
 NUM_BUCKETS = 4  # of lengths of sequences: each is a compiled step
 
@@ -425,6 +427,11 @@ def load_dataset(
     inputs: Sequence[str] = (),
     window: int | None = None,
     every: str | float | None = None,
+    columns: Sequence[str] = (),
+    drop: Sequence[str] = (),
+    kind: Sequence[str] = (),  # or a mapping
+    standardize: bool = True,
+    header: bool | None = None,
     size: int | str | Sequence[int] | None = None,
     max_gb: float = 2.0,
     seed: int = 0,
@@ -475,6 +482,12 @@ def load_dataset(
             and so on, as pandas writes them, or a number for times that are numbers; dates with a zone are taken in
             UTC. Times without a row are steps without values, then; otherwise rows follow one another as they are, and
             the description counts the gaps.
+        columns: of a `.csv` to model, where not all are that are nothing else. drop: those to leave out.
+        kind: what columns are, where they seem something else, as ``{"visits": "count"}`` or ``["visits=count"]``. Of a
+            "count" cells that are no whole number from 0 on become gaps, of a "binary" one those that are not 0 or 1;
+            "real" values are standardised.
+        standardize: False leaves real values as they are.
+        header: whether the first row of a `.csv` names the columns; by default it is found out, and told.
         size: of the images of a folder, which are resized to it: 32, "32x24", or (32, 24) for height and width.
         max_gb: what a file may take in memory, as far as it announces it; more is refused.
         seed: of the split's permutation and of static binarisation, and of nothing else.
@@ -505,18 +518,23 @@ def load_dataset(
 
     if not max_gb > 0:
         raise ValueError(f"expected max_gb > 0, got {max_gb}: give the gigabytes that data may take")
-    columns = Columns(label, id, time, tuple(inputs), window, every)
-    name, source = find(name_or_path, root, download, columns, _height_and_width(size), max_gb)
+    kinds = _kinds(kind)
+    named_columns = Columns(label, id, time, tuple(inputs), window, every, tuple(columns), tuple(drop), header)
+    name, source = find(name_or_path, root, download, named_columns, _height_and_width(size), max_gb)
     known = isinstance(name_or_path, str) and name_or_path in NAMED
     arguments: dict[str, Any] = {"name_or_path": name_or_path if known else _absolute(name_or_path)}
     arguments |= {"binarize": binarize} if binarize != "none" else {}
     named: dict[str, Any] = {"label": label, "id": id, "time": time, "inputs": list(inputs) or None}
     named |= {"window": window, "every": every, "max_gb": None if max_gb == 2 else max_gb}
+    named |= {"columns": list(columns) or None, "drop": list(drop) or None, "header": header}
+    named |= {"kind": [f"{column}={what}" for column, what in kinds.items()] or None}
+    named |= {"standardize": None if standardize else False}
     named |= {"size": size if size is None or isinstance(size, int | str) else list(size)}
     arguments |= {key: value for key, value in named.items() if value is not None}
     arguments |= {"root": _absolute(root)} if root else {}
     arguments |= {"split": list(split)} if split else {}
     arguments |= {"seed": seed} if seed else {}
+    gaps = _of_kinds(source, kinds, name)
     x, values = _scaled(source)
     if binarize != "none":
         x = _intensities(x / source.peak, name)
@@ -531,18 +549,16 @@ def load_dataset(
         sizes = _sizes(len(x), (0.8, 0.1, 0.1) if split is None else split, name)
     rows = permutation.split(list(sizes))
     counted = None if source.lengths is None else _counted(source)  # (N, T, D)
-    table = x if counted is None else _by_step(x, counted)
-    real = binarize == "none" and not source.as_they_are and _is_real_table(table)
-    largest = table.abs().nan_to_num(0.0).amax(0) if real else None
-    shape, source.x = x.shape, x[:0]
-    parts = [x[r] for r in rows]
-    del x, table
-
+    shape, parts = x.shape, [x[r] for r in rows]
     location = scale = None
-    if largest is not None:
-        training = parts[0] if counted is None else _by_step(parts[0], counted[rows[0]])
+    training = parts[0] if counted is None else _by_step(parts[0], counted[rows[0]])
+    real = binarize == "none" and not source.as_they_are and _is_real_table(training, source.columns, kinds, name)
+    if real and standardize:
+        table = x if counted is None else _by_step(x, counted)
+        largest = torch.stack([some.abs().nan_to_num(0.0).amax(0) for some in table.split(CHUNK)]).amax(0)
+        source.x = x = table = table[:0]
         location, scale = _standardisation(training, largest, source.columns, name)
-        del training
+        training = training[:0]
         for i, part in enumerate(parts):
             parts[i] = torch.cat([((some - location) / scale).float() for some in part.split(CHUNK)])
         values = "real values standardised per column"
@@ -554,6 +570,8 @@ def load_dataset(
     def make_split(i: int, split_name: str) -> Split:
         log_jacobian: float | Tensor = 0.0 if scale is None else -scale.log().sum().item()
         part, parts[i] = parts[i].float(), parts[i][:0]
+        if scale is not None and counted is None and bool(part.isnan().any()):  # what is missing has no density
+            log_jacobian = -(~part.isnan() * scale.log()).sum(-1)
         of_steps: dict[str, Any] = {}
         if source.lengths is not None and counted is not None:
             part, of_steps = _steps_of(source, part, counted, rows[i])
@@ -576,7 +594,7 @@ def load_dataset(
         valid=make_split(1, "valid"),
         test=make_split(2, "test"),
         event_shape=shape[1 if source.lengths is None else 2 :],
-        description=f"{shape[0]:,} {source.noun or _noun(shape, counted is not None)}, {values}{source.note}",
+        description=f"{shape[0]:,} {source.noun or _noun(shape, counted is not None)}, {values}{source.note}{gaps}",
         location=location,
         scale=scale,
         columns=source.columns,
@@ -619,7 +637,7 @@ def _steps_of(source: Source, x: Tensor, counted: Tensor, rows: Tensor) -> tuple
 def _scaled(source: Source) -> tuple[Tensor, str]:
     """The values that are modelled, float32 for eight-bit intensities x/255, and what to call them."""
     x = source.x
-    low, high = (bound.item() for bound in x.aminmax())
+    low, high = _ends(x)
     images_of_bytes = x.ndim > 2 and source.lengths is None and low >= 0 and 127 < high <= 255
     if source.eight_bit or images_of_bytes or (x.dtype == torch.uint8 and high > 1):
         return x.float() / 255, "intensities x/255"
@@ -633,7 +651,7 @@ def _scaled(source: Source) -> tuple[Tensor, str]:
 
 
 def _intensities(x: Tensor, name: str) -> Tensor:
-    low, high = (bound.item() for bound in x.aminmax())
+    low, high = _ends(x)
     if low < 0 or high > 1:
         raise ValueError(
             f"expected values in [0, 1] to binarise, got {low:g} to {high:g} in {name}: pass "
@@ -642,16 +660,78 @@ def _intensities(x: Tensor, name: str) -> Tensor:
     return x.float()
 
 
-def _is_real_table(x: Tensor) -> bool:
-    """A table that is neither of counts up to 255 nor within [0, 1]: a Normal is its likelihood."""
-    if x.ndim != 2:
+def _is_real_table(train: Tensor, columns: Sequence[str] | None, kinds: Mapping[str, Kind], name: str) -> bool:
+    """Whether training rows (N, D) are neither counts nor within [0, 1]: a Normal is their likelihood.
+
+    Raises:
+        ValueError: nearly all of a column are counts, and the others are: is it one?
+    """
+    if train.ndim != 2:
         return False
-    ends = [some[~some.isnan()].aminmax() for some in x.split(CHUNK) if not bool(some.isnan().all())]
-    low, high = (
-        float(torch.stack([each[i] for each in ends]).amax() if i else min(e[0] for e in ends)) for i in (0, 1)
-    )
-    counts = low >= 0 and high <= 255 and _are_whole(x)
-    return not counts and not (low >= 0 and high <= 1)
+    low, high = _ends(train)
+    if low >= 0 and high <= 1:
+        return "real" in kinds.values()
+    counts = sum(((some >= 0) & (some == some.round())).sum(0) for some in train.split(CHUNK))
+    there = sum((~some.isnan()).sum(0) for some in train.split(CHUNK))
+    named = list(columns) if columns is not None else [str(j) for j in range(train.shape[1])]
+    wrong = [j for j in range(train.shape[1]) if counts[j] < there[j] or kinds.get(named[j]) == "real"]
+    asked = [j for j in wrong if counts[j] >= 0.99 * there[j] and named[j] not in kinds]
+    if asked and len(asked) == len(wrong) and columns is not None:
+        cells = train[:, asked[0]]
+        odd = cells[~(cells.isnan() | ((cells >= 0) & (cells == cells.round())))]
+        told = ", ".join(f"{float(each):g}" for each in odd[:3])
+        raise ValueError(
+            f"expected whole numbers from 0 on in column {named[asked[0]]!r} of {name}, as nearly all of it are, got "
+            f"{told}: say what it is, kind= (--data.kind {named[asked[0]]}=count) makes these cells gaps, "
+            f"{named[asked[0]]}=real takes them"
+        )
+    return bool(wrong)
+
+
+def _kinds(kind: Sequence[str] | Mapping[str, Kind]) -> dict[str, Kind]:
+    given = list(kind.items()) if isinstance(kind, Mapping) else [tuple(str(each).rsplit("=", 1)) for each in kind]
+    for each in given:
+        if len(each) != 2 or each[1] not in KINDS:
+            raise ValueError(
+                f"expected kind= (--data.kind) as NAME=KIND of {', '.join(KINDS)}, got {'='.join(map(str, each))!r}: "
+                "as in visits=count"
+            )
+    return dict(given)  # type: ignore[arg-type]
+
+
+def _of_kinds(source: Source, kinds: Mapping[str, Kind], name: str) -> str:
+    """Make gaps of cells that are not of the kind that their column is said to be; how many there are."""
+    made = 0
+    for column, kind in kinds.items():
+        if source.columns is None or column not in source.columns or source.lengths is not None:
+            raise ValueError(
+                f"expected kind= (--data.kind) of one of the columns {list(source.columns or ())} of {name}, got "
+                f"{column!r}: correct it"
+            )
+        if kind == "real":
+            continue
+        cells = source.x[:, source.columns.index(column)]
+        fits = (cells >= 0) & (cells == cells.round()) if kind == "count" else (cells == 0) | (cells == 1)
+        odd = ~fits & ~cells.isnan()
+        cells[odd] = torch.nan
+        made += int(odd.sum())
+    missing = 0
+    if source.x.ndim == 2 and source.x.is_floating_point():
+        missing = sum(int(some.isnan().sum()) for some in source.x.split(CHUNK))
+    told = f", {made:,} cell{'s' if made > 1 else ''} of another kind made gaps" if made else ""
+    return told + (f", {missing:,} missing value{'s' if missing > 1 else ''}" if missing else "")
+
+
+def _ends(x: Tensor) -> tuple[float, float]:
+    """The smallest and the largest value that is not missing, looked at in parts, as memory counts."""
+    ends = []
+    for some in x.split(CHUNK):
+        some = some[~some.isnan()] if some.is_floating_point() and bool(some.isnan().any()) else some
+        if some.numel():
+            ends.append(some.aminmax())
+    if not ends:
+        return 0.0, 0.0
+    return min(float(each.min) for each in ends), max(float(each.max) for each in ends)
 
 
 def _are_whole(x: Tensor) -> bool:

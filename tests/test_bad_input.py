@@ -285,7 +285,7 @@ CASES = {
     ),
     "broken csv": (
         "fit --data data.csv",
-        r"comma-separated text.*, got something else.*: export",
+        r"2 cells in line 2 of data.csv, got 1: mend that line",
         lambda: csv('a,b\n"1,2\n'),
     ),
     "truncated csv": (
@@ -295,7 +295,7 @@ CASES = {
     ),
     "words in a csv": (
         "fit --data data.csv",
-        r"numbers in column 'b'.*, got 'red'.*: correct it, or name",
+        r"numbers in column 'b'.*, got 'red'.*: leave such columns out with drop=",
         lambda: csv(rows("3,red")),
     ),
     "label not there": (
@@ -333,10 +333,10 @@ CASES = {
     ),
     "NaN": (
         "fit --data data.npy",
-        r"finite.*got 3 missing, NaN.*row 7.*: fill",
-        lambda: table(change=lambda x: np.where(np.arange(40)[:, None] == 7, np.nan, x)),
+        r"finite.*got 3 infinite.*row 7.*: fill",
+        lambda: table(change=lambda x: np.where(np.arange(40)[:, None] == 7, -np.inf, x)),
     ),
-    "infinity": ("fit --data data.csv", r"finite.*got 1 missing, NaN, infinite.*'b': fill", lambda: csv(rows("1,inf"))),
+    "infinity": ("fit --data data.csv", r"finite.*got 1 infinite or too large.*'b': fill", lambda: csv(rows("1,inf"))),
     "grey under a Bernoulli": (
         "fit --data data.npy --model.likelihood Bernoulli",
         r'site "x" in the support of its Bernoulli likelihood.*, got values from 0.*: binarise',

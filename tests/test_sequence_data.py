@@ -330,7 +330,6 @@ def test_what_is_wrong_with_an_npz(arrays, said, tmp_path):
     ("options", "said"),
     [
         ({"time": "t"}, "neither"),
-        ({"time": "t", "id": "i", "window": 3}, "both"),
         ({"time": "t", "window": 0}, "window >= 1"),
         ({"time": "no"}, r"expected time= \(--data.time\) to be one of the columns"),
         ({"id": "i", "inputs": ["v"]}, r"expected time= \(--data.time\) beside inputs="),
@@ -341,7 +340,7 @@ def test_what_is_wrong_with_an_npz(arrays, said, tmp_path):
         ({"time": "twice", "id": "i"}, "distinct times in .*, got '0' twice for 'n0', the second in line 14: mend"),
         (
             {"time": "t", "id": "i", "inputs": ["twice", "v", "w"]},
-            "a column to model .* id 'i', time 't', inputs 'twice'",
+            "a column to model .*, got 'i', 't', 'twice', 'v', 'w' alone",
         ),
         ({"time": "t", "id": "i", "every": 5}, "expected times every 5 from 0 on in .* for 'n0', got 12"),
         ({"time": "t", "id": "i", "every": "D"}, "expected a step of numbers as every= .* got 'D'"),

@@ -71,8 +71,9 @@ class Section:
 
 
 def limits(values: np.ndarray) -> tuple[float, float]:
-    """An axis that nearly all values fit on."""
-    low, high = np.quantile(values, [0.002, 0.998])
+    """An axis that nearly all values fit on; those that are missing need no place."""
+    there = values[~np.isnan(values)]
+    low, high = np.quantile(there, [0.002, 0.998]) if len(there) else (0.0, 1.0)
     margin = 0.08 * (high - low) or 0.5
     return low - margin, high + margin
 

@@ -173,7 +173,7 @@ class Sequences:
         z = filtered.z[:, 0]
         mean = (weights * z).sum(0).cpu()
         spread = ((weights * z.square()).sum(0).cpu() - mean.square()).clamp(min=0).sqrt()
-        order = smooth.mean(0).var(0).argsort(descending=True)[:3].tolist()
+        order = smooth.mean(0).var(0, correction=0).argsort(descending=True)[:3].tolist()
         truth = self.dataset.test.latents
         known = truth is not None and truth.shape[-1] == smooth.shape[-1]
         knows = "what came before, too" if getattr(self.guide, "causal", False) else "the whole sequence"
@@ -215,6 +215,8 @@ class Sequences:
             args, kwargs = self.one(i)
             found.append(self.model.smooth(self.guide, *args, **kwargs, num_samples=50)[:, 0].mean(0).cpu().double())
         every = torch.cat(found)
+        if len(every) < 3:
+            return Section("Paths of the states", "The test sequences have too few steps to draw a path of.")
         names = ["z1", "z2"]
         text = f"The smoothed means of {count} test sequences"
         if every.shape[-1] == 1:

@@ -24,7 +24,7 @@ class Tables:
         self.subject = subject
         D = math.prod(subject.dataset.event_shape)
         self.names = [plain(name) for name in subject.dataset.columns or (f"column {d}" for d in range(D))]
-        varying = subject.dataset.train.x.flatten(1).std(0).nonzero().flatten().tolist()
+        varying = np.nanstd(subject.dataset.train.x.flatten(1).cpu().numpy(), 0).nonzero()[0].tolist()
         self.worth_showing = varying or list(range(D))
 
     def restored(self, x: Tensor) -> np.ndarray:
@@ -43,11 +43,12 @@ class Tables:
         drawn = self.restored(subject.sample(len(data), mean=False))
         figure, axes = panels(len(columns))
         for axis, d in zip(axes, columns, strict=True):
-            distinct = np.unique(data[:, d])
-            edges = np.linspace(*limits(data[:, d]), 31)
+            own = data[~np.isnan(data[:, d]), d]
+            distinct = np.unique(own)
+            edges = np.linspace(*limits(own), 31)
             if len(distinct) <= 30 and (distinct == distinct.round()).all():
                 edges = np.arange(distinct[0] - 0.5, distinct[-1] + 1)
-            axis.hist(data[:, d], edges, color=GREY, alpha=0.45, label="data")
+            axis.hist(own, edges, color=GREY, alpha=0.45, label="data")
             axis.hist(drawn[:, d], edges, histtype="step", color=BLUE, lw=1.6, label="samples")
             axis.set_yticks([])
             axis.spines["left"].set_visible(False)
@@ -67,7 +68,8 @@ class Tables:
             return
         first, second = np.triu_indices(len(columns), 1)
         with np.errstate(invalid="ignore", divide="ignore"):
-            strength = np.nan_to_num(np.abs(np.corrcoef(data[:, columns].T))[first, second])
+            correlation = np.ma.corrcoef(np.ma.masked_invalid(data[:, columns].T)).filled(0.0)
+            strength = np.nan_to_num(np.abs(correlation)[first, second])
         chosen = [(columns[first[i]], columns[second[i]]) for i in (-strength).argsort()[:3]]
         figure, axes = panels(2 * len(chosen), columns=len(chosen), height=2.4)
         for i, (a, b) in enumerate(chosen):
@@ -90,7 +92,8 @@ class Tables:
         remade = self.restored(reconstruct(subject.run.model, subject.run.guide, test))
         figure, axes = panels(len(columns), height=2.3)
         for axis, d in zip(axes, columns, strict=True):
-            axis.axline((data[0, d], data[0, d]), slope=1, color=GREY, lw=1, zorder=0)
+            middle = np.nanmean(data[:, d]) if not np.isnan(data[:, d]).all() else 0.0
+            axis.axline((middle, middle), slope=1, color=GREY, lw=1, zorder=0)
             axis.scatter(data[:, d], remade[:, d], s=9, color=BLUE, alpha=0.5, lw=0)
             axis.set(xlim=limits(data[:, d]), ylim=limits(data[:, d]))
             axis.set_title(self.names[d], fontsize=10, color=INK, loc="left")
@@ -112,8 +115,9 @@ class Tables:
         decoded = subject.walk(standard)
         if isinstance(decoded, str):
             return Section(title, decoded)
-        train = subject.dataset.train.x.flatten(1).cpu()
-        decoded = (decoded.flatten(2) - train.mean(0)) / train.std(0)
+        train = subject.dataset.train.x.flatten(1).cpu().numpy()
+        mean, scale = (torch.from_numpy(moment(train, 0)) for moment in (np.nanmean, np.nanstd))
+        decoded = (decoded.flatten(2) - mean) / scale
         figure, axes = panels(len(dims), sharey=True)
         for axis, d, x in zip(axes, dims, decoded, strict=True):
             for color, j in zip(LABEL_COLORS, columns, strict=False):

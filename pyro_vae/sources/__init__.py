@@ -13,7 +13,18 @@ from .files import OF_STEPS, checked, read_csv, read_future, read_images, read_n
 from .images import digits, freyfaces, mnist
 from .sequences import polyphonic, simulated, sp500
 
-__all__ = ["NAMED", "Columns", "Source", "column_name", "find", "holds_sequences", "kind_of", "read_future", "read_npy"]
+__all__ = [
+    "NAMED",
+    "Columns",
+    "Source",
+    "column_name",
+    "find",
+    "holds_sequences",
+    "is_table",
+    "kind_of",
+    "read_future",
+    "read_npy",
+]
 
 _SEQUENCES: dict[str, Callable[[Path, bool], Source]] = {
     "jsb_chorales": polyphonic("jsb_chorales", "chorales of four voices, in quarter notes"),
@@ -39,11 +50,18 @@ def _names() -> str:
     return ", ".join(NAMED)
 
 
+def is_table(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is a table in text, as its name says."""
+    suffixes = [each.lower() for each in Path(path).suffixes]
+    suffixes = suffixes[:-1] if suffixes[-1:] == [".gz"] else suffixes
+    return suffixes[-1:] in ([".csv"], [".tsv"])
+
+
 def holds_sequences(name_or_path: str | os.PathLike[str], time: str | None) -> bool:
     """Whether a source is one of sequences, as far as it can be told without reading it."""
     text = os.fspath(name_or_path)
     path = Path(os.path.expanduser(text))
-    if text in NAMED or path.suffix.lower() == ".csv":
+    if text in NAMED or is_table(path):
         return text in _SEQUENCES or (text not in NAMED and time is not None)
     if path.suffix.lower() != ".npz" or not zipfile.is_zipfile(path):
         return False
@@ -63,7 +81,8 @@ def find(
         raise ValueError(f"expected a data set's name or a path, got {kind_of(name_or_path)}: pass one of {_names()}")
     text = os.fspath(name_or_path)
     for option, column in columns._asdict().items():
-        if column and (text in NAMED or Path(text).suffix.lower() != ".csv"):
+        option = "columns" if option == "features" else option
+        if column not in (None, ()) and (text in NAMED or not is_table(text)):
             raise ValueError(
                 f"expected a .csv file for {option}={column!r}, got {text!r}: leave {option}= (--data.{option}) out"
             )
@@ -83,7 +102,7 @@ def find(
         ".pt": partial(read_pt, max_gb=max_gb),
         ".csv": partial(read_csv, columns=columns),
     }
-    suffix = path.suffix.lower()
+    suffix = ".csv" if is_table(path) else path.suffix.lower()
     if size is not None and not path.is_dir():
         raise ValueError(f"expected a folder of images for size= (--data.size), got {text!r}: leave it out")
     if path.is_dir():

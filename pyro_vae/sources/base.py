@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +31,8 @@ __all__ = [
 
 
 class Columns(NamedTuple):
-    """Which columns of a .csv are no features, how many steps a piece of one series has, how far times are apart."""
+    """Which columns of a table are features and which are not, how many steps a piece of one series has, how far times
+    are apart, and whether there is a header."""
 
     label: str | None = None
     id: str | None = None
@@ -38,6 +40,9 @@ class Columns(NamedTuple):
     inputs: tuple[str, ...] = ()
     window: int | None = None
     every: str | None = None
+    features: tuple[str, ...] = ()
+    drop: tuple[str, ...] = ()
+    header: bool | None = None
 
 
 @dataclass(eq=False)
@@ -60,7 +65,7 @@ class Source:
     order: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     peak: int = 1  # the value that stands for probability 1
     eight_bit: bool = False
-    lines: np.ndarray | None = None  # (N,), of a table's rows in their file
+    lines: Callable[[], np.ndarray] | None = None  # gives (N,), those of a table's rows in their file
     noun: str = ""
     values: str = ""
     note: str = ""  # what was done to the data that one may not expect

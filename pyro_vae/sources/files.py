@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import math
 import pickle
 import warnings
 import zipfile
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .base import Columns, Source, column_name, first_line, kind_of, number
+from .tables import Table, is_missing, read_table
 from .times import late, on_grid, padded, read_times, written
 
 __all__ = [
@@ -183,113 +184,102 @@ def read_pt(path: Path, max_gb: float) -> Source:
     return Source(x, codes)
 
 
-class _Table(NamedTuple):
-    """A .csv: its columns, and the line of the file that each row is on."""
-
-    path: Path
-    cells: dict[str, Sequence[str]]
-    lines: np.ndarray
-
-
 def read_csv(path: Path, columns: Columns) -> Source:
-    table = _table(path)
-    label, id, time, inputs, window, _ = columns
-    named = [("label", label), ("id", id), ("time", time), *(("inputs", name) for name in inputs)]
+    times = _times_of(columns)
+    table = read_table(path, [each for each in (columns.label, columns.id, *times) if each], columns.header)
+    named = [("label", columns.label), ("id", columns.id), *(("time", each) for each in times)]
+    named += [("inputs", each) for each in columns.inputs]
     _check_columns(table, named)
     for option, wanted in (("inputs", "time"), ("window", "time"), ("every", "time"), ("label", "no time")):
-        if getattr(columns, option) and (time is None) == (option != "label"):
+        if getattr(columns, option) and (columns.time is None) == (option != "label"):
             raise ValueError(
                 f"expected {wanted}= (--data.time) beside {option}= of {path}: sequences are told by their times"
             )
-    if time is not None and (id is None) == (window is None):
+    if columns.time is not None and columns.id is None and columns.window is None:
         raise ValueError(
-            f"expected id= (--data.id, a sequence for each) or window= (--data.window, one series in pieces of so many "
-            f"steps) beside time= of {path}, got {'neither' if id is None else 'both'}: give one"
+            "expected id= (--data.id, a sequence for each), window= (--data.window, series in pieces of so many steps) "
+            f"or both beside time= of {path}, got neither: give one"
         )
-    if window is not None and window < 1:
-        raise ValueError(f"expected window >= 1, got {window}: give how many steps a piece has")
+    if columns.window is not None and columns.window < 1:
+        raise ValueError(f"expected window >= 1, got {columns.window}: give how many steps a piece has")
 
-    apart = {name for _, name in named}
-    features = [name for name in table.cells if name not in apart]
-    if not features:
-        taken = ", ".join(f"{option} {name!r}" for option, name in named if name is not None)
-        raise ValueError(f"expected a column to model in {path}, got {taken or 'none'} alone: add a numeric column")
+    features = _features(table, columns, {table.named(name) for _, name in named if name is not None})
     x = _numbers(table, features)
-    ids = None if id is None else np.array(table.cells[id], dtype=str)
-    if time is not None:
+    ids = None if columns.id is None else np.array(_cells(table, columns.id), dtype=str)
+    if columns.time is not None:
         return _in_time(table, x, features, ids, columns)
-    labels, classes = (None, None) if label is None else _csv_labels(table, label)
-    return Source(torch.from_numpy(x), labels, ids, tuple(features), classes, lines=table.lines)
+    labels, classes = (None, None) if columns.label is None else _csv_labels(table, columns.label)
+    return Source(
+        torch.from_numpy(x), labels, ids, tuple(features), classes, lines=lambda: table.lines, note=table.said
+    )
+
+
+def _times_of(columns: Columns) -> list[str]:
+    """The columns of times: one, or those of years and their parts, as in "year,quarter"."""
+    return [] if columns.time is None else [each.strip() for each in columns.time.split(",")]
 
 
 def read_future(path: Path, columns: Columns) -> Source:
     """The inputs of steps to come, as the x of sequences."""
-    table = _table(path)
-    named = [("id", columns.id), ("time", columns.time), *(("inputs", name) for name in columns.inputs)]
+    times = _times_of(columns)
+    table = read_table(path, [each for each in (columns.id, *times) if each], columns.header)
+    named = [("id", columns.id), *(("time", each) for each in times), *(("inputs", name) for name in columns.inputs)]
     _check_columns(table, named)
     u = _inputs(table, columns.inputs)
-    ids = None if columns.id is None else np.array(table.cells[columns.id], dtype=str)
+    ids = None if columns.id is None else np.array(_cells(table, columns.id), dtype=str)
     return _in_time(table, u, columns.inputs, ids, Columns(id=columns.id, time=columns.time))
 
 
-def _table(path: Path) -> _Table:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, strict=True)
-            read = [(row, reader.line_num) for row in reader if row]
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"expected comma-separated text in UTF-8 in {path}, got something else ({first_line(error)}): "
-            "export it anew as CSV"
-        ) from error
-    header, *rows = [row for row, _ in read] or [[]]
-    _, *lines = [line for _, line in read] or [0]
-    _check_header(path, header)
-    for row, line in zip(rows, lines, strict=True):
-        if len(row) != len(header):
-            raise ValueError(f"expected {len(header)} cells in line {line} of {path}, got {len(row)}: mend that line")
-    columns = zip(*rows, strict=True) if rows else [()] * len(header)
-    return _Table(path, dict(zip(header, columns, strict=True)), np.array(lines, dtype=int))
+def _cells(table: Table, name: str) -> list[str]:
+    return table.cells(table.named(name) or name)
 
 
-def _check_columns(table: _Table, named: Sequence[tuple[str, str | None]]) -> None:
+def _check_columns(table: Table, named: Sequence[tuple[str, str | None]]) -> None:
     for option, name in named:
-        if name is not None and name not in table.cells:
+        if name is not None and table.named(name) is None:
             raise ValueError(
-                f"expected {option}= (--data.{option}) to be one of the columns {list(table.cells)} of {table.path}, "
+                f"expected {option}= (--data.{option}) to be one of the columns {table.names} of {table.path}, "
                 f"got {name!r}: correct it"
             )
 
 
-def _numbers(table: _Table, names: Sequence[str]) -> np.ndarray:
+def _features(table: Table, columns: Columns, apart: set[str | None]) -> list[str]:
+    """The columns to model: those asked for, or all but those that are something else, or to be left out."""
+    for option, names in (("columns", columns.features), ("drop", columns.drop)):
+        _check_columns(table, [(option, name) for name in names])
+    dropped = {table.named(name) for name in columns.drop}
+    features = [table.named(name) or name for name in columns.features] or table.names
+    features = [name for name in features if name not in apart | dropped]
+    if not features:
+        taken = ", ".join(map(repr, sorted(filter(None, apart | dropped)))) or "none"
+        raise ValueError(f"expected a column to model in {table.path}, got {taken} alone: add a numeric column")
+    return features
+
+
+def _numbers(table: Table, names: Sequence[str]) -> np.ndarray:
     """The values of columns, (rows, columns), NaN where one is missing."""
-    path, cells, _ = table
-    x = np.empty((len(cells[names[0]]), len(names)))
-    for j, name in enumerate(names):
-        if not name.strip():
-            raise ValueError(
-                f"expected a name for every column of {path}, got none for column {list(cells).index(name)} (from "
-                f"0): name it in the header, or pass id={name!r} (--data.id) if it only numbers the rows"
-            )
-        for i, cell in enumerate(cells[name]):
-            x[i, j] = number(cell)
-            if _is_word(cell):
-                words = [column for column in names[j:] if any(map(_is_word, cells[column]))]
-                also = f" (also in {', '.join(map(repr, words[1:]))})" if words[1:] else ""
-                raise ValueError(
-                    f"expected numbers in column {name!r} of {path}, got {cell!r} in line {table.lines[i]}{also}: "
-                    "correct it, or name the column of labels with label= (--data.label), that of ids with id= "
-                    "(--data.id), of dates with time= (--data.time), or drop it"
-                )
-    return x
+    own = [table.named(name) or name for name in names]
+    words = [name for name in own if table.frame[name].dtype.kind not in "fiu"]
+    if words:
+        column = table.frame[words[0]]
+        row = next(i for i, cell in enumerate(column) if isinstance(cell, str) and np.isnan(number(cell)))
+        also = f" (also in {', '.join(map(repr, words[1:]))})" if words[1:] else ""
+        raise ValueError(
+            f"expected numbers in column {words[0]!r} of {table.path}, got {column.iloc[row]!r} in line "
+            f"{table.lines[row]}{also}: leave such columns out with drop= (--data.drop {','.join(words)}), name the "
+            "column of labels with label= (--data.label), that of ids with id= (--data.id), of dates with time= "
+            "(--data.time), or correct the cell"
+        )
+    return np.require(table.frame[own].to_numpy(dtype=np.float64), requirements=["C", "W"])
 
 
-def _in_time(table: _Table, x: np.ndarray, features: Sequence[str], ids: np.ndarray | None, columns: Columns) -> Source:
+def _in_time(table: Table, x: np.ndarray, features: Sequence[str], ids: np.ndarray | None, columns: Columns) -> Source:
     """Rows put in order of their times: a sequence for each id, or one series, in pieces of `window` steps if given."""
-    _, _, time, inputs, window, every = columns
+    time, inputs, window, every = columns.time, columns.inputs, columns.window, columns.every
     assert time is not None
-    times = read_times(table.path, time, table.cells[time])
-    parts = _in_order(table, times, ids, time)
+    written_times = _written_times(table, _times_of(columns))
+    times = read_times(table.path, time, written_times)
+    parts = _in_order(table, times, written_times, ids)
     at = [times[part] for part in parts]
     note = ""
     if every is not None:
@@ -303,6 +293,8 @@ def _in_time(table: _Table, x: np.ndarray, features: Sequence[str], ids: np.ndar
     if window is not None:
         parts = [part[begin : begin + window] for part in parts for begin in range(0, len(part), window)]
         at = [each[begin : begin + window] for each in at for begin in range(0, len(each), window)]
+        earliest = sorted(range(len(at)), key=lambda i: at[i][0])  # of all series, as the split is in time
+        parts, at = [parts[i] for i in earliest], [at[i] for i in earliest]
 
     def steps(values: np.ndarray, fill: float) -> Tensor:
         pieces = [torch.from_numpy(np.where((part < 0)[:, None], np.nan, values[part])) for part in parts]
@@ -319,17 +311,52 @@ def _in_time(table: _Table, x: np.ndarray, features: Sequence[str], ids: np.ndar
         mask=None if int(mask.all(-1).sum()) == int(lengths.sum()) else mask,
         times=padded(at, int(lengths.max())),
         in_time=window is not None,
-        note=note,
+        note=table.said + note,
     )
 
 
-def _in_order(table: _Table, times: np.ndarray, ids: np.ndarray | None, time: str) -> list[np.ndarray]:
+PARTS = {"year": 1, "quarter": 3, "month": 1, "week": 1, "day": 1, "hour": 0, "minute": 0}
+
+
+def _written_times(table: Table, names: Sequence[str]) -> list[str]:
+    """Times as they are written; of several columns, dates made of years and their parts."""
+    if len(names) == 1:
+        return _cells(table, names[0])
+    found: dict[str, list[float]] = {}
+    for name in names:
+        kind = next((part for part in PARTS if name.strip().lower().startswith(part)), None)
+        values = [number(cell) for cell in _cells(table, name)]
+        if kind is None or any(value % 1 or value != value for value in values):
+            raise ValueError(
+                f"expected columns of whole numbers called {', '.join(PARTS)} as time= (--data.time) of {table.path}, "
+                f"got {name!r}: rename it, or write dates into one column"
+            )
+        found[kind] = values
+    if "year" not in found:
+        raise ValueError(f"expected a column year among time= (--data.time) of {table.path}, got {list(names)}: add it")
+    dates = []
+    for row, year in enumerate(found["year"]):
+        of = {part: int(values[row]) for part, values in found.items()}
+        month = of.get("month", 3 * of.get("quarter", 1) - 2)
+        try:
+            date = datetime(int(year), month, of.get("day", 1), of.get("hour", 0), of.get("minute", 0))
+            date += timedelta(weeks=of.get("week", 1) - 1)
+        except ValueError as error:
+            raise ValueError(
+                f"expected dates in the columns {list(names)} of {table.path}, got {of} in line {table.lines[row]} "
+                f"({first_line(error)}): correct it"
+            ) from None
+        dates.append(date.isoformat(" "))
+    return dates
+
+
+def _in_order(table: Table, times: np.ndarray, cells: Sequence[str], ids: np.ndarray | None) -> list[np.ndarray]:
     """The rows of each id, in the order of their times."""
-    path, cells, lines = table
+    path, lines = table.path, table.lines
     if not len(times):
         raise ValueError(f"expected a row for each step in {path}, got the header alone: add rows")
     names = np.zeros(len(times), dtype=str) if ids is None else ids
-    nameless = [i for i, name in enumerate(names) if ids is not None and _is_missing(name)]
+    nameless = [i for i, name in enumerate(names) if ids is not None and is_missing(name)]
     if nameless:
         raise ValueError(
             f"expected an id in every row of {path}, got {len(nameless)} missing, the first in line "
@@ -343,14 +370,14 @@ def _in_order(table: _Table, times: np.ndarray, ids: np.ndarray | None, time: st
             whose = "" if ids is None else f" for {str(ids[again[0]])!r}"
             mend = "name the column of ids with id= (--data.id)" if ids is None else "mend that line"
             raise ValueError(
-                f"expected distinct times in {path}, got {cells[time][again[0]]!r} twice{whose}, the second in line "
+                f"expected distinct times in {path}, got {cells[again[0]]!r} twice{whose}, the second in line "
                 f"{lines[again[0]]}: {mend}"
             )
     return parts
 
 
 def _filled(
-    table: _Table, times: np.ndarray, rows: np.ndarray, ids: np.ndarray | None, columns: Columns
+    table: Table, times: np.ndarray, rows: np.ndarray, ids: np.ndarray | None, columns: Columns
 ) -> tuple[np.ndarray, np.ndarray]:
     """All times of a sequence, `every` so many, and the rows at them, -1 where there is none."""
     assert columns.every is not None
@@ -366,7 +393,7 @@ def _filled(
     return grid, found
 
 
-def _inputs(table: _Table, names: Sequence[str]) -> np.ndarray:
+def _inputs(table: Table, names: Sequence[str]) -> np.ndarray:
     """The values of columns without which no step can be taken, (rows, columns)."""
     u = _numbers(table, names)
     missing = np.argwhere(~np.isfinite(u))
@@ -379,28 +406,9 @@ def _inputs(table: _Table, names: Sequence[str]) -> np.ndarray:
     return u
 
 
-def _check_header(path: Path, header: list[str]) -> None:
-    if not header:
-        raise ValueError(f"expected a header row in {path}, got an empty file: write the columns' names first")
-    repeated = sorted({name for name in header if header.count(name) > 1})
-    if repeated:
-        raise ValueError(f"expected distinct column names in the header of {path}, got {repeated} twice: rename them")
-    numbers = [number(name) for name in header]
-    if not any(math.isnan(each) for each in numbers) and any(each % 1 for each in numbers):
-        raise ValueError(f"expected a header row in {path}, got the numbers {header[:3]}...: write the names first")
-
-
-def _is_missing(cell: str) -> bool:
-    return cell.strip().lower() in ("", "na", "n/a", "nan", "null", "none")
-
-
-def _is_word(cell: str) -> bool:
-    return math.isnan(number(cell)) and not _is_missing(cell)
-
-
-def _csv_labels(table: _Table, name: str) -> tuple[Tensor, tuple[str, ...] | None]:
-    path, cells = table.path, table.cells[name]
-    missing = [i for i, cell in enumerate(cells) if _is_missing(cell)]
+def _csv_labels(table: Table, name: str) -> tuple[Tensor, tuple[str, ...] | None]:
+    path, cells = table.path, _cells(table, name)
+    missing = [i for i, cell in enumerate(cells) if is_missing(cell)]
     if missing:
         raise ValueError(
             f"expected a label in every row of column {name!r} of {path}, got {len(missing)} missing, the "
@@ -566,14 +574,18 @@ def checked(source: Source, where: Path) -> Source:
             f"expected labels of shape ({len(x)},) in {where}, got {tuple(source.labels.shape)}: give one per row"
         )
     bad = torch.zeros(1, dtype=torch.bool)
-    if x.is_floating_point() and not all(bool(some.float().isfinite().all()) for some in x.split(10_000)):
-        bad = ~torch.isfinite(x.float())
+    table = x.ndim == 2  # whose missing cells a likelihood leaves out
+    if x.is_floating_point() and not all(
+        bool((some.float().isfinite() | (some.isnan() & table)).all()) for some in x.split(10_000)
+    ):
+        bad = ~(x.float().isfinite() | (x.isnan() & table))
         row, *place = (int(i) for i in bad.nonzero()[0])
         column = f"column {column_name(place[0], source.columns)}" if x.ndim == 2 else f"position {tuple(place)}"
-        where_row = f"row {row} (from 0)" if source.lines is None else f"line {source.lines[row]}"
+        where_row = f"row {row} (from 0)" if source.lines is None else f"line {source.lines()[row]}"
+        came = "infinite or too large" if table else "missing, NaN, infinite or too large"
         raise ValueError(
-            f"expected finite float32 values in {where}, got {int(bad.sum())} missing, NaN, infinite or too "
-            f"large, the first in {where_row}, {column}: fill in or drop these rows"
+            f"expected finite float32 values in {where}, got {int(bad.sum())} {came}, the first in {where_row}, "
+            f"{column}: fill in or drop these rows"
         )
     return replace(source, x=x, note=note)
 

@@ -23,7 +23,8 @@ def read_times(path: Path, column: str, cells: Sequence[str]) -> np.ndarray:
     """(rows,), float64 where all are numbers, else datetime64[us], those with a zone in UTC."""
     numbers = np.array([number(cell) for cell in cells])
     if not np.isnan(numbers).any():
-        return numbers
+        compact = _compact(cells)
+        return numbers if compact is None else compact
     try:
         dates = [datetime.fromisoformat(cell.strip()) for cell in cells]
     except ValueError as error:
@@ -36,6 +37,18 @@ def read_times(path: Path, column: str, cells: Sequence[str]) -> np.ndarray:
         raise ValueError(f"expected a zone at all times or at none in column {column!r} of {path}, got both: mend them")
     plain = [date.astimezone(UTC).replace(tzinfo=None) if date.tzinfo else date for date in dates]
     return np.array(plain, dtype="datetime64[us]")
+
+
+def _compact(cells: Sequence[str]) -> np.ndarray | None:
+    """Dates written as 19900126, where all cells are such."""
+    if not all(
+        len(cell.strip()) == 8 and cell.strip().isdecimal() and "1500" < cell.strip() < "2500" for cell in cells
+    ):
+        return None
+    try:
+        return np.array([datetime.strptime(cell.strip(), "%Y%m%d") for cell in cells], dtype="datetime64[us]")
+    except ValueError:
+        return None
 
 
 def on_grid(times: np.ndarray, every: str, where: str) -> tuple[np.ndarray, np.ndarray]:
