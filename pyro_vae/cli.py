@@ -475,7 +475,7 @@ def _fit(options: Options) -> int:
     print(f"model    {_name_of(programs['model'])}, {reason}")
     print(f"device   {_device(device)}", flush=True)
     if dataset.columns and dataset.location is None and "whole numbers" in dataset.description:
-        told = "all values are counts, whole numbers from 0 on, and stay as they are (--data.kind NAME=real: of another kind)"
+        told = "all values are whole numbers from 0 on, counts that stay as they are (--data.kind NAME=real: no count)"
         print(f"note     {told}", file=sys.stderr, flush=True)
     try:
         log = [] if sys.stderr.isatty() else [_log_of_epochs()]
