@@ -158,7 +158,7 @@ class SVI(pyro.infer.SVI):
         `ReweightedWakeSleep`, as a tensor (parts,).
         """
         self._follow()
-        random_state, buffers = get_random_state(), self._buffers.taken(self.modules)
+        random_state, buffers = get_random_state(), self._buffers.taken(self)
         loss, finite, used, largest = self._backward(*args, **kwargs)
         if not bool(finite):
             self._buffers.put_back(buffers)
@@ -459,7 +459,7 @@ class CompiledSVI(SVI):
         known = len(self.parameters)
         adam, problem = self._adam(), None
         if adam is not None:
-            random_state, buffers = get_random_state(), self._buffers.taken(self.modules)
+            random_state, buffers = get_random_state(), self._buffers.taken(self)
             try:
                 loss, finite, sure, *_ = self._whole.replay(adam, args, kwargs)
             except _UnusedParameterError:
@@ -501,17 +501,19 @@ class CompiledSVI(SVI):
                 self._buffers.put_back(step.buffers)
                 if adam := self.update.adam():
                     adam.mend()
-                if bool(step.finite):  # only the update may not be: beside the graph it is looked at itself
-                    self._partial = True
-                    for each in (step, *others):
-                        set_random_state(each.random_state)
-                        each.loss.copy_(super().step_async(*each.args, **each.kwargs))
-                    return
-                set_random_state(step.random_state)
-                with preserved(), pyro.validation_enabled(False), warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", "Encountered", UserWarning)
-                    SVI._backward(self, *step.args, **step.kwargs)
-                raise self._diagnosis(step.loss, step.random_state, step.args, step.kwargs)
+                if not bool(step.finite):  # by the squares, which may overflow where gradients do not
+                    set_random_state(step.random_state)
+                    with preserved(), pyro.validation_enabled(False), warnings.catch_warnings():
+                        warnings.filterwarnings("ignore", "Encountered", UserWarning)
+                        _, finite, *_ = SVI._backward(self, *step.args, **step.kwargs)
+                    if not bool(finite):
+                        raise self._diagnosis(step.loss, step.random_state, step.args, step.kwargs)
+                    self.update.leave_zeros()
+                self._partial = True  # only the update may not be finite: beside the graph it is looked at itself
+                for each in (step, *others):
+                    set_random_state(each.random_state)
+                    each.loss.copy_(super().step_async(*each.args, **each.kwargs))
+                return
 
     def _adam(self) -> AdamUpdate | None:
         """The update, where it can be part of the graph."""
@@ -566,7 +568,7 @@ class CompiledSVI(SVI):
         return results
 
     def _whole_step(self, adam: AdamUpdate, args: Any, kwargs: Any) -> tuple[Tensor, ...]:
-        loss, finite, used, gradients, largest = self._step_without_update(args, kwargs)
+        loss, finite, used, gradients, largest = self._step_without_update(args, kwargs, _finite_squares)
         if not all(used) or any(gradient is None for gradient in gradients):
             raise _UnusedParameterError
         return loss, finite, *adam(dict(zip(self.parameters.values(), gradients, strict=True)), finite, largest)
@@ -574,7 +576,7 @@ class CompiledSVI(SVI):
     def _loss_and_gradients(self, names: frozenset[str], args: Any, kwargs: Any) -> tuple[Any, ...]:
         return self._step_without_update(args, kwargs)
 
-    def _step_without_update(self, args: Any, kwargs: Any) -> tuple[Any, ...]:
+    def _step_without_update(self, args: Any, kwargs: Any, is_finite: Callable | None = None) -> tuple[Any, ...]:
         loss_function = getattr(self.objective, "differentiable_loss", self.objective)
         with poutine.trace(param_only=True) as captured:
             loss = torch.as_tensor(loss_function(self.model, self.guide, *args, **kwargs))  # a number, without sites
@@ -590,7 +592,7 @@ class CompiledSVI(SVI):
         gradients = [by_parameter.get(parameter) for parameter in self.parameters.values()]
         loss = loss.detach().double().reshape(())
         told = torch.zeros_like(loss) if self._tells_no_loss else loss
-        finite, largest = _finite(told, [gradient for gradient in gradients if gradient is not None])
+        finite, largest = (is_finite or _finite)(told, [gradient for gradient in gradients if gradient is not None])
         return loss, finite, self._used(captured.trace), gradients, largest
 
     def _problem(self, args: Any, kwargs: Any) -> str | None:
@@ -674,9 +676,9 @@ class _Buffers:
     def __reduce__(self) -> tuple[type, tuple]:
         return _Buffers, ()
 
-    def taken(self, modules: Mapping[str, nn.Module]) -> list[tuple[Tensor, Tensor]]:
+    def taken(self, svi: SVI) -> list[tuple[Tensor, Tensor]]:
         if self.first is None:
-            every = [part for module in modules.values() for part in module.modules()]
+            every = [part for module in svi.modules.values() for part in module.modules()]
             buffers = {id(b): (b, isinstance(part, _NormBase)) for part in every for b in part.buffers(recurse=False)}
             self.first = [(buffer, buffer.clone()) for buffer, _ in buffers.values()]
             self.written = [buffer for buffer, normalises in buffers.values() if normalises]  # without a new version
@@ -760,6 +762,17 @@ def _finite(loss: Any, gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     each = [gradient.abs().amax().double() for gradient in dense if gradient.numel()]
     largest = torch.stack(each).amax() if each else torch.zeros_like(torch.as_tensor(loss))
     return (loss - loss) + 0 * largest == 0, largest  # infinity times 0, or less itself, is NaN
+
+
+def _finite_squares(loss: Any, gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """As `_finite`, by the norm of all gradients, which is quicker: no element is larger, up to where its square is 0,
+    and what is not finite, or has too large a square, makes it so."""
+    dense = [gradient._values() if gradient.is_sparse else gradient for gradient in gradients]
+    each = [gradient.square().sum().double() for gradient in dense if gradient.numel()]
+    squares = torch.stack(each).sum() if each else torch.zeros_like(torch.as_tensor(loss))
+    floor = max((torch.finfo(gradient.dtype).tiny ** 0.5 for gradient in dense), default=0.0)
+    largest = squares.sqrt() + floor
+    return (loss - loss) + 0 * largest == 0, largest
 
 
 def modules_of(**programs: Any) -> dict[str, nn.Module]:
