@@ -49,7 +49,8 @@ FORMS = {  # contents, ending, options, what is told
     "of an old Mac": (PLAIN.replace("\n", "\r").encode(), "csv", {}, ""),
     "comments": (("# exported\n# twice\n" + PLAIN).encode(), "csv", {}, "2 comment lines left out"),
     "a comment within": (PLAIN.replace("\n", "\n# here\n", 5).encode(), "csv", {}, "5 comment lines left out"),
-    "numpy.savetxt": (("# " + PLAIN).encode(), "csv", {}, "1 comment line left out"),
+    "numpy.savetxt": (("# " + PLAIN).encode(), "csv", {}, ""),
+    "numpy.savetxt and a comment": (("# made today\n# " + PLAIN).encode(), "csv", {}, "1 comment line left out"),
     "blank lines": (PLAIN.replace("\n", "\n\n").encode(), "csv", {}, ""),
     "blanks around": (joined([[f" {c} " for c in row] for row in ROWS], header=" x , y ").encode(), "csv", {}, ""),
     "all quoted": (joined([[f'"{c}"' for c in row] for row in ROWS], header='"x","y"').encode(), "csv", {}, ""),
@@ -146,6 +147,15 @@ def test_files_without_a_header_lose_no_row(tmp_path):
     assert sum(map(len, (found.train, found.valid, found.test))) == 30
     years = "country,2019,2020\n" + "\n".join(f"c{i},{i}.5,{i}.25" for i in range(12))
     assert load_dataset(table(tmp_path, years), id="country").columns == ("2019", "2020")
+
+
+def test_a_column_may_be_called_by_a_cross(tmp_path):
+    rows = [(str(i + 1), *row) for i, row in enumerate(ROWS)]
+    data = load_dataset(table(tmp_path, joined(rows, header="#,x,y")), id="#")
+    assert data.columns == ("x", "y") and "comment" not in data.description
+    assert sorted(map(int, np.concatenate([part.ids for part in (data.train, data.valid, data.test)]))) == [
+        *range(1, 31)
+    ]
 
 
 def test_missing_cells_are_gaps(tmp_path):

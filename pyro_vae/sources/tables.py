@@ -77,8 +77,6 @@ def read_table(path: Path, text: Sequence[str] = (), header: bool | None = None)
 
     content, said = _decoded(path)
     content, comments, named_above = _without_comments(content)
-    if comments:
-        said.append(f"{comments} comment line{'s' if comments > 1 else ''} left out")
     rows = _sample(content)
     if not rows:
         raise ValueError(f"expected a header row in {path}, got an empty file: write the columns' names first")
@@ -90,11 +88,14 @@ def read_table(path: Path, text: Sequence[str] = (), header: bool | None = None)
     sample = [_split(row, separator) for row in rows]
     first, names, skipped = sample[0], sample[0], 1
     above = _split(named_above, separator) if named_above else []
+    above[:1] = [each.lstrip("# ") or "#" for each in above[:1]]
     if header is None and len(above) == len(first) and _are_alike(first, sample[1:], decimal):
-        names, skipped = above, 0  # as numpy.savetxt writes them
+        names, skipped, comments = above, 0, comments - 1  # as numpy.savetxt writes them
     elif header is False or (header is None and _are_alike(first, sample[1:], decimal)):
         names, skipped = [f"column {j + 1}" for j in range(len(first))], 0
         said.append(f"no header, so that the columns are called {names[0]!r} and so on")
+    if comments:
+        said.append(f"{comments} comment line{'s' if comments > 1 else ''} left out")
     names = [name.strip() for name in names]
     counts, lines = _counted(content, separator)
     _check_rows(path, counts, lines, len(first))
@@ -182,7 +183,7 @@ def _without_comments(text: str) -> tuple[str, int, str]:
     at = [i for i, line in enumerate(lines) if line.startswith("#")]
     begin = next((i for i, line in enumerate(lines) if line.strip() and not line.startswith("#")), len(lines))
     before = [i for i in at if i < begin]
-    said = lines[before[-1]].lstrip("# ") if before else ""
+    said = lines[before[-1]] if before else ""
     for i in at:
         lines[i] = ""
     return "\n".join(lines), len(at), said
