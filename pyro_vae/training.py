@@ -665,6 +665,13 @@ def _check_data(data: Data, batch_size: int, patience: int | None, valid: Data |
             for tensor in tensors:  # NaN among the arguments may be data that a likelihood takes as missing
                 if tensor.is_floating_point() and (count := int(refused(tensor).sum())):
                     raise ValueError(f"expected finite {name}, got {count} NaN or infinite values: drop or fill them")
+    for tensor in filter(Tensor.is_floating_point, data.args):
+        largest, most = float(tensor.abs().nan_to_num(0.0).amax()), torch.finfo(tensor.dtype).max ** 0.5 / 10
+        if largest > most:
+            raise ValueError(
+                f"expected data whose squares are numbers of {tensor.dtype}, of at most {most:.0e}, got {largest:.3g}: "
+                "standardise the data, or divide them"
+            )
     if valid is None:
         return
     given, held_out = (

@@ -322,6 +322,10 @@ REFUSED = {
     "an infinite value of the validation data": ({"valid": INFINITE}, "finite validation data, got 1"),
     "validation data of another width": ({"valid": X[:, :2]}, r"like the training data.*\(4,\), got .*\(2,\)"),
     "validation data with a keyword": ({"valid": (X, {"u": X})}, "like the training data"),
+    "values whose squares overflow": (
+        {"data": X * 1e30},
+        r"squares are numbers of torch.float32, .* got 1e\+30: stand",
+    ),
     "half an epoch": ({"epochs": 2.5}, "epochs to be a whole number >= 1, got 2.5"),
     "epochs as text": ({"epochs": "3"}, "epochs to be a whole number >= 1, got '3'"),
     "half a datum": ({"batch_size": 2.5}, "batch_size to be a whole number >= 1, got 2.5"),
