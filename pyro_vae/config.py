@@ -152,13 +152,9 @@ def _arguments_of(value: Any) -> dict[str, Any] | None:
                 return None
         elif not _is_same(getattr(value, name), parameter.default):
             arguments[name] = getattr(value, name)
-    nesting = arguments.get("max_plate_nesting", math.inf)
-    if (
-        isinstance(value, pyro.infer.ELBO)
-        and value.vectorize_particles
-        and value.num_particles > 1 < nesting < math.inf
-    ):
-        arguments["max_plate_nesting"] = nesting - 1  # Pyro has added that of the particles
+    finite = math.isfinite(arguments.get("max_plate_nesting", math.inf))
+    if isinstance(value, pyro.infer.ELBO) and finite and value.vectorize_particles and value.num_particles > 1:
+        arguments["max_plate_nesting"] -= 1  # Pyro has added that of the particles
     return arguments
 
 

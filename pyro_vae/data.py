@@ -448,7 +448,7 @@ def load_dataset(
       those of arXiv 1609.09869 (25, 1), `pendulum` (100, 2) with inputs, `stochastic_volatility` (250, 1).
     - a `.npy`, `.npz` (array `x`, `X`, `x_train` or `data`, or the only one; `labels`, or `y` and its like), `.pt` (a
       tensor, or a dict with x and labels)
-      or `.csv` file (a header row, numeric columns), or a folder of images of one size whose sub-folders, if
+      or `.csv` file (numeric columns), or a folder of images of one size whose sub-folders, if
       any, are the classes.
     - sequences of the user's own: a `.npz` with x (N, T, D), `lengths` (N,) and, if any, inputs `u` (N, T, C) and the
       `mask` (N, T, D) of what is observed; a `.csv` with a column of times: see `time`. Splits of sequences go to model
@@ -551,8 +551,9 @@ def load_dataset(
     counted = None if source.lengths is None else _counted(source)  # (N, T, D)
     shape, parts = x.shape, [x[r] for r in rows]
     location = scale = None
+    asked = source.columns if counted is None else None  # what a column of sequences is has no option
     training = parts[0] if counted is None else _by_step(parts[0], counted[rows[0]])
-    real = binarize == "none" and not source.as_they_are and _is_real_table(training, source.columns, kinds, name)
+    real = binarize == "none" and not source.as_they_are and _is_real_table(training, asked, kinds, name)
     if real and standardize:
         table = x if counted is None else _by_step(x, counted)
         largest = torch.stack([some.abs().nan_to_num(0.0).amax(0) for some in table.split(CHUNK)]).amax(0)

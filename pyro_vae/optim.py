@@ -509,10 +509,10 @@ def _fits_kernel(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> 
 class AdamUpdate:
     """Adam's step in tensor arithmetic alone, on the parameters and states of an optimiser: to be part of a graph.
 
-    It acts where it is sure to leave finite numbers. With L the largest of all gradients so far, which no element of
-    the first moment exceeds, this is so where L^2 does not overflow and ``rate L / eps``, the most that any parameter
-    moves by, is less than half of what the largest number is rounded to. In single precision and with Adam's own
-    settings this is L < 9.2e18.
+    It acts where it is sure to leave finite numbers. With L the largest norm of the gradients of a step, which no
+    element of the first moment exceeds, this is so where L^2 does not overflow and ``rate L / eps``, the most that a
+    parameter moves by, is less than half of what the largest number is rounded to. In single precision and with Adam's
+    own settings this is L < 9.2e18.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -583,7 +583,7 @@ class AdamUpdate:
     @torch.no_grad()
     def __call__(self, gradients: Mapping[Tensor, Tensor], finite: Tensor, largest: Tensor) -> list[Tensor]:
         """Update parameters and states in place, unless this step or one since `mend` is not `finite`, or the update
-        might not be. `largest` is the largest absolute value among the gradients.
+        might not be. `largest` is no less than the largest absolute value among the gradients.
 
         Returns whether this step is finite and its update sure to be, and the factors that correct for bias: as results
         of the graph they are computed once, not per element.

@@ -239,13 +239,12 @@ def encodings(guide: Callable, data: Any, *, num_samples: int | None = None, see
 
 def global_sites(model: Callable, *, seed: int = 0, mean: bool = False, **kwargs: Any) -> list[str]:
     """The names of the latent sites of a model outside the plate of the data; `kwargs` as for `sample`."""
-    kwargs = {name: each[:1] if isinstance(each, Tensor) and each.ndim else each for name, each in kwargs.items()}
+    device = next(model.parameters(), torch.zeros(())).device if isinstance(model, nn.Module) else None
+    of_rows = {name: each[:1].to(device) for name, each in kwargs.items() if isinstance(each, Tensor) and each.ndim}
 
     def drawn(rows: int) -> list[poutine.Trace]:
-        given = {
-            n: each.expand(rows, *each.shape[1:]) if isinstance(each, Tensor) else each for n, each in kwargs.items()
-        }
-        return [_drawn(model, rows, given)]
+        given = {name: each.expand(rows, *each.shape[1:]) for name, each in of_rows.items()}
+        return [_drawn(model, rows, {**kwargs, **given})]
 
     with isolated(model):
         return list(_shared(drawn(1)[0], plate_of_data(drawn, 1)))

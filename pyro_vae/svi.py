@@ -213,10 +213,8 @@ class SVI(pyro.infer.SVI):
         trained that register none."""
         loss = self.objective
         own = not isinstance(loss, pyro.infer.ELBO) or type(loss).__module__.startswith("pyro_vae.")
-        if own or isinstance(
-            loss, JitTrace_ELBO | JitTraceEnum_ELBO | JitTraceMeanField_ELBO
-        ):  # sites have names there
-            return self.model
+        if own or isinstance(loss, JitTrace_ELBO | JitTraceEnum_ELBO | JitTraceMeanField_ELBO):
+            return self.model  # the Jit losses look for the sites' names in the store
         plain = [module for module in self.modules.values() if not isinstance(module, PyroModule)]
         return _Registered(self.model) if plain else self.model
 

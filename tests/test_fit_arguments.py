@@ -207,10 +207,11 @@ def test_what_a_file_would_bring_back_otherwise_is_an_object_without_a_path():
     assert describe({"x": Gain()})["x"]["init_args"] == {}
     assert describe({"x": Gain(table=None)})["x"]["init_args"] == {}
     assert describe({"x": nn.Identity()})["x"]["init_args"] == {}
-    loss = Trace_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=1)
-    for _ in range(3):  # Pyro adds the particles' plate to what it is given
-        loss = build(describe({"x": loss}))["x"]
-        assert loss.max_plate_nesting == 2
+    for nesting in (0, 1, 2):
+        loss = Trace_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=nesting)
+        for _ in range(3):  # Pyro adds the particles' plate to what it is given
+            loss = build(describe({"x": loss}))["x"]
+            assert loss.max_plate_nesting == nesting + 1
 
 
 def test_a_pair_with_nothing_to_train_is_refused(tmp_path):

@@ -115,6 +115,27 @@ REFUSED = {
         {},
         "expected a name for every column of .*, got none for column 2",
     ),
+    "points beside decimal commas": (
+        "x;y\n" + "1,5;2.5\n" * 30,
+        {},
+        "numbers in column .*, got .* in line 2",
+    ),
+    "thousands without a comma": (
+        "x;y\n" + "1,5;1.234\n" * 30,
+        {},
+        "numbers in column .*, got .* in line 2",
+    ),
+    "German dates": ("x;y\n" + "1,5;01.02.2024\n" * 30, {}, "numbers in column 'y' of .*, got '01.02.2024' in line 2"),
+    "a nameless column that counts no further": (
+        ",x,y\n" + "".join(f"{i if i < 250 else 0},{i % 7}.5,{i % 3}\n" for i in range(300)),
+        {},
+        "a name for every column of .*, got none for column 1",
+    ),
+    "a nameless column that is not empty": (
+        "x,y,\n" + "".join(f"{i % 7}.5,{i % 3},{i if i > 250 else ''}\n" for i in range(300)),
+        {},
+        "a name for every column of .*, got none for column 3",
+    ),
     "no such label": (PLAIN, {"label": "z"}, r"expected label= \(--data.label\) to be one of the columns \['x', 'y'\]"),
     "no such column": (PLAIN, {"columns": ["z"]}, r"expected columns= \(--data.columns\) to be one of the columns"),
     "no such column to drop": (PLAIN, {"drop": ["z"]}, r"expected drop= \(--data.drop\) to be one of the columns"),
@@ -156,6 +177,21 @@ def test_a_column_may_be_called_by_a_cross(tmp_path):
     assert sorted(map(int, np.concatenate([part.ids for part in (data.train, data.valid, data.test)]))) == [
         *range(1, 31)
     ]
+
+
+def test_thousands_before_a_decimal_comma(tmp_path):
+    rows = [(f"{i}.234,5", f"{i},25") for i in range(1, 31)]
+    data = load_dataset(table(tmp_path, joined(rows, ";")))
+    every = data.restore(torch.cat([part.x.double() for part in (data.train, data.valid, data.test)]))
+    torch.testing.assert_close(
+        every[:, 0].sort().values, torch.arange(1.0, 31).double() * 1000 + 234.5, atol=1e-2, rtol=0
+    )
+
+
+def test_a_series_of_nearly_whole_numbers_is_not_asked_about(tmp_path):
+    """As there is no option to answer by."""
+    rows = [(str(t), "2.5" if t == 7 else str(t % 9)) for t in range(400)]
+    assert load_dataset(table(tmp_path, joined(rows, header="t,v")), time="t", window=10).location is not None
 
 
 def test_missing_cells_are_gaps(tmp_path):

@@ -109,7 +109,6 @@ def read_table(path: Path, text: Sequence[str] = (), header: bool | None = None)
             io.StringIO(content),
             sep=r"\s+" if separator == " " else separator,
             decimal=decimal,
-            thousands="." if decimal == "," and any("." in cell for row in sample for cell in row) else None,
             header=0 if skipped else None,
             names=names,
             index_col=False,
@@ -124,7 +123,8 @@ def read_table(path: Path, text: Sequence[str] = (), header: bool | None = None)
             f"expected a table in {path}, got something else ({first_line(error)}): export it anew as CSV"
         ) from error
     for name in frame.columns:
-        frame[name] = _column(frame[name], name in of_text)
+        frame[name] = _column(frame[name], name in of_text, decimal)
+    _check_nameless(path, frame, left_out)
     frame = frame.drop(columns=left_out)
     if left_out:
         said.append(
@@ -241,13 +241,24 @@ def _form(rows: Sequence[str]) -> tuple[str, str]:
     return max(ragged, key=lambda separator: widths[separator].count(commonest[separator]), default=","), "."
 
 
+def _reader(decimal: str) -> Callable[[str], float]:
+    """A cell's value. Beside decimal commas a point separates thousands, and only before a comma: "1.234" alone may be
+    either number, and "01.02.2024" is none."""
+    if decimal == ".":
+        return number
+
+    def read(cell: str) -> float:
+        if DECIMAL_COMMA.fullmatch(cell):
+            return number(cell.replace(".", "").replace(",", "."))
+        return math.nan if "." in cell else number(cell)
+
+    return read
+
+
 def _kind(cell: str, decimal: str = ".") -> str:
     if is_missing(cell):
         return "missing"
-    plain = cell
-    if decimal == ",":
-        plain = cell.replace(".", "").replace(",", ".") if DECIMAL_COMMA.fullmatch(cell) else cell
-    if number(plain) == number(plain):
+    if not math.isnan(_reader(decimal)(cell)):
         return "number"
     try:
         datetime.fromisoformat(cell)
@@ -320,7 +331,16 @@ def _named(path: Path, names: list[str], sample: Sequence[Sequence[str]]) -> tup
     return names, left_out
 
 
-def _column(column: Any, as_text: bool) -> Any:
+def _check_nameless(path: Path, frame: Any, names: Sequence[str]) -> None:
+    """Raises ValueError where a nameless column holds something after the rows that its form was told by."""
+    for name in names:
+        cells = frame[name]
+        counts = cells.dtype.kind == "f" and bool((cells.diff().iloc[1:] == 1).all())
+        if not (counts or bool(cells.isna().all())):
+            raise ValueError(f"expected a name for every column of {path}, got none for {name}: name it in the header")
+
+
+def _column(column: Any, as_text: bool, decimal: str) -> Any:
     """Numbers where all cells are; true and false as 1 and 0; text without blanks around it."""
     import pandas
 
@@ -331,7 +351,7 @@ def _column(column: Any, as_text: bool) -> Any:
     cells = [None if gap else str(cell).strip() for cell, gap in zip(column, column.isna(), strict=True)]
     cells = [None if cell is None or is_missing(cell) else cell for cell in cells]
     words, given = {"true": 1.0, "false": 0.0}, [cell for cell in cells if cell is not None]
-    value = words.__getitem__ if given and all(cell.lower() in words for cell in given) else number
+    value = words.__getitem__ if given and all(cell.lower() in words for cell in given) else _reader(decimal)
     numbers = [np.nan if cell is None else value(cell.lower()) for cell in cells]
     is_text = as_text or any(math.isnan(each) and cell is not None for cell, each in zip(cells, numbers, strict=True))
     return pandas.Series(cells if is_text else numbers, index=column.index, dtype=object if is_text else np.float64)
