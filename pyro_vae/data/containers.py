@@ -1,0 +1,419 @@
+"""The one form in which data reach a model: `Data`, and the splits of a data set.
+
+Every random choice comes from a `torch.Generator` with a fixed seed: the global generators are neither read nor moved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..sources import kind_of
+from ..sources.times import padded
+
+__all__ = ["Data", "Dataset", "Split", "as_data", "bernoulli", "joined", "rows_of"]
+
+NUM_BUCKETS = 4  # of lengths of sequences: each is a compiled step
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Data:
+    """What a model is conditioned on: tensors indexed together on dimension 0.
+
+    Args:
+        args: tensors (N, ...) that go to model and guide by position; at least one.
+        kwargs: tensors (N, ...) that go by keyword.
+        log_jacobian: nats to add to the log-density of a datum to get it in the original units: one number, or (N,),
+            float64, where it depends on the datum, as on a sequence's length.
+        labels: (N,) or None; never shown to a model.
+
+    Raises:
+        ValueError: something that is no tensor, no tensor at all, no rows, or unequal lengths on dimension 0.
+
+    Example:
+        >>> data = Data((torch.zeros(5, 3),), {"lengths": torch.arange(5)})
+        >>> len(data)
+        5
+        >>> data.batch(torch.tensor([4, 0]))[1]
+        {'lengths': tensor([4, 0])}
+    """
+
+    args: tuple[Tensor, ...]
+    kwargs: dict[str, Tensor] = field(default_factory=dict)
+    log_jacobian: float | Tensor = 0.0
+    labels: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if not self.args:
+            raise ValueError("expected at least one tensor by position, got none: pass (x,) or (x, {'name': tensor})")
+        lengths = {}
+        for name, value in [*((f"tensor {i}", a) for i, a in enumerate(self.args)), *self.kwargs.items()]:
+            if not isinstance(value, Tensor):
+                raise ValueError(f"expected a tensor as {name}, got {kind_of(value)}: convert it with torch.as_tensor")
+            if value.is_complex():
+                raise ValueError(f"expected real numbers as {name}, got {value.dtype}: pass torch.view_as_real(...)")
+            if value.ndim == 0:
+                raise ValueError(f"expected {name} with data on dimension 0, got a scalar tensor: pass shape (N, ...)")
+            lengths[name] = len(value)
+        for name, given in (("labels", self.labels), ("log_jacobian", self.log_jacobian)):
+            if isinstance(given, Tensor):
+                lengths[name] = len(given)
+        if len(set(lengths.values())) > 1:
+            came = ", ".join(f"{name}: {length}" for name, length in lengths.items())
+            raise ValueError(f"expected equal lengths on dimension 0, got {came}: give every tensor one row per datum")
+        if len(self) == 0:
+            raise ValueError("expected at least one datum, got tensors of length 0 on dimension 0: pass rows to score")
+        steps = self.kwargs.get("lengths")
+        if steps is not None and self.args[0].ndim == 3 and not steps.is_floating_point():
+            T, low, high = self.args[0].shape[1], int(steps.min()), int(steps.max())
+            if low < 1 or high > T:
+                raise ValueError(
+                    f"expected lengths from 1 to the {T} steps of x, got {low} to {high}: drop what is empty"
+                )
+
+    def __len__(self) -> int:
+        return len(self.args[0])
+
+    def __repr__(self) -> str:
+        shapes = [f"{tuple(tensor.shape)}" for tensor in self.args]
+        shapes += [f"{name}={tuple(tensor.shape)}" for name, tensor in self.kwargs.items()]
+        return f"{type(self).__name__}({', '.join(shapes)})"
+
+    @property
+    def mean_log_jacobian(self) -> float:
+        return float(torch.as_tensor(self.log_jacobian).mean())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the data live."""
+        return self.args[0].device
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same data with all tensors on `device`, in a new object of the same type."""
+        return replace(
+            self,
+            args=tuple(tensor.to(device) for tensor in self.args),
+            kwargs={name: tensor.to(device) for name, tensor in self.kwargs.items()},
+            labels=None if self.labels is None else self.labels.to(device),
+        )
+
+    def in_dtype(self, dtype: torch.dtype) -> Self:
+        """The same data with real numbers in this dtype."""
+
+        def brought(tensor: Tensor) -> Tensor:
+            if not tensor.is_floating_point() or tensor.dtype is dtype:
+                return tensor
+            now = tensor.to(dtype)
+            back = now.to(tensor.dtype)
+            return tensor if bool(((tensor == tensor.round()) & (back != tensor)).any()) else now
+
+        args = tuple(map(brought, self.args))
+        kwargs = {name: brought(tensor) for name, tensor in self.kwargs.items()}
+        same = all(map(operator.is_, (*args, *kwargs.values()), (*self.args, *self.kwargs.values())))
+        return self if same else replace(self, args=args, kwargs=kwargs)
+
+    def batch(
+        self, index: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        """The rows `index` (B,) as `(args, kwargs)`, on the data's device.
+        `generator`, on that device, is for splits that draw their data afresh; other data leave it untouched.
+        """
+        rows = index.to(self.device)
+        args = tuple(tensor.index_select(0, rows) for tensor in self.args)
+        return args, {name: tensor.index_select(0, rows) for name, tensor in self.kwargs.items()}
+
+    def trimmed_batch(
+        self, index: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        """`batch`; of sequences, where `lengths` (N,) are among the tensors by keyword, without the steps after the
+        longest: what is as long as x on dimension 1 is cut like it. They end at one of at most four numbers of steps,
+        so that compiled shapes stay few.
+        """
+        args, kwargs = self.batch(index, generator)
+        if self._ends is None:
+            return args, kwargs
+        T = self.args[0].shape[1]
+        end = int(self._ends[self._bucket[index.cpu()].max()])
+
+        def cut(tensor: Tensor) -> Tensor:
+            return tensor[:, :end].contiguous() if tensor.ndim > 1 and tensor.shape[1] == T else tensor
+
+        return tuple(map(cut, args)), {name: cut(tensor) for name, tensor in kwargs.items()}
+
+    def batches(self, batch_size: int, generator: torch.Generator | None = None) -> list[Tensor]:
+        """All rows once, shuffled, `batch_size` at a time; sequences of like lengths go together.
+
+        Example:
+            >>> data = Data((torch.zeros(6, 9, 1),), {"lengths": torch.tensor([3, 9, 3, 9, 3, 9])})
+            >>> sorted(data.trimmed_batch(rows)[0][0].shape for rows in data.batches(3))
+            [torch.Size([3, 3, 1]), torch.Size([3, 9, 1])]
+        """
+        order = torch.randperm(len(self), generator=generator)
+        if self._ends is None:
+            return list(order.split(batch_size))
+        parts = order[self._bucket[order].argsort(stable=True)].split(batch_size)
+        return [parts[i] for i in torch.randperm(len(parts), generator=generator)]
+
+    def typical_batches(self, batch_size: int) -> list[Tensor]:
+        """Rows of a batch of each shape that `trimmed_batch` makes of `batches`."""
+        of_bucket = [torch.arange(len(self))]
+        if self._ends is not None:
+            of_bucket = [(self._bucket == i).nonzero().flatten() for i in range(len(self._ends))]
+        found = [rows[torch.arange(batch_size) % len(rows)] for rows in of_bucket]
+        rest = len(self) % batch_size
+        return [*found, found[-1][:rest]] if rest else found
+
+    @cached_property
+    def _ends(self) -> Tensor | None:
+        """The lengths that batches of sequences are cut to."""
+        lengths, x = self.kwargs.get("lengths"), self.args[0]
+        if lengths is None or x.ndim != 3 or lengths.shape != (len(x),) or lengths.is_floating_point():
+            return None
+        ordered = lengths.cpu().clamp(1, x.shape[1]).sort().values
+        return ordered[torch.arange(1, NUM_BUCKETS + 1) * len(ordered) // NUM_BUCKETS - 1].unique()
+
+    @cached_property
+    def _bucket(self) -> Tensor:
+        """(N,), the place of each sequence's bucket in `_ends`."""
+        assert self._ends is not None
+        return torch.bucketize(self.kwargs["lengths"].cpu().clamp(1, self.args[0].shape[1]), self._ends)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Split(Data):
+    """One part of a data set: `args == (x,)` with x (N, *event_shape), float32.
+
+    Args:
+        name: "train", "valid" or "test".
+        binarize: "dynamic" where x holds intensities in [0, 1] and `batch` draws x' ~ Bernoulli(x) afresh;
+            else None.
+        ids: (N,) what names each datum in its source: the id column, the image's path, or the row counted
+            from 0.
+        source: the arguments of `load_dataset` that are not defaults, with absolute paths: it can be called again.
+        latents: (N, T, Z), the true z of simulated sequences, or None; never shown to a model.
+        times: (N, T), numbers or dates (datetime64) of the steps of a `.csv` of sequences, or None.
+    """
+
+    name: str = "train"
+    binarize: Literal["dynamic"] | None = None
+    ids: np.ndarray | None = None
+    source: dict[str, Any] | None = None
+    latents: Tensor | None = None
+    times: np.ndarray | None = None
+
+    @property
+    def x(self) -> Tensor:
+        """(N, *event_shape), float32, as stored: the intensities where `binarize` is "dynamic"."""
+        return self.args[0]
+
+    @cached_property
+    def observed(self) -> Tensor:
+        """(N, *event_shape), what a model can score: x, or one fixed draw of it, the same on every device."""
+        return self.x if self.binarize is None else bernoulli(self.x.cpu(), seed=0).to(self.device)
+
+    @property
+    def counted(self) -> Tensor:
+        """Which values are there and not missing, in the shape of x."""
+        lengths, mask, x = self.kwargs.get("lengths"), self.kwargs.get("mask"), self.x
+        counted = torch.ones_like(x, dtype=torch.bool)
+        if lengths is not None:
+            counted = counted & (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[..., None]
+        return counted if mask is None else counted & (mask if mask.ndim == x.ndim else mask[..., None])
+
+    @property
+    def values(self) -> Tensor:
+        """What of `observed` a model scores: of sequences a row for each step, (M, D), NaN where a value is missing."""
+        if "lengths" not in self.kwargs:
+            return self.observed
+        return self.observed.where(self.counted, torch.nan)[self.counted.any(-1)]
+
+    @cached_property
+    def _draws(self) -> torch.Generator:
+        return torch.Generator(self.device).manual_seed(0)
+
+    def batch(
+        self, index: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        """The rows `index` (B,) as `((x,), {})`, drawn afresh where `binarize` is "dynamic".
+
+        The draws come from `generator`, or without one from the split's own, which starts at a fixed seed.
+
+        Raises:
+            ValueError: a generator on another device than the data.
+        """
+        args, kwargs = super().batch(index)
+        if self.binarize is None:
+            return args, kwargs
+        generator = self._draws if generator is None else generator
+        if generator.device.type != self.device.type:
+            raise ValueError(
+                f"expected a generator on {self.device}, got one on {generator.device}: make it with "
+                f"torch.Generator({str(self.device)!r})"
+            )
+        return (_fast_bernoulli(args[0], generator),), kwargs
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Dataset:
+    """Three splits of one source, and what is known about it.
+
+    Args:
+        name: the data set's name, or the file's without its ending.
+        train, valid, test: disjoint splits.
+        event_shape: the shape of one datum, (C, H, W) or (D,); of one step of a sequence.
+        description: one sentence on the data.
+        location, scale: (D,), float64, in original units: the columns of a real-valued table were
+            standardised to (x - location) / scale, with the training split's mean and (1/N) standard
+            deviation; None elsewhere.
+        columns: names of a table's columns, or None.
+        classes: what the labels 0, 1, ... stand for, where the source names its classes; else None.
+    """
+
+    name: str
+    train: Split
+    valid: Split
+    test: Split
+    event_shape: torch.Size
+    description: str
+    location: Tensor | None = None
+    scale: Tensor | None = None
+    columns: tuple[str, ...] | None = None
+    classes: tuple[str, ...] | None = None
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{split.name} {len(split):,}" for split in (self.train, self.valid, self.test))
+        return f"Dataset({self.name}: {self.description}; {sizes})"
+
+    def to(self, device: torch.device | str) -> Dataset:
+        """The same data set with all three splits on `device`."""
+        return replace(self, train=self.train.to(device), valid=self.valid.to(device), test=self.test.to(device))
+
+    @property
+    def sequences(self) -> bool:
+        """Whether each datum is a sequence."""
+        return "lengths" in self.train.kwargs
+
+    @property
+    def has_missing_entries(self) -> bool:
+        """Whether some values of a step are missing and others are not."""
+        return any(bool((s.counted.any(-1) & ~s.counted.all(-1)).any()) for s in (self.train, self.valid, self.test))
+
+    def restore(self, x: Tensor) -> Tensor:
+        """scale x + location for x (..., D), in x's dtype and on its device: the original units."""
+        if self.location is None or self.scale is None:
+            return x
+        return (self.scale * x.cpu() + self.location).to(dtype=x.dtype).to(x.device)
+
+
+def joined(splits: Sequence[Split]) -> Split:
+    """All data of splits as one, in the order of their ids, `observed` as they are scored; shorter sequences are padded
+    with zeros."""
+    T = max(split.x.shape[1] for split in splits) if splits[0].kwargs else 0
+
+    def together(tensors: Sequence[Tensor]) -> Tensor:
+        if T and tensors[0].ndim > 1:
+            tensors = [nn.functional.pad(t, (0, 0, 0, T - t.shape[1])) for t in tensors]
+        return torch.cat(list(tensors))
+
+    def known(name: str) -> list[Any]:
+        values = [getattr(split, name) for split in splits]
+        return [value for value in values if value is not None]
+
+    log_jacobians = [torch.as_tensor(split.log_jacobian).expand(len(split)) for split in splits]
+    same = all(not isinstance(split.log_jacobian, Tensor) for split in splits)
+    whole = replace(
+        splits[-1],
+        args=(together([split.observed for split in splits]),),
+        kwargs={name: together([split.kwargs[name] for split in splits]) for name in splits[0].kwargs},
+        log_jacobian=splits[0].log_jacobian if same else torch.cat(log_jacobians),
+        labels=torch.cat(known("labels")) if known("labels") else None,
+        ids=np.concatenate(known("ids")) if known("ids") else None,
+        latents=together(known("latents")) if known("latents") else None,
+        times=np.concatenate([padded(times, T) for times in known("times")]) if known("times") else None,
+        binarize=None,
+        name="all",
+    )
+    if whole.ids is None:
+        return whole
+    ids = whole.ids
+    with contextlib.suppress(ValueError):  # "9" before "10"
+        ids = ids.astype(float)
+    return rows_of(whole, np.argsort(ids, kind="stable").tolist())
+
+
+def rows_of(split: Split, rows: list[int]) -> Split:
+    """These data of a split, in this order."""
+    of_each = isinstance(split.log_jacobian, Tensor)
+    return replace(
+        split,
+        args=tuple(each[rows] for each in split.args),
+        kwargs={name: each[rows] for name, each in split.kwargs.items()},
+        log_jacobian=split.log_jacobian[rows] if of_each else split.log_jacobian,  # type: ignore[index]
+        labels=None if split.labels is None else split.labels[rows],
+        ids=None if split.ids is None else split.ids[rows],
+        latents=None if split.latents is None else split.latents[rows],
+        times=None if split.times is None else split.times[rows],
+    )
+
+
+def as_data(data: Any, *programs: Any) -> Data:
+    """The data that `data` stands for.
+
+    Args:
+        data: a tensor (N, ...); a tuple of such tensors, optionally ending in a dict of keyword tensors; or
+            `Data`, such as a split of a data set, which is returned as it is.
+        programs: model and guide. Real numbers among the data are brought to the floating-point dtype that all their
+            parameters have; whole numbers that it does not hold stay as they are, as do integers and booleans.
+
+    Raises:
+        ValueError: anything else, unequal lengths on dimension 0, or no data.
+
+    Example:
+        >>> as_data((torch.zeros(7, 2), {"u": torch.ones(7, 1)}))
+        Data((7, 2), u=(7, 1))
+        >>> as_data(torch.zeros(7, 2, dtype=torch.float64), nn.Linear(2, 2)).args[0].dtype
+        torch.float32
+    """
+    owners = (getattr(program, "__self__", program) for program in programs)
+    parameters = [p for owner in owners if isinstance(owner, nn.Module) for p in owner.parameters()]
+    dtypes = {parameter.dtype for parameter in parameters if parameter.is_floating_point()}
+    data = _as_data(data)
+    return data.in_dtype(*dtypes) if len(dtypes) == 1 else data
+
+
+def _as_data(data: Any) -> Data:
+    if isinstance(data, Data):
+        return data
+    if isinstance(data, Tensor):
+        return Data((data,))
+    if isinstance(data, Dataset):
+        raise ValueError(f"expected data, got the whole data set {data.name!r}: pass its .train, .valid or .test")
+    if not isinstance(data, tuple):
+        raise ValueError(
+            "expected a tensor, a tuple of tensors that may end in a dict of tensors, or a split of a data "
+            f"set, got {kind_of(data)}: convert it with torch.as_tensor, or put the tensors into a tuple"
+        )
+    if data and isinstance(data[-1], dict):
+        return Data(data[:-1], data[-1])
+    return Data(data)
+
+
+def bernoulli(probability: Tensor, seed: int) -> Tensor:
+    return torch.bernoulli(probability, generator=torch.Generator().manual_seed(int(seed)))
+
+
+def _fast_bernoulli(probability: Tensor, generator: torch.Generator) -> Tensor:
+    """As `torch.bernoulli`, from 24 random bits per number too, but two numbers per draw of the generator."""
+    count = probability.numel()
+    words = torch.empty(-(-count // 2), dtype=torch.int64, device=probability.device)
+    bits = words.random_(-(2**63), None, generator=generator).view(torch.int32)[:count].view(probability.shape)
+    uniform = (bits >> 8).to(probability.dtype)  # on -2^23, ..., 2^23 - 1
+    return torch.lt(uniform, probability * 2**24 - 2**23, out=uniform)
