@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import guides, models
     from .comparison import Comparison, compare_estimators
-    from .data import Dataset, load_dataset
+    from .data import Dataset, Schema, load_dataset, save_table
+    from .defaults import defaults_for
     from .evaluation import Evaluation, evaluate
     from .forecasting import Forecast, forecast
     from .svi import SVI, CompiledSVI
@@ -29,7 +30,9 @@ __all__ = [
     "Evaluation",
     "Forecast",
     "Run",
+    "Schema",
     "compare_estimators",
+    "defaults_for",
     "evaluate",
     "fit",
     "forecast",
@@ -37,13 +40,17 @@ __all__ = [
     "load_dataset",
     "load_run",
     "models",
+    "save_table",
 ]
 
 _MODULE_OF = {
     "Comparison": "comparison",
     "compare_estimators": "comparison",
     "Dataset": "data",
+    "Schema": "data",
     "load_dataset": "data",
+    "save_table": "data",
+    "defaults_for": "defaults",
     "Evaluation": "evaluation",
     "evaluate": "evaluation",
     "Forecast": "forecasting",

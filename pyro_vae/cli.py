@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .options import (
     COMPONENTS,
-    NUMBERS,
     TABLES,
     Options,
     Table,
@@ -30,7 +29,6 @@ from .options import (
     mend,
     nested,
     one_of,
-    parameters,
     parse,
     read_config,
     resolved,
@@ -57,6 +55,7 @@ Variational autoencoders as Pyro programs.
   forecast       what follows the sequences of a run's data, with intervals
   encode         q(z | x) of data: means, scales and draws
   reconstruct    decode what a run's guide makes of data
+  scores         how probable a run's model finds each datum
   compare        which loss to train a run's model with: bias and noise of gradients, time, what training gains
   report         write a run's report again
   doctor         what this installation has, and what it lacks
@@ -82,6 +81,7 @@ data:
   --data.label COLUMN, --data.id COLUMN      columns of a .csv that are no features
   --data.columns A,B   columns to model, not all       --data.drop A,B   columns to leave out
   --data.kind A=count  what a column is: real, count, binary   --data.standardize false   values as they are
+  --data.divisor X     what intensities are divided by (255 of eight bits, 1: nothing)
   --data.header true|false   whether the first row names the columns (found out by default)
   --data.time COLUMN   a .csv of sequences, one for each id, or pieces of --data.window N steps, or both;
                        year,quarter: times in several columns; --data.inputs COLUMN,COLUMN act on the latents;
@@ -171,7 +171,7 @@ usage: pyro-vae encode RUN [OPTIONS]
 q(z | x): means and scales per datum, with ids and labels where the data have them.
 
   RUN                the run's directory, such as runs/latest
-  --data NAME|PATH   other data than the run's         --split train|valid|test|all (test)
+  --data NAME|PATH   other data, all of their rows     --split train|valid|test|all (test)
   --num_samples K    K draws per datum too (.npz)      --seed N (0), --device D (auto)
   --out FILE         .npz or .csv (codes.npz)          --overwrite
 
@@ -184,12 +184,25 @@ usage: pyro-vae reconstruct RUN [OPTIONS]
 E[x' | z] for z ~ q(z | x), in the data's original units.
 
   RUN                the run's directory, such as runs/latest
-  --data NAME|PATH   other data than the run's         --split train|valid|test|all (test)
+  --data NAME|PATH   other data, all of their rows     --split train|valid|test|all (test)
   --num_samples K    average over K draws (1)          --seed N (0), --device D (auto)
   --out FILE         .npz or .csv (reconstructions.npz)   --overwrite
 
 example:
   pyro-vae reconstruct runs/latest --out reconstructions.npz
+""",
+    "scores": """\
+usage: pyro-vae scores RUN [OPTIONS]
+
+A lower bound on log p(x) of each datum, in nats: id, log_prob, and rank, 1 for the least probable.
+
+  RUN                the run's directory, such as runs/latest
+  --data NAME|PATH   other data, all of their rows     --split train|valid|test|all (test)
+  --num_samples N    draws per datum (1000)            --seed N (0), --device D (auto)
+  --out FILE         .csv or .npz (scores.csv)         --overwrite
+
+example:
+  pyro-vae scores runs/latest --data new.csv --out scores.csv
 """,
     "compare": """\
 usage: pyro-vae compare RUN [OPTIONS]
@@ -234,23 +247,6 @@ Tell what this installation has, and what it lacks: versions, devices, a compile
 
 Part = Literal["train", "valid", "test", "all"]
 
-DEFAULTS: Options = [
-    ("data.name_or_path", "digits"),
-    ("model", "VAE"),
-    ("guide", "AmortizedGuide"),
-    ("loss", "Trace_ELBO"),
-    ("optimizer", "Adam"),
-    ("optimizer.lr", 1e-3),
-    ("optimizer.fused", True),
-]
-OF_SEQUENCES: Options = [
-    ("model", "DeepMarkovModel"),
-    ("model.latent_dim", 16),
-    ("model.transition_hidden", 64),
-    ("guide", "StateSpaceGuide"),
-    ("clip_norm", 10.0),
-]
-FIRST_RUN: Options = [("epochs", 200), ("patience", 30)]  # where no configuration file is given
 NOT_ASKED = {
     "model",
     "guide",
@@ -269,6 +265,7 @@ OUT = {
     "forecast": "forecast.csv",
     "encode": "codes.npz",
     "reconstruct": "reconstructions.npz",
+    "scores": "scores.csv",
 }
 
 
@@ -443,6 +440,7 @@ def _called(command: str, function: Callable[..., int], run: Path, options: Opti
 def _fit(options: Options) -> int:
     from . import training
     from .data import load_dataset
+    from .defaults import batch_size_for, programs_for
     from .evaluation import evaluate
 
     for option, _ in options:
@@ -466,17 +464,22 @@ def _fit(options: Options) -> int:
         from .compiled import keep_freed_memory
 
         keep_freed_memory()
-    dataset = load_dataset(**source)
-    print(f"data     {dataset.name}: {dataset.description}")
+    with _notes():
+        dataset = _data_to_fit(source, resume)
+    assert dataset.schema is not None
+    found = [choice for choice in dataset.schema.choices if choice.option]
+    said = [dataset.schema.summary, *(choice.what for choice in dataset.schema.choices if not choice.option)]
+    print(f"data     {dataset.name}: {', '.join(said)}")
+    for choice in found:
+        print(f"         {choice.what} (--{choice.option})")
     sizes = ", ".join(f"{split.name} {len(split):,}" for split in (dataset.train, dataset.valid, dataset.test))
     print(f"         {sizes}")
-    settings.setdefault("batch_size", min(20 if dataset.sequences else 100, len(dataset.train)))
-    programs, reason = _programs(components, dataset, settings.get("seed", 0))
-    print(f"model    {_name_of(programs['model'])}, {reason}")
+    settings.setdefault("batch_size", batch_size_for(dataset))
+    programs, reason = programs_for(components, dataset, settings.get("seed", 0))
+    dataset = dataset.with_choices(reason)
+    other = f" (--{reason.option})" if reason.option else ""
+    print(f"model    {_name_of(programs['model'])}, {reason.what}{other}")
     print(f"device   {_device(device)}", flush=True)
-    if dataset.columns and dataset.location is None and "whole numbers" in dataset.description:
-        told = "all values are whole numbers from 0 on, counts that stay as they are (--data.kind NAME=real: no count)"
-        print(f"note     {told}", file=sys.stderr, flush=True)
     try:
         log = [] if sys.stderr.isatty() else [_log_of_epochs()]
         settings |= {"valid": dataset.valid, "resume": resume, "callbacks": log}
@@ -519,6 +522,28 @@ def _fit(options: Options) -> int:
     return 0
 
 
+def _data_to_fit(source: Table, resume: Path | None) -> Dataset:
+    """The data set of a configuration; of a run that goes on, its own rows in their units and splits."""
+    from .checkpoint import load
+    from .data import Schema, load_again, load_dataset
+
+    path = resume / "checkpoints" / "last.safetensors" if resume is not None else None
+    state = load(path) if path is not None else {}
+    if "schema" in state and source == (state["schema"]["table"].get("source") or {}):
+        return load_again(Schema.from_state(state["schema"], str(path)))
+    return load_dataset(**source)
+
+
+@contextlib.contextmanager
+def _notes() -> Iterator[None]:
+    """What is said of data that are not quite those of the training goes to stderr, a line each."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        yield
+    for warning in said:
+        print(f"note     {warning.message}", file=sys.stderr, flush=True)
+
+
 def _log_of_epochs() -> Callable[[Run], None]:
     """A line on the training every ten seconds, for a log that shows no progress bar."""
     said = [time.monotonic()]
@@ -535,6 +560,7 @@ def _log_of_epochs() -> Callable[[Run], None]:
 def _configuration(options: Options) -> tuple[Table, Path | None]:
     """All settings of `fit`: defaults, then files, then options; and the run to go on with, if any."""
     from .checkpoint import begun_run, recorded_config
+    from .defaults import DEFAULTS, FIRST_RUN, OF_SEQUENCES
     from .sources import holds_sequences
 
     paths = {path: value for path, value in options if path in ("config", "resume")}
@@ -560,92 +586,6 @@ def _configuration(options: Options) -> tuple[Table, Path | None]:
     if resume is not None and {"out", "overwrite"} & tree.keys():
         raise ValueError("expected --resume without --out and --overwrite, got both: a run goes on where it is")
     return tree, resume
-
-
-def _programs(components: Table, dataset: Dataset, seed: int) -> tuple[Table, str]:
-    """`fit`'s objects, completed from the data and from one another; and why this likelihood."""
-    import torch
-
-    from .config import build, describe, import_object
-    from .models import StateSpaceModel, likelihoods
-
-    model, guide = components["model"], components["guide"]
-    reason = "as configured"
-    for node in (model, guide):
-        if "object" in node:
-            raise ValueError(
-                f"expected a class with an import path, got {node['object']}: name it, --model module.Class"
-            )
-    model_class, arguments = import_object(model["class_path"]), model["init_args"]
-    names = parameters(model_class)
-    shape = tuple(dataset.event_shape)
-    of_sequences = inspect.isclass(model_class) and issubclass(model_class, StateSpaceModel)
-    if "event_shape" in names and dataset.sequences != of_sequences:
-        wanted, like = ("a model of sequences", "DeepMarkovModel") if dataset.sequences else ("another model", "VAE")
-        raise ValueError(f"expected {wanted} for {dataset.name}, got {model['class_path']}: --model {like}")
-    if dataset.sequences and "u" in dataset.train.kwargs and "num_inputs" in names:
-        arguments["num_inputs"] = dataset.train.kwargs["u"].shape[-1]
-    if arguments.get("event_shape", shape) not in (shape, list(shape), json.dumps(shape)):
-        raise ValueError(f"expected {list(shape)} as model.event_shape, got {arguments['event_shape']}: leave it out")
-    if "event_shape" in names:
-        arguments["event_shape"] = shape
-    if "likelihood" in names and arguments.get("likelihood", "auto") == "auto":
-        observed = dataset.train.values
-        likelihood, why = likelihoods.fitting(observed[~observed.isnan()] if dataset.sequences else observed)
-        arguments["likelihood"] = describe({"likelihood": likelihood})["likelihood"]
-        reason = f"{type(likelihood).__name__} likelihood because {why}"
-    elif isinstance(arguments.get("likelihood"), dict):
-        reason = f"{arguments['likelihood'].get('class_path', '').rpartition('.')[2]} likelihood as configured"
-    guide_class = import_object(guide["class_path"])
-    if inspect.isclass(guide_class) and "model" in parameters(guide_class):
-        guide["init_args"]["model"] = {"reference": "model"}
-        if "missing" in parameters(guide_class) and dataset.has_missing_entries:
-            guide["init_args"].setdefault("missing", "entries")
-    made = {name: components[name] for name in COMPONENTS if name in components}
-    _check_references(made, "the configuration")
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        try:
-            built = build(made)
-        except (TypeError, ValueError) as error:
-            raise _refused(error, f"{model['class_path']} and {guide['class_path']}") from error
-    return {name: built[name] for name in COMPONENTS if name in built}, reason
-
-
-def _refused(error: Exception, what: str) -> ValueError:
-    """What a constructor, anybody's code, says against its arguments."""
-    if "expected" in str(error):
-        return ValueError(str(error))
-    return ValueError(f"expected arguments that {what} take, got {type(error).__name__}: {error}")
-
-
-def _check_references(components: Table, where: str) -> None:
-    """Every component a class and its arguments, every reference to one before it: as `config.build` takes them."""
-    seen: set[str] = set()
-
-    def walk(value: Any, path: str) -> None:
-        if isinstance(value, list | tuple):
-            for i, item in enumerate(value):
-                walk(item, f"{path}.{i}")
-        if isinstance(value, Mapping) and "reference" in value:
-            if value["reference"] not in seen:
-                raise ValueError(
-                    f"expected {path} in {where} to refer to an earlier object, got {value['reference']!r}: mend it"
-                )
-        elif isinstance(value, Mapping) and not value.keys() & {"object", "tensor"}:
-            arguments = value.get("init_args", {}) if "class_path" in value else value
-            if not isinstance(arguments, Mapping) or not isinstance(value.get("class_path", ""), str):
-                raise ValueError(f"expected {path} in {where} as class_path and init_args, got {value}: correct it")
-            for name, item in arguments.items():
-                walk(item, f"{path}.{name}")
-        seen.add(path)
-
-    for name, value in components.items():
-        if name in NUMBERS and isinstance(value, float | int):
-            continue
-        if not isinstance(value, Mapping) or not value.keys() & {"class_path", "object", "reference"}:
-            raise ValueError(f"expected {name} in {where} as class_path and init_args, got {value!r}: correct it")
-        walk(value, name)
 
 
 def _name_of(program: Any) -> str:
@@ -687,7 +627,7 @@ def _toml(table: Table) -> str:
 def _evaluate(
     run: Path,
     data: Table,
-    split: Part = "test",
+    split: Part | None = None,
     num_samples: int = 1000,
     annealing: int | None = None,
     out: Path | None = None,
@@ -700,11 +640,11 @@ def _evaluate(
 
     _check_out(out, overwrite)
     loaded = _load(run, device)
-    part = _split(_dataset(loaded, data), split)
+    part = _part(loaded, data, split, "test")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AnnealingWarning)  # what is printed says it
         scores = evaluate(loaded.model, loaded.guide, part, num_samples=num_samples, seed=seed, annealing=annealing)
-    print(f"{split} split: {scores}")
+    print(f"{part.name} split: {scores}" if part.name != "all" else f"all data: {scores}")
     if out is not None:
         table: Table = {
             name: {"value": each.value, "standard_error": each.standard_error} for name, each in scores.table().items()
@@ -726,7 +666,7 @@ def _evaluate(
             }
         for name, each in (scores.per_step or {}).items():
             table[f"{name}_per_step"] = {"value": each.value, "standard_error": each.standard_error}
-        _write(out, json.dumps({"split": split, **table}, indent=2).encode() + b"\n")
+        _write(out, json.dumps({"split": part.name, **table}, indent=2).encode() + b"\n")
     return 0
 
 
@@ -745,30 +685,31 @@ def _sample(
     _check_out(out, overwrite)
     if num < 1:
         raise ValueError(f"expected --num >= 1, got {num}: give a positive number")
-    loaded = _load(run, device)
-    dataset = _dataset(loaded, {}) if "data" in loaded.config else None
     if num_steps is not None and num_steps < 1:
         raise ValueError(f"expected --num_steps >= 1, got {num_steps}: give a positive number")
+    loaded = _load(run, device)
+    with _notes():
+        schema = loaded.schema
     steps: dict[str, Any] = {}
     if hasattr(loaded.model, "forecast"):
         inputs = getattr(loaded.model, "num_inputs", 0)
-        if (num_steps is None or inputs) and (dataset is None or not dataset.sequences):
+        T = num_steps or (schema.num_steps if schema is not None else None)
+        if T is None or (inputs and (schema is None or not schema.sequences)):
             wanted, how = ("data with inputs", "train it on a file") if inputs else ("--num_steps", "add it")
             raise ValueError(f"expected {wanted} for {run}, a run on sequences that names no data: {how}")
-        T = num_steps or int(dataset.train.kwargs["lengths"].median())  # type: ignore[union-attr]
-        steps = {"u": _some_inputs(dataset, num, T, seed)} if inputs else {"num_steps": T}  # type: ignore[arg-type]
+        steps = {"u": _some_inputs(_own(loaded), num, T, seed)} if inputs else {"num_steps": T}
     elif num_steps is not None:
         raise ValueError(f"expected --num_steps for a run on sequences, got {run}, which is none: leave it out")
     if shared := global_sites(loaded.model, **steps):
-        if dataset is None:
+        if schema is None or schema.source is None:
             raise ValueError(
                 f"expected data for {run}, whose global sites {shared} are drawn by them: train it on a file"
             )
-        steps["given"] = global_values(loaded.guide, dataset.train)
+        steps["given"] = global_values(loaded.guide, _own(loaded).train)
         print(f"         at the guide's values of the global sites {', '.join(shared)}")
     x = sample(loaded.model, num, seed=seed, mean=mean, **steps)
-    arrays = {"x": x if dataset is None else dataset.restore(x)}
-    _write_data(out, dataset, None, arrays | ({"u": steps["u"]} if "u" in steps else {}))
+    arrays = {"x": x if schema is None else schema.restore(x)}
+    _save(out, arrays | ({"u": steps["u"]} if "u" in steps else {}), None, schema)
     return 0
 
 
@@ -787,7 +728,7 @@ def _some_inputs(dataset: Dataset, num: int, T: int, seed: int) -> Any:
 def _forecast(
     run: Path,
     data: Table,
-    split: Part = "all",
+    split: Part | None = None,
     num_steps: int | None = None,
     num_samples: int = 1000,
     inputs: Path | None = None,
@@ -803,16 +744,18 @@ def _forecast(
 
     _check_out(out, overwrite)
     loaded = _load(run, device)
-    dataset = _dataset(loaded, data)
-    if not isinstance(loaded.model, StateSpaceModel) or not dataset.sequences:
+    part = _part(loaded, data, split, "all")
+    if not isinstance(loaded.model, StateSpaceModel) or "lengths" not in part.kwargs:
         raise ValueError(
-            f"expected a run of a StateSpaceModel on sequences, got {run} on {dataset.name}: train one, "
+            f"expected a run of a StateSpaceModel on sequences, got {run} on {_named(part)}: train one, "
             "pyro-vae fit --data table.csv --data.id COLUMN --data.time COLUMN"
         )
+    schema = part.schema
+    assert schema is not None
     found = forecast(
         loaded.model,
         loaded.guide,
-        _split(dataset, split),
+        part,
         num_steps=num_steps,
         inputs=inputs,
         num_samples=num_samples,
@@ -822,14 +765,14 @@ def _forecast(
     levels = torch.tensor(LEVELS).double()
     moments = torch.empty(1 + len(LEVELS), N, H, D, dtype=torch.double)
     for i in range(N):
-        x = dataset.restore(found.draws[:, i]).double()
+        x = schema.restore(found.draws[:, i]).double()
         moments[:, i] = torch.cat([x.mean(0)[None], x.quantile(levels, dim=0)])
     names = ["x_mean", *(f"x_{round(100 * level)}%" for level in LEVELS)]
-    arrays = dict(zip(names, moments, strict=True))
+    arrays = dict(zip(names, moments.float(), strict=True))  # no digits that nobody computed
     if out.suffix == ".npz":
-        arrays["x_draws"] = dataset.restore(found.draws)
-    _write_data(out, dataset, found.split, arrays, times=found.times, num_before=found.num_before.numpy())
-    of = f"the {split} split" if split != "all" else "the data"
+        arrays["x_draws"] = schema.restore(found.draws)
+    _save(out, arrays, found.split, schema, times=found.times, num_before=found.num_before.numpy())
+    of = f"the {part.name} split" if part.name != "all" else "the data"
     print(f"         {H} step{'s' if H > 1 else ''} after {N:,} sequence{'s' if N > 1 else ''} of {of}")
     if found.split.times is not None and found.times is None:
         print("         the data's times are uneven, or too few to tell how they go on: --data.every D (h, MS, 2) does")
@@ -839,7 +782,7 @@ def _forecast(
 def _encode(
     run: Path,
     data: Table,
-    split: Part = "test",
+    split: Part | None = None,
     num_samples: int | None = None,
     out: Path = Path("codes.npz"),
     overwrite: bool = False,
@@ -854,8 +797,7 @@ def _encode(
         )
     _check_out(out, overwrite)
     loaded = _load(run, device)
-    dataset = _dataset(loaded, data)
-    part = _split(dataset, split)
+    part = _part(loaded, data, split)
     arrays: dict[str, Any] = {}
     codes = encodings(loaded.guide, part, num_samples=num_samples, seed=seed)
     shared = [site for site, code in codes.items() if code.is_global]
@@ -868,14 +810,14 @@ def _encode(
         arrays |= {f"{site}_mean": code.mean, f"{site}_scale": code.scale}
         if code.draws is not None:
             arrays[f"{site}_draws"] = code.draws
-    _write_data(out, dataset, part, {name: array for name, array in arrays.items() if array is not None})
+    _save(out, {name: array for name, array in arrays.items() if array is not None}, part, part.schema)
     return 0
 
 
 def _reconstruct(
     run: Path,
     data: Table,
-    split: Part = "test",
+    split: Part | None = None,
     num_samples: int = 1,
     out: Path = Path("reconstructions.npz"),
     overwrite: bool = False,
@@ -886,10 +828,32 @@ def _reconstruct(
 
     _check_out(out, overwrite)
     loaded = _load(run, device)
-    dataset = _dataset(loaded, data)
-    part = _split(dataset, split)
+    part = _part(loaded, data, split)
     x = reconstruct(loaded.model, loaded.guide, part, num_samples=num_samples, seed=seed)
-    _write_data(out, dataset, part, {"x": dataset.restore(x)})
+    _save(out, {"x": x if part.schema is None else part.schema.restore(x)}, part, part.schema)
+    return 0
+
+
+def _scores(
+    run: Path,
+    data: Table,
+    split: Part | None = None,
+    num_samples: int = 1000,
+    out: Path = Path("scores.csv"),
+    overwrite: bool = False,
+    device: str = "auto",
+    seed: int = 0,
+) -> int:
+    from .data import save_table
+    from .prediction import scores
+
+    _check_out(out, overwrite)
+    loaded = _load(run, device)
+    part = _part(loaded, data, split)
+    found = scores(loaded.model, loaded.guide, part, num_samples=num_samples, seed=seed)
+    save_table(out, {"id": found.ids, "log_prob": found.log_prob, "rank": found.rank}, overwrite=True)
+    print(f"wrote    {out}")
+    print(f"         {found}")
     return 0
 
 
@@ -922,7 +886,7 @@ def _compare(
     from .comparison import compare_estimators
 
     loaded = _load(run, device)
-    dataset = _dataset(loaded, data)
+    dataset = _divided(loaded, data) if data else _own(loaded)
     comparison = compare_estimators(
         loaded.model,
         loaded.guide,
@@ -937,7 +901,7 @@ def _compare(
         seeds=of_training,
         learning_rate=learning_rate,
         batch_size=batch_size,
-        valid=_split(dataset, split),
+        valid=_of(dataset, split),
         compile=compile,
         seed=seed,
     )
@@ -993,93 +957,120 @@ def _report(run: Path, num_samples: int = 1000, device: str = "auto", seed: int 
     from .report import write_report
 
     loaded = _load(run, device)
-    path = write_report(loaded, _dataset(loaded, {}), num_samples=num_samples, seed=seed)
+    path = write_report(loaded, _own(loaded), num_samples=num_samples, seed=seed)
     print(f"report   {path.absolute().as_uri()}")
     return 0
 
 
 def _load(run: Path, device: str) -> Run:
     from .checkpoint import recorded_config, weights_of
+    from .defaults import check_references, refused
     from .training import load_run
 
     config = recorded_config(run, weights_of(run))
-    _check_references({name: config[name] for name in ("model", "guide") if name in config}, str(run / "config.toml"))
+    check_references({name: config[name] for name in ("model", "guide") if name in config}, str(run / "config.toml"))
     try:
-        with warnings.catch_warnings(record=True) as said:
-            warnings.filterwarnings("always", ".* is not the configuration that", UserWarning)
+        with _notes():
             loaded = load_run(run, device=device)
-        for warning in said:
-            print(f"note     {warning.message}", file=sys.stderr)
         damaged: list[Any] = [record for record in loaded.history if not isinstance(record, dict)]
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         damaged = [error]
     except ValueError as error:
-        raise _refused(error, f"the classes in {run / 'config.toml'}") from error
+        raise refused(error, f"the classes in {run / 'config.toml'}") from error
     if damaged:
         raise ValueError(f"expected a table per line in {run / 'metrics.jsonl'}, got {damaged[0]}: mend or delete it")
     return loaded
 
 
-def _dataset(run: Run, options: Table) -> Dataset:
-    """The run's data set, or another one in the units that the model was trained in."""
+def _own(run: Run) -> Dataset:
+    """The data set that the run was trained on."""
+    if run.config.get("data") is None:
+        raise ValueError(f"expected data that {run.path} was trained on, got tensors without a source: add --data PATH")
+    with _notes():
+        return run.dataset()
+
+
+def _part(run: Run, options: Table, split: Part | None, usual: Part | None = None) -> Split:
+    """The data that a command is about: a split of the run's own, or rows of other data, in the run's units.
+
+    Without --split it is the `usual` one, or else the test split of the run's own data, and all of other data.
+    """
     from dataclasses import replace
 
-    from .data import load_dataset
+    import numpy as np
 
-    source = run.config.get("data")
-    if source is None and "name_or_path" not in options:
-        raise ValueError(f"expected data that {run.path} was trained on, got tensors without a source: add --data PATH")
-    if source is None:
-        return load_dataset(**options)
-    if not isinstance(source, dict) or "name_or_path" not in source:
-        raise ValueError(
-            f"expected a table [data] with name_or_path in {run.path}, got {source!r}: correct config.toml"
-        )
-    source = check(load_dataset, source, "data")
-    trained = load_dataset(**source)
+    from .data import rows_of
+
     if not options:
-        return trained
-    same = options.get("name_or_path", source["name_or_path"]) == source["name_or_path"]
-    kept: Table = source if same else {key: source[key] for key in ("binarize", "root") if key in source}
-    if str(options.get("name_or_path", "")).endswith(".csv"):
-        kept = kept | {
-            key: source[key] for key in ("label", "id", "time", "inputs", "window", "every") if key in source
-        }
-    other = load_dataset(**{**kept, **options})
-    if other.event_shape != trained.event_shape or other.sequences != trained.sequences:
+        return _of(_own(run), split or usual or "test")
+    whole = _other(run, options)
+    wanted = split or usual or "all"
+    if wanted == "all" or whole.parts is None:
+        return whole
+    rows = np.flatnonzero(whole.parts == wanted)
+    if not len(rows):
         raise ValueError(
-            f"expected data of shape {_shape(trained)}, as {run.path} was trained on, got {_shape(other)} in "
-            f"{other.name}: name such data"
+            f"expected rows of the {wanted} split in {_named(whole)}, got {len(whole):,} of others, such as rows that "
+            "the run was trained on: --split all takes them"
         )
-    location, scale = trained.location, trained.scale
-    if location is None or scale is None:
-        if other.location is not None:
-            raise ValueError(
-                f"expected values like those of {trained.name}, got real values in {other.name}: convert them"
-            )
-        return other
-
-    def standardised(part: Split) -> Split:
-        x, log_jacobian = (other.restore(part.x.double()) - location) / scale, trained.train.log_jacobian
-        if other.sequences:
-            counted = part.counted
-            x, log_jacobian = x.where(counted, 0.0), -(counted.sum(1) * scale.log()).sum(-1)
-        return replace(part, args=(x.float(),), log_jacobian=log_jacobian)
-
-    train, valid, test = map(standardised, (other.train, other.valid, other.test))
-    return replace(other, train=train, valid=valid, test=test, location=location, scale=scale)
+    if split is None and len(rows) < len(whole):
+        left = f"{len(whole) - len(rows):,} of {len(whole):,} rows of {_named(whole)}"
+        print(f"note     {left} are rows of the training, and left out: --split all takes them", file=sys.stderr)
+    return replace(rows_of(whole, rows.tolist()), name=wanted)
 
 
-def _shape(dataset: Dataset) -> str:
-    columns = f" ({', '.join(dataset.columns)})" if dataset.columns else ""
-    return f"{tuple(dataset.event_shape)}{columns}{' per step' if dataset.sequences else ''}"
+def _other(run: Run, options: Table) -> Split:
+    from dataclasses import replace
+
+    with _notes():
+        schema = run.schema
+        if schema is None:
+            raise ValueError(f"expected a run that knows the units of its data, got {run.path}: it is an earlier one's")
+        own = (schema.source or {}).get("name_or_path")
+        options = {"name_or_path": own} | options
+        name = options.pop("name_or_path")
+        if name is None:
+            raise ValueError(f"expected a path beside the options of data for {run.path}, got none: add --data PATH")
+        whole = run.read(name, **options)
+    return replace(whole, name="all")
 
 
-def _split(dataset: Dataset, name: Part) -> Split:
+def _named(part: Split) -> str:
+    return "tensors" if part.schema is None else part.schema.name
+
+
+def _of(dataset: Dataset, name: Part) -> Split:
     from .data import joined
 
     parts = [dataset.train, dataset.valid, dataset.test]
     return next((part for part in parts if part.name == name), None) or joined(parts)
+
+
+def _divided(run: Run, options: Table) -> Dataset:
+    """Other data in three splits: rows that the run has not seen are divided, where there is nothing else."""
+    from dataclasses import replace
+
+    import numpy as np
+    import torch
+
+    from .data import Dataset, rows_of
+
+    whole = _other(run, options)
+    parts = np.full(len(whole), "test", dtype="<U5") if whole.parts is None else whole.parts.astype("<U5")
+    if not {"train", "valid"} <= {*parts}:
+        new = np.flatnonzero(parts == "test")
+        new = new[torch.randperm(len(new), generator=torch.Generator().manual_seed(0)).numpy()]
+        tenth = len(new) // 10
+        parts[new] = "train"
+        parts[new[:tenth]], parts[new[tenth : 2 * tenth]] = "valid", "test"
+    splits = {}
+    for name in ("train", "valid", "test"):
+        rows = np.flatnonzero(parts == name)
+        if not len(rows):
+            raise ValueError(f"expected at least 10 rows that are new in {_named(whole)}, to divide them, got fewer")
+        splits[name] = replace(rows_of(whole, rows.tolist()), name=name)
+    shape = whole.x.shape[2:] if "lengths" in whole.kwargs else whole.x.shape[1:]
+    return Dataset(_named(whole), **splits, event_shape=shape, schema=whole.schema)
 
 
 def _check_ending(out: Path, endings: Sequence[str]) -> None:
@@ -1104,84 +1095,11 @@ def _write(out: Path, content: bytes) -> None:
     print(f"wrote    {out}")
 
 
-def _write_data(
-    out: Path,
-    dataset: Dataset | None,
-    part: Split | None,
-    arrays: Mapping[str, Any],
-    times: Any = None,
-    num_before: Any = None,
-) -> None:
-    """Arrays with rows per datum, with ids and labels, as .npz or as a .csv of a row per datum; of sequences, per step.
+def _save(out: Path, arrays: Mapping[str, Any], data: Split | None, schema: Any, **options: Any) -> None:
+    from .data import save_table
 
-    With `num_before` (N,) the steps are those that follow so many of each sequence, at `times` (N, H) where they are
-    known.
-    """
-    import io
-
-    import numpy as np
-
-    arrays = {name: array.detach().cpu().numpy() for name, array in arrays.items()}
-    named: dict[str, Any] = {}
-    if part is not None and part.ids is not None:
-        named["id"] = part.ids
-    if part is not None and part.labels is not None:
-        labels = part.labels.cpu().numpy()
-        named["label"] = labels if dataset is None or dataset.classes is None else np.array(dataset.classes)[labels]
-    sequences = dataset is not None and dataset.sequences
-    times = part.times if part is not None and num_before is None else times
-    lengths = part.kwargs["lengths"].cpu().numpy() if sequences and part is not None else None
-    if out.suffix == ".npz":
-        if lengths is not None and num_before is None:
-            named["length"] = lengths
-        if times is not None:
-            named["time"] = times
-        file = io.BytesIO()
-        np.savez(file, **arrays, **{f"{name}s": values for name, values in named.items()})
-        _write(out, file.getvalue())
-        return
-    import pandas
-
-    source = dataset.train.source or {} if dataset is not None else {}
-    columns_of = {"x": None if dataset is None else dataset.columns, "u": source.get("inputs")}
-    if sequences:
-        N, T = next(iter(arrays.values())).shape[:2]
-        named.setdefault("id", np.arange(N))
-        steps = np.arange(T) + np.zeros((N, 1), dtype=int) + (0 if num_before is None else num_before[:, None])
-        ends = None if num_before is not None else lengths
-        rows = np.ones((N, T), dtype=bool) if ends is None else steps < ends[:, None]
-        named = {name: np.broadcast_to(values[:, None], (N, T))[rows] for name, values in named.items()}
-        named["step"] = steps[rows]
-        if times is not None:
-            name = source["time"]
-            while name in named:
-                name = f"time_{name}"
-            named[name] = times[rows]
-        arrays = {name: array[rows] for name, array in arrays.items()}
-    columns = dict(named)
-    for name, array in arrays.items():
-        flat = array.reshape(len(array), -1)
-        flat = flat.astype(np.float32) if flat.dtype.kind == "f" else flat  # no digits that nobody computed
-        names = [f"{name}_{i}" for i in range(flat.shape[1])]
-        if own := columns_of.get(name.split("_")[0]):
-            names = [f"{column}{name[1:]}" for column in own]
-        for column, values in zip(names, flat.T, strict=True):
-            while column in columns:  # a feature that is called id or label
-                column = f"{name}_{column}"
-            columns[column] = values
-    table = pandas.DataFrame({name: [*map(_as_text, v)] if v.dtype.kind in "UO" else v for name, v in columns.items()})
-    _write(out, table.rename(columns=_as_text).to_csv(index=False).encode())
-
-
-def _as_text(cell: Any) -> Any:
-    """A cell that a spreadsheet does not take for a formula, and run: an apostrophe before it says so."""
-    if not isinstance(cell, str) or not cell.startswith(("=", "+", "-", "@", "\t", "\r")):
-        return cell
-    try:
-        float(cell)
-    except ValueError:
-        return f"'{cell}"
-    return cell
+    save_table(out, arrays, data, schema=schema, overwrite=True, **options)
+    print(f"wrote    {out}")
 
 
 COMMANDS: dict[str, Callable[..., int]] = {
@@ -1191,6 +1109,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "forecast": _forecast,
     "encode": _encode,
     "reconstruct": _reconstruct,
+    "scores": _scores,
     "compare": _compare,
     "report": _report,
     "doctor": _doctor,

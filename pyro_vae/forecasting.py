@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .data import Split, rows_of
+from .data import Split, as_data, rows_of, tensor_of
 from .evaluation import MAX_ELEMENTS, isolated
 from .sources import Columns, read_future, read_npy
-from .sources.times import after, spacing, written
+from .sources.times import after, padded, spacing, written
 
 __all__ = ["Forecast", "forecast"]
 
@@ -44,24 +43,26 @@ class Forecast:
 def forecast(
     model: Any,
     guide: Callable,
-    split: Split,
+    split: Any,
     *,
     num_steps: int | None = None,
-    inputs: str | os.PathLike[str] | None = None,
+    inputs: Any = None,
     num_samples: int = 1000,
     seed: int = 0,
 ) -> Forecast:
     """Draws of what follows each sequence of a split: z at its last step by the guide, then the model's own steps.
 
-    The pieces of one series (`window` of `load_dataset`) are taken as the one sequence that they are, of which the last
-    `window` steps are seen. ``dataset.restore(found.draws)`` is in the original units.
+    The pieces of a series (`window` of `load_dataset`) are taken as the one sequence that they are, those of each id by
+    themselves, of which the last `window` steps are seen. ``dataset.restore(found.draws)`` is in the original units.
 
     Args:
         model: a `StateSpaceModel`.
+        split: of a data set; or sequences (N, T, D), alone or as ``(x, {"lengths": ..., "u": ...})``.
         num_steps: H; by default as many as there are inputs to come, or 10.
-        inputs: of a model with inputs, the file of those to come. A `.csv` with the columns of id, time and inputs that
+        inputs: of a model with inputs, those to come: (N, H, C), a tensor or array in the split's order; or a file of
+            them. A `.csv` with the columns of id, time and inputs that
             the data were read with: sequences that have rows in it are forecast, as many steps for each, from the first
-            one after the sequence's last; for other data a `.npy` of shape (N, H, C), in the split's order.
+            one after the sequence's last; else a `.npy` of shape (N, H, C).
         num_samples: K.
 
     Raises:
@@ -80,6 +81,11 @@ def forecast(
     for name, count in (("num_steps", num_steps), ("num_samples", num_samples)):
         if count is not None and count < 1:
             raise ValueError(f"expected {name} >= 1, got {count}: give a positive number")
+    if not isinstance(split, Split):
+        own = as_data(split, model, guide)
+        x = own.args[0]
+        every_step = {} if "lengths" in own.kwargs else {"lengths": torch.full((len(x),), x.shape[1])}
+        split = Split(own.args, own.kwargs | every_step)
     C = model.num_inputs
     if C and inputs is None:
         raise ValueError(
@@ -92,15 +98,17 @@ def forecast(
         )
     source = split.source or {}
     num_before, every = split.kwargs["lengths"].cpu(), source.get("every")
+    series = _series(split) if "window" in source else [np.array([i]) for i in range(len(split))]
     if split.times is not None:
         of_each = [times[:T] for times, T in zip(split.times, num_before.tolist(), strict=True)]
-        every = every or spacing([np.concatenate(of_each)] if "window" in source else of_each)
+        every = every or spacing([np.concatenate([of_each[i] for i in rows]) for rows in series])
     if "window" in source:
-        split, num_before = _end(split, source["window"]), num_before.sum()[None]
+        num_before = torch.stack([num_before[rows].sum() for rows in series])
+        split = _ends(split, series, source["window"])
     u = times = None
     H = num_steps or NUM_STEPS
     if inputs is not None:
-        rows, u, times = _to_come(Path(inputs), split, every)
+        rows, u, times = _to_come(inputs, split, every)
         split, num_before = rows_of(split, rows), num_before[rows]
         H = num_steps or u.shape[1]
         if u.shape[1] < H:
@@ -126,24 +134,43 @@ def forecast(
     return Forecast(split, num_before, draws, times)
 
 
-def _end(split: Split, num_steps: int) -> Split:
-    """The last steps of a series that is cut into pieces, as one sequence."""
+def _series(split: Split) -> list[np.ndarray]:
+    """The rows of each series that is cut into pieces: those of one id, or all."""
+    ids = np.zeros(len(split), dtype=int) if split.ids is None or not _is_named(split) else split.ids
+    return [np.flatnonzero(ids == each) for each in dict.fromkeys(ids.tolist())]
+
+
+def _is_named(split: Split) -> bool:
+    """Whether ids are those of a column, and do not count the pieces."""
+    return "id" in (split.source or {})
+
+
+def _ends(split: Split, series: list[np.ndarray], num_steps: int) -> Split:
+    """The last steps of series that are cut into pieces, as one sequence each."""
     lengths = split.kwargs["lengths"].cpu()
     there = torch.arange(split.x.shape[1]) < lengths[:, None]
-    total = min(num_steps, int(lengths.sum()))
+    totals = [min(num_steps, int(lengths[rows].sum())) for rows in series]
 
-    def end(steps: Tensor) -> Tensor:
-        return steps[there.to(steps.device)][-total:][None]
+    def ends(steps: Tensor) -> Tensor:
+        steps = steps.cpu()
+        parts = [steps[rows][there[rows]][-total:] for rows, total in zip(series, totals, strict=True)]
+        return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True).to(split.device)
 
+    of_steps = {name: ends(each) for name, each in split.kwargs.items() if each.ndim > 1}
+    times = None
+    if split.times is not None:
+        last = [split.times[rows][there[rows].numpy()][-n:] for rows, n in zip(series, totals, strict=True)]
+        times = padded(last, max(totals))
     return replace(
         split,
-        args=(end(split.x),),
-        kwargs={name: end(v) if v.ndim > 1 else v.new_tensor([total]) for name, v in split.kwargs.items()},
-        log_jacobian=math.nan,  # only its pieces' are known
+        args=(ends(split.x),),
+        kwargs={"lengths": lengths.new_tensor(totals).to(split.device), **of_steps},
+        log_jacobian=math.nan,  # only the pieces' are known
         labels=None,
-        ids=None,
+        ids=np.array([split.ids[rows[0]] for rows in series]) if split.ids is not None and _is_named(split) else None,
         latents=None,
-        times=None if split.times is None else split.times[there.numpy()][-total:][None],
+        times=times,
+        parts=None,
     )
 
 
@@ -153,17 +180,21 @@ def _last(split: Split) -> np.ndarray:
     return split.times[np.arange(len(split)), split.kwargs["lengths"].cpu().numpy() - 1]
 
 
-def _to_come(path: Path, split: Split, every: str | None) -> tuple[list[int], Tensor, np.ndarray | None]:
-    """Which sequences the file has inputs for, these (N, H, C), and their times (N, H), if it has any."""
-    source = split.source or {}
-    if split.times is None:
-        u, C = read_npy(path).x, split.kwargs["u"].shape[-1] if "u" in split.kwargs else 0
+def _to_come(inputs: Any, split: Split, every: str | None) -> tuple[list[int], Tensor, np.ndarray | None]:
+    """Which sequences there are inputs for, these (N, H, C), and their times (N, H), if they are known."""
+    source, given = split.source or {}, tensor_of(inputs)
+    path = "inputs" if isinstance(given, Tensor) else Path(inputs)
+    if isinstance(path, str) or split.times is None:
+        u = given if isinstance(path, str) else read_npy(path).x
+        C = split.kwargs["u"].shape[-1] if "u" in split.kwargs else 0
         if u.ndim != 3 or u.shape[::2] != (len(split), C) or not bool(u.float().isfinite().all()):
             raise ValueError(
                 f"expected finite numbers of shape ({len(split)}, H, {C}) in {path}, got shape {tuple(u.shape)}: "
                 f"inputs of the steps after each sequence of the split {split.name!r}"
             )
-        return list(range(len(split))), u.float(), None
+        known = split.times is not None and every is not None
+        times = np.stack([after(last, str(every), u.shape[1]) for last in _last(split)]) if known else None
+        return list(range(len(split))), u.to(split.x.dtype), times
     found = read_future(path, Columns(id=source.get("id"), time=source["time"], inputs=tuple(source["inputs"])))
     assert found.lengths is not None and found.times is not None
     if found.times.dtype != split.times.dtype:

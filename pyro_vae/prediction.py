@@ -13,13 +13,15 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from .data import as_data
+from .data import as_data, tensor_of
 from .draws import log_prob_of
 from .evaluation import (
     MAX_ELEMENTS,
@@ -34,6 +36,7 @@ from .log_weights import on_plates, per_datum, plate_of_data, samples, some_rows
 
 __all__ = [
     "Encoding",
+    "Scores",
     "decode",
     "denoise",
     "encode",
@@ -103,6 +106,7 @@ def sample(
     if num_samples < 1:
         raise ValueError(f"expected num_samples >= 1, got {num_samples}: give a positive number")
 
+    kwargs = {name: _like(model, each) for name, each in kwargs.items()}
     of_each = {name for name, each in kwargs.items() if isinstance(each, Tensor) and each.ndim and len(each) != 1}
     for name in of_each:
         if len(kwargs[name]) != num_samples:
@@ -122,7 +126,7 @@ def sample(
         trace = _drawn(model, 1, keywords(every[:1]))
         plate = plate_of_data(lambda rows: [_drawn(model, rows, keywords(every[:1].expand(rows)))], 1)
         shared = _shared(trace, plate)
-        values = _of_all(given or {}, shared)
+        values = _of_all({name: _like(model, each) for name, each in (given or {}).items()}, shared)
         rows = _rows(_observation(trace)["value"].numel())
         torch.manual_seed(seed)
         parts = []
@@ -134,7 +138,7 @@ def sample(
     return torch.cat(parts)
 
 
-def decode(model: Callable, z: Tensor | Mapping[str, Tensor], *, seed: int = 0, **kwargs: Any) -> Tensor:
+def decode(model: Callable, z: Any, *, seed: int = 0, **kwargs: Any) -> Tensor:
     """``E[x | z]``, shape ``(N, *event_shape)``, for z of shape ``(N, *latent_shape)``.
 
     Args:
@@ -151,6 +155,7 @@ def decode(model: Callable, z: Tensor | Mapping[str, Tensor], *, seed: int = 0, 
         >>> decode(VAE((1, 8, 8), latent_dim=2), torch.zeros(5, 2)).shape
         torch.Size([5, 1, 8, 8])
     """
+    z = {name: _like(model, each) for name, each in z.items()} if isinstance(z, Mapping) else _like(model, z)
     with isolated(model):
         trace = _drawn(model, 1, kwargs)
         plate = plate_of_data(lambda rows: [_drawn(model, rows, kwargs)], 1)
@@ -330,7 +335,7 @@ def denoise(model: Callable, guide: Callable, corrupted: Any, *, num_samples: in
     return reconstruct(model, guide, corrupted, num_samples=num_samples, seed=seed)
 
 
-def interpolate(model: Callable, guide: Callable, a: Tensor, b: Tensor, *, steps: int = 9, seed: int = 0) -> Tensor:
+def interpolate(model: Callable, guide: Callable, a: Any, b: Any, *, steps: int = 9, seed: int = 0) -> Tensor:
     """``E[x | z_t]`` on the line ``z_t = (1 - t) E_q[z | a] + t E_q[z | b]``, t from 0 to 1, shape
     ``(steps, *event_shape)``, for two data of shape `event_shape`. Global sites stay at their `Encoding.value`.
 
@@ -346,6 +351,7 @@ def interpolate(model: Callable, guide: Callable, a: Tensor, b: Tensor, *, steps
     """
     if steps < 2:
         raise ValueError(f"expected steps >= 2, the two ends, got {steps}")
+    a, b = tensor_of(a), tensor_of(b)
     if a.shape != b.shape:
         raise ValueError(f"expected two data of one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
     line = {}
@@ -359,10 +365,40 @@ def interpolate(model: Callable, guide: Callable, a: Tensor, b: Tensor, *, steps
     return decode(model, line, seed=seed)
 
 
-def scores(model: Callable, guide: Callable, data: Any, *, num_samples: int = 100, seed: int = 0) -> Tensor:
-    """``log 1/K sum_k p(x, z_k) / q(z_k | x) <= log p(x)`` in nats, shape (N,), with K = `num_samples` draws.
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """How probable a model finds N data.
 
-    Low scores mark anomalies. A split's standardisation is undone, as in `evaluate`.
+    Attributes:
+        log_prob: (N,), a lower bound on log p(x), in nats.
+        ids: (N,), what names each datum in its source, or its row.
+    """
+
+    log_prob: Tensor
+    ids: np.ndarray
+
+    @cached_property
+    def rank(self) -> Tensor:
+        """(N,), 1 for the least probable datum, 2 for the next, up to N."""
+        rank = torch.empty(len(self.log_prob), dtype=torch.long)
+        rank[self.log_prob.argsort(stable=True)] = torch.arange(1, len(rank) + 1)
+        return rank
+
+    def to_frame(self) -> Any:
+        """A pandas frame with the columns ``id``, ``log_prob`` and ``rank``, in the order of the data."""
+        import pandas
+
+        return pandas.DataFrame({"id": self.ids, "log_prob": self.log_prob.numpy(), "rank": self.rank.numpy()})
+
+    def __repr__(self) -> str:
+        return f"Scores({len(self.log_prob):,} data, {self.log_prob.min():.2f} to {self.log_prob.max():.2f} nats)"
+
+
+def scores(model: Callable, guide: Callable, data: Any, *, num_samples: int = 100, seed: int = 0) -> Scores:
+    """``log 1/K sum_k p(x, z_k) / q(z_k | x) <= log p(x)`` in nats, for each datum, with K = `num_samples` draws.
+
+    Low scores mark anomalies: the `rank` of the least probable datum is 1. A split's standardisation is undone, as in
+    `evaluate`.
 
     Raises:
         ValueError: data outside the likelihood's support, and as `evaluate`.
@@ -371,11 +407,17 @@ def scores(model: Callable, guide: Callable, data: Any, *, num_samples: int = 10
         >>> from pyro_vae.guides import AmortizedGuide
         >>> from pyro_vae.models import VAE
         >>> model = VAE((4,), latent_dim=2)
-        >>> scores(model, AmortizedGuide(model), torch.ones(5, 4), num_samples=10).argsort().shape
-        torch.Size([5])
+        >>> found = scores(model, AmortizedGuide(model), torch.ones(5, 4), num_samples=10)
+        >>> found.log_prob.shape, sorted(found.rank.tolist())
+        (torch.Size([5]), [1, 2, 3, 4, 5])
+        >>> list(found.to_frame().columns)
+        ['id', 'log_prob', 'rank']
     """
+    data = as_data(data, model, guide)
     evaluation = evaluate(model, guide, data, num_samples=num_samples, seed=seed, progress=False)
-    return evaluation.per_datum["log_predictive" if evaluation.global_sites else "log_evidence"]
+    log_prob = evaluation.per_datum["log_predictive" if evaluation.global_sites else "log_evidence"]
+    ids = getattr(data, "ids", None)
+    return Scores(log_prob.detach().cpu(), np.arange(len(data)) if ids is None else ids)
 
 
 def to_arviz(model: Callable, guide: Callable, data: Any, *, num_samples: int = 100, seed: int = 0) -> Any:
@@ -632,6 +674,12 @@ def _named(z: Tensor | Mapping[str, Tensor], sites: Mapping[str, Any], plate: st
     if len({len(value) for value in z.values()}) != 1:
         raise ValueError(f"expected as many values of each site, got { {n: len(v) for n, v in z.items()} }")
     return dict(z)
+
+
+def _like(model: Callable, value: Any) -> Any:
+    """An array as a tensor of the model's dtype; all else as it is."""
+    found = tensor_of(value)
+    return value if found is value else as_data((found[None],), model).args[0][0]
 
 
 def _stack(values: list[Tensor | None]) -> Tensor | None:

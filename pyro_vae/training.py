@@ -41,18 +41,33 @@ from torch import Tensor
 from . import checkpoint, prediction
 from .compiled import get_random_state, preserved, set_random_state
 from .config import build, describe, plain
-from .data import Data, Dataset, Split, as_data, load_dataset
+from .data import (
+    Data,
+    Dataset,
+    Schema,
+    SchemaWarning,
+    Split,
+    as_data,
+    columns_of,
+    joined,
+    load_again,
+    load_dataset,
+    read,
+)
 from .estimators import ConstrainedELBO, Estimator
 from .evaluation import Evaluation, check_support, evaluate, evaluating, of_the_library
+from .forecasting import Forecast, forecast
 from .log_weights import check_draws_alone, samples
 from .optim import Optimizer
 from .progress import Bar
 from .schedules import Schedule
+from .sources import is_frame
 from .svi import SVI, CompiledSVI, LatentScale, NonFiniteLossError, latent_scale, load_modules, modules_of
 
 __all__ = ["Interrupted", "Run", "fit", "load_run", "select_device"]
 
 Callback = Callable[["Run"], Any]
+SCHEMA = "schema.json"
 SAVE_EVERY = 10.0  # seconds between checkpoints
 WORTH_COMPILING = 5_000  # steps
 TRAINING = threading.Lock()  # held by the process's training
@@ -72,15 +87,19 @@ class Interrupted(KeyboardInterrupt):
 class Run:
     """A trained pair and its directory.
 
-    `path` holds ``config.toml`` as resolved, ``metrics.jsonl`` (a line per epoch), ``checkpoints/`` and
-    ``model.safetensors``; `history` is the list of those lines: ``epoch``, ``steps``, ``bound`` and ``valid`` (nats per
-    datum, higher is better), ``kl_weight``, ``learning_rate``, ``seconds``, and what the loss records, such as the
-    multipliers of `ConstrainedELBO`.
+    `path` holds ``config.toml`` as resolved, ``schema.json``, the record of the data, ``metrics.jsonl`` (a line per
+    epoch), ``checkpoints/`` and ``model.safetensors``. `schema` is that record, None of runs by earlier versions; where
+    it names columns, `evaluate`, `encode`, `scores` and their like take pandas frames and paths too, in original units,
+    and match them by name. Tensors and arrays are in the units that the model sees. `history` is the list of the lines
+    of ``metrics.jsonl``: ``epoch``, ``steps``, ``bound`` and ``valid`` (nats per datum, higher is better),
+    ``kl_weight``, ``learning_rate``, ``seconds``, and what the loss records, such as the multipliers of
+    `ConstrainedELBO`.
     """
 
     def __init__(self, model: Any, guide: Any, path: Path, config: dict[str, Any]) -> None:
         self.model, self.guide, self.path, self.config = model, guide, path, config
         self.tensors: dict[str, Tensor] = {}  # those that the configuration names
+        self._schema: Schema | None = None
         self.history: list[dict[str, Any]] = []
 
     def __repr__(self) -> str:
@@ -88,19 +107,54 @@ class Run:
         return f"Run({str(self.path)!r}, {len(self.history)} epochs{last})"
 
     def dataset(self) -> Dataset:
-        """The data set that the run was trained on, loaded again.
+        """The data set that the run was trained on, loaded again: its rows in their splits and units.
 
         Raises:
-            ValueError: the run was trained on tensors, whose source it does not know.
+            ValueError: the run was trained on tensors, whose source it does not know. FileNotFoundError: the file is
+                gone.
+
+        Warns:
+            SchemaWarning: the file has changed since.
         """
         source = self.config.get("data")
         if not source:
             raise ValueError(f"expected a data set's name in {self.path / 'config.toml'}, found none: pass the data")
-        return load_dataset(**source)
+        return load_dataset(**source) if self._schema is None else load_again(self._schema)
+
+    def read(self, data: Any, **options: Any) -> Split:
+        """`pyro_vae.data.read`: other data in the units of this run, such as a file or a pandas frame."""
+        if self.schema is None:
+            raise ValueError(f"expected a run that knows the units of its data, got {self.path}: pass tensors")
+        return read(self.schema, data, **options)
+
+    @property
+    def schema(self) -> Schema | None:
+        """The record of the data. Of a run by an earlier version, which has none, it is learned from the file that the
+        run was trained on, with a warning, or None where there is no such file."""
+        source = self.config.get("data")
+        if self._schema is None and source:
+            self._schema = load_dataset(**source).schema
+            warnings.warn(
+                f"{self.path} has no schema.json, as it is of an earlier version: its units are read from "
+                f"{source['name_or_path']} anew",
+                SchemaWarning,
+                stacklevel=2,
+            )
+        return self._schema
+
+    @schema.setter
+    def schema(self, schema: Schema) -> None:
+        self._schema = schema
+
+    def _given(self, data: Any) -> Any:
+        """What has names or a place is read in the units of the run."""
+        if isinstance(data, str | Path) or (is_frame(data) and self.schema is not None and self.schema.names):
+            return self.read(data)
+        return data
 
     def evaluate(self, data: Any, **options: Any) -> Evaluation:
         """`pyro_vae.evaluate` of this pair."""
-        return evaluate(self.model, self.guide, data, **options)
+        return evaluate(self.model, self.guide, self._given(data), **options)
 
     def sample(self, num_samples: int, **options: Any) -> Tensor:
         """`pyro_vae.prediction.sample` of this model, given values of its global sites, if any.
@@ -117,7 +171,7 @@ class Run:
 
     def encode(self, data: Any, **options: Any) -> prediction.Encoding:
         """`pyro_vae.prediction.encode` by this guide."""
-        return prediction.encode(self.guide, data, **options)
+        return prediction.encode(self.guide, self._given(data), **options)
 
     def decode(self, z: Any, **options: Any) -> Tensor:
         """`pyro_vae.prediction.decode` by this model."""
@@ -125,23 +179,31 @@ class Run:
 
     def reconstruct(self, data: Any, **options: Any) -> Tensor:
         """`pyro_vae.prediction.reconstruct` by this pair."""
-        return prediction.reconstruct(self.model, self.guide, data, **options)
+        return prediction.reconstruct(self.model, self.guide, self._given(data), **options)
 
     def denoise(self, corrupted: Any, **options: Any) -> Tensor:
         """`pyro_vae.prediction.denoise` by this pair."""
-        return prediction.denoise(self.model, self.guide, corrupted, **options)
+        return prediction.denoise(self.model, self.guide, self._given(corrupted), **options)
 
-    def interpolate(self, a: Tensor, b: Tensor, **options: Any) -> Tensor:
+    def interpolate(self, a: Any, b: Any, **options: Any) -> Tensor:
         """`pyro_vae.prediction.interpolate` by this pair."""
         return prediction.interpolate(self.model, self.guide, a, b, **options)
 
-    def scores(self, data: Any, **options: Any) -> Tensor:
+    def scores(self, data: Any, **options: Any) -> prediction.Scores:
         """`pyro_vae.prediction.scores` by this pair."""
-        return prediction.scores(self.model, self.guide, data, **options)
+        return prediction.scores(self.model, self.guide, self._given(data), **options)
+
+    def forecast(self, data: Any = None, **options: Any) -> Forecast:
+        """`pyro_vae.forecast` by this pair of what follows `data`, a split or what `read` takes; by default all data of
+        the run."""
+        if data is None:
+            dataset = self.dataset()
+            data = joined([dataset.train, dataset.valid, dataset.test])
+        return forecast(self.model, self.guide, self._given(data), **options)
 
     def to_arviz(self, data: Any, **options: Any) -> Any:
         """`pyro_vae.prediction.to_arviz` of this pair."""
-        return prediction.to_arviz(self.model, self.guide, data, **options)
+        return prediction.to_arviz(self.model, self.guide, self._given(data), **options)
 
 
 def fit(
@@ -235,7 +297,7 @@ def fit(
         with checkpoint.locked(path), _told(path):
             tensors: dict[str, Tensor] = {}
             run = Run(model, guide, path, describe(settings, tensors))
-            run.tensors = tensors
+            run.tensors, run.schema = tensors, _schema(data, held_out, columns_of(train))
             state = _State(svi, run, _generator(place, seed), data, {"seed": seed, "batch_size": batch_size})
             try:
                 state.resume(patience) if resume is not None else state.begin()
@@ -297,6 +359,9 @@ def load_run(path: Path | str, *, model: Any = None, guide: Any = None, device: 
         built = build({name: config[name] for name in ("model", "guide") if name not in given}, tensors, **given)
     run = Run(built["model"], built["guide"], path, config)
     run.tensors = tensors
+    if "schema" in state:
+        run.schema = schema = Schema.from_state(state["schema"], str(weights))
+        _warn_of_schema(path / SCHEMA, schema)
     programs = {"model": run.model, "guide": run.guide}
     for name, module in modules_of(**programs).items():
         floating = [value.dtype for value in state.get(name, {}).values() if value.is_floating_point()]
@@ -305,6 +370,30 @@ def load_run(path: Path | str, *, model: Any = None, guide: Any = None, device: 
     run.model, run.guide = (_with_params(program, state["params"]) for program in programs.values())
     run.history = state["history"] if "history" in state else _history(path, state.get("epochs"))
     return run
+
+
+def _schema(data: Data, held_out: Data | None, columns: Sequence[str] | None) -> Schema:
+    """The record that a split has, or one of tensors."""
+    if isinstance(data, Split) and data.schema is not None:
+        return data.schema
+    parts = {"train": data.args} | ({} if held_out is None else {"valid": held_out.args})
+    return Schema.of_tensors(parts, columns)
+
+
+def _warn_of_schema(path: Path, schema: Schema) -> None:
+    """Says that a file, if there is one, is not the record that the weights were trained by."""
+    if not path.exists():
+        return
+    try:
+        if json.loads(path.read_text(encoding="utf-8")) == json.loads(schema.to_json()):
+            return
+    except ValueError:
+        pass
+    warnings.warn(
+        f"{path} is not the record that the weights were trained by: the run is loaded as it was trained",
+        SchemaWarning,
+        stacklevel=3,
+    )
 
 
 def _history(path: Path, epochs: int | None) -> list[dict[str, Any]]:
@@ -343,6 +432,7 @@ class _State:
             old.unlink(missing_ok=True)  # of a run that was here, which has gone on until now
         self.written = -1
         self._tell()
+        self._write_schema()
 
     def state_dict(self) -> dict[str, Any]:
         counters = ("epoch", "position", "total", "best", "since_best", "best_weights", "data", "order")
@@ -353,6 +443,7 @@ class _State:
             "history": self.run.history,
             "config": self.run.config,
             "tensors": self.run.tensors,
+            "schema": self.schema.state_dict(),
             "random": get_random_state(),
             "generator": self.generator.get_state(),
             "execution": {"threads": torch.get_num_threads(), "compiled": isinstance(self.svi, CompiledSVI)},
@@ -369,6 +460,15 @@ class _State:
         if not path.exists() or path.read_text(encoding="utf-8") != tomli_w.dumps(self.run.config):
             checkpoint.save_config(self.run.config, path)
         self._write_history()
+
+    @property
+    def schema(self) -> Schema:
+        assert self.run.schema is not None
+        return self.run.schema
+
+    def _write_schema(self) -> None:
+        with checkpoint.atomic(self.run.path / SCHEMA) as temporary:
+            temporary.write_text(self.schema.to_json(), encoding="utf-8")
 
     def _weights(self) -> dict[str, Any]:
         """What a pair is loaded from, without the optimiser's state."""
@@ -405,6 +505,9 @@ class _State:
         set_random_state(state["random"])
         self.started -= self.run.history[-1]["seconds"] if self.run.history else 0.0
         self.written = -1
+        if "schema" in state:  # units never change
+            self.run.schema = Schema.from_state(state["schema"], str(self.folder / "last.safetensors"))
+        self._write_schema()
 
     def step(self, index: Tensor, scale: LatentScale | None) -> None:
         args, kwargs = self.rows.trimmed_batch(index, self.generator)
@@ -446,7 +549,8 @@ class _State:
         if best and self.best_weights is not None:
             self.svi.load_weights(self.best_weights)
         weights = self._weights()
-        content = {**weights, "epochs": len(self.run.history), "config": self.run.config, "tensors": self.run.tensors}
+        own = {"config": self.run.config, "tensors": self.run.tensors, "schema": self.schema.state_dict()}
+        content = {**weights, "epochs": len(self.run.history), **own}
         checkpoint.save(content, self.run.path / "model.safetensors")
         (self.folder / "best.safetensors").unlink(missing_ok=True)
         params = weights["params"]

@@ -416,9 +416,8 @@ def on_a_table(tmp_path_factory):
         x = np.array([1000.0, -3.0, 0.5]) + np.array([50.0, 0.1, 2.0]) * (z + 0.1 * generator.normal(size=(400, 3)))
         write_csv("table.csv", ["id", "x_id", "label"], x)
         np.save("x.npy", x)
-        train = load_dataset("table.csv").train.ids
-        x[train] = 3 * x[train] + 7  # the same rows to test on, in a set that would be standardised otherwise
-        write_csv("other.csv", ["id", "x_id", "label"], x)
+        test = load_dataset("table.csv").test.ids
+        write_csv("other.csv", ["id", "x_id", "label"], x[test])  # would be standardised otherwise by themselves
         command("fit --data table.csv --model LinearVAE --model.latent_dim 1 --epochs 150 --optimizer.lr 2e-2 "
                 "--evaluate.num_samples 5")  # fmt: skip
     finally:

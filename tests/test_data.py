@@ -114,7 +114,7 @@ def test_as_data_keeps_what_it_is_given(rows, shape, count, names):
 
 
 AS_DATA_MISTAKES = [
-    (lambda: np.zeros((3, 2)), "got numpy.ndarray: convert it with torch.as_tensor"),
+    (lambda: np.array(["a", "b"]), "expected an array of numbers, got dtype <U1"),
     (lambda: [torch.zeros(3)], "got list.*put the tensors into a tuple"),
     (lambda: None, "got NoneType"),
     (lambda: (), r"at least one tensor by position, got none: pass \(x,\)"),

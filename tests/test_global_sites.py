@@ -95,7 +95,7 @@ def test_eight_schools_against_quadrature(grid):
         predictive = (q * grid.density(x, sd).exp()).sum().log()
         assert float(found.per_datum["log_predictive"][i]) == pytest.approx(float(predictive), abs=0.05)
     assert torch.equal(
-        scores(schools, guide_of(grid), SCHOOLS, num_samples=50),
+        scores(schools, guide_of(grid), SCHOOLS, num_samples=50).log_prob,
         evaluate(schools, guide_of(grid), SCHOOLS, num_samples=50, progress=False).per_datum["log_predictive"],
     )
     text = str(found)
@@ -232,7 +232,7 @@ def test_a_topic_model(tmp_path):
     found = run.evaluate(x, num_samples=100, progress=False)
     assert found.global_sites == ("words",) and math.isfinite(float(found.log_evidence_total))
     assert float(found.elbo) < float(found.log_evidence)
-    assert run.scores(x, num_samples=10).shape == (8,)
+    assert run.scores(x, num_samples=10).log_prob.shape == (8,)
     assert run.encode(x).mean.shape == (8, 3)
     assert run.to_arviz(x, num_samples=5)["posterior"]["words"].shape == (1, 5, 3, 9)
 

@@ -16,7 +16,7 @@ import pyro_vae
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "pyro_vae"
-NOT_ENGINE = {"models", "guides", "cli", "options", "report", "__init__", "__main__"}
+NOT_ENGINE = {"models", "guides", "cli", "defaults", "options", "report", "__init__", "__main__"}
 WHAT_COMPONENTS_USE = {"nn", "distributions", "draws", "config", "scan", "sequences"}
 
 

@@ -189,7 +189,7 @@ def test_interpolate_is_a_straight_line_for_a_linear_model(model, guide, x):
 
 def test_scores_of_the_exact_posterior_are_the_evidence(model, x):
     exact = model.log_evidence(x).detach()
-    torch.testing.assert_close(scores(model, exact_guide(model), x, num_samples=3), exact, rtol=0, atol=1e-8)
+    torch.testing.assert_close(scores(model, exact_guide(model), x, num_samples=3).log_prob, exact, rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_scores_of_the_exact_posterior_are_the_evidence(model, x):
         lambda model, guide, x, seed: sample(model, 3, seed=seed),
         lambda model, guide, x, seed: encode(guide, x, num_samples=2, seed=seed).draws,
         lambda model, guide, x, seed: reconstruct(model, guide, x, seed=seed),
-        lambda model, guide, x, seed: scores(model, guide, x, num_samples=2, seed=seed),
+        lambda model, guide, x, seed: scores(model, guide, x, num_samples=2, seed=seed).log_prob,
         lambda model, guide, x, seed: torch.as_tensor(
             to_arviz(model, guide, x, num_samples=2, seed=seed)["posterior_predictive"]["x"].values
         ),
@@ -240,7 +240,7 @@ def test_plain_functions_see_the_parameter_store():
         torch.testing.assert_close(encoding.mean, 0.4 * (x - 10))
         torch.testing.assert_close(encoding.scale, torch.full((6, 3), 0.2**0.5))
         exact = dist.Normal(10.0, 5**0.5).log_prob(x).sum(1).double()
-        torch.testing.assert_close(scores(shifted_model, shifted_guide, x), exact, rtol=1e-5, atol=0)
+        torch.testing.assert_close(scores(shifted_model, shifted_guide, x).log_prob, exact, rtol=1e-5, atol=0)
         assert list(pyro.get_param_store().keys()) == ["shift"]
 
 
@@ -289,9 +289,9 @@ def test_run_methods_delegate(tmp_path, model, guide, x):
     assert torch.equal(run.reconstruct(x, num_samples=2), reconstruct(model, guide, x, num_samples=2))
     assert torch.equal(run.denoise(x), denoise(model, guide, x))
     assert torch.equal(run.interpolate(x[0], x[1], steps=3), interpolate(model, guide, x[0], x[1], steps=3))
-    assert torch.equal(run.scores(x, num_samples=2), scores(model, guide, x, num_samples=2))
+    assert torch.equal(run.scores(x, num_samples=2).log_prob, scores(model, guide, x, num_samples=2).log_prob)
     evaluation = run.evaluate(x, num_samples=2, progress=False)
-    assert torch.equal(evaluation.per_datum["log_evidence"], run.scores(x, num_samples=2))
+    assert torch.equal(evaluation.per_datum["log_evidence"], run.scores(x, num_samples=2).log_prob)
     assert run.to_arviz(x, num_samples=2)["posterior"]["z"].shape == (1, 2, N, K)
     assert torch.equal(run.dataset().test.x, load_dataset("digits", binarize="static").test.x)
     with pytest.raises(ValueError, match="expected a data set's name"):

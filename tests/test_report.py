@@ -113,7 +113,7 @@ def dataset_of(x, labels=None, name="made"):
         split: Split((part,), labels=label, name=split)
         for split, part, label in zip(("train", "valid", "test"), x.split(sizes), parts, strict=True)
     }
-    return Dataset(name, **splits, event_shape=x.shape[1:], description="made for a test")
+    return Dataset(name, **splits, event_shape=x.shape[1:])
 
 
 # ------------------------------------------------------------ the page

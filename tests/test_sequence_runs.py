@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import needed
 
-from pyro_vae import forecast, load_dataset, load_run
+from pyro_vae import data, forecast, load_dataset, load_run
 from pyro_vae.cli import main
 from pyro_vae.data import joined
 from pyro_vae.guides import StateSpaceGuide
@@ -296,15 +296,15 @@ def test_draws_with_inputs(here, driven):
             "expected no inputs= (--inputs) for a model without inputs",
         ),
         (
-            "evaluate runs/latest --data wide.csv",
-            "(2,) (beds, staff) per step, as runs/latest was trained on, got (3,) (beds, staff, more)",
+            "evaluate runs/latest --data narrow.csv",
+            "expected the columns of the training, beds, staff, in narrow.csv, got none called 'staff' among",
         ),
         ("forecast runs/latest --out x.txt", "expected --out to end in .npz or .csv"),
     ],
 )
 def test_bad_input(line, said, here, capsys):
-    with open("beds.csv") as source, open("wide.csv", "w", newline="") as file:
-        csv.writer(file).writerows([[*row, i or "more"] for i, row in enumerate(csv.reader(source))])
+    with open("beds.csv") as source, open("narrow.csv", "w", newline="") as file:
+        csv.writer(file).writerows([row[:-1] for row in csv.reader(source)])
     assert main(line.split()) == 2
     assert said in capsys.readouterr().err
 
@@ -335,3 +335,25 @@ def test_the_baseline_of_steps():
     frames = torch.distributions.Bernoulli(share).log_prob(test).sum(-1)
     assert baseline.value == pytest.approx(float(frames.mean()), rel=1e-9)
     assert baseline.value == pytest.approx(-11.06, abs=0.05)
+
+
+def test_each_series_in_pieces_is_forecast_from_its_own_end(tmp_path):
+    """Two series of one file: the last steps of each, in the order of their times, and the times after them."""
+    lengths = {"b": 31, "a": 27}
+    rows = [(name, 10 * t, t + 1000 * (name == "a")) for t in range(31) for name, T in lengths.items() if t < T]
+    path = tmp_path / "two.csv"
+    path.write_text("\n".join(["name,t,v", *(",".join(map(str, row)) for row in rows)]))
+    dataset = load_dataset(path, id="name", time="t", window=6)
+    model = DeepMarkovModel((1,), 2, 4, likelihood=likelihoods.Normal())
+    for whole in (joined([dataset.train, dataset.valid, dataset.test]), data.read(dataset.schema, path)):
+        found = forecast(model, StateSpaceGuide(model), whole, num_steps=3, num_samples=5)
+        values = dataset.restore(found.split.x.double())[..., 0]
+        for i, name in enumerate(found.split.ids):
+            T = lengths[name]
+            expected = torch.arange(T - 6.0, T, dtype=torch.double) + 1000 * (name == "a")
+            torch.testing.assert_close(values[i], expected, atol=1e-3, rtol=0)
+            assert found.num_before[i] == T and found.times[i].tolist() == [10.0 * (T + h) for h in range(3)]
+        assert sorted(found.split.ids) == ["a", "b"] and found.draws.shape == (5, 2, 3, 1)
+    given = found.split.x[:, :, 0]
+    again = forecast(model, StateSpaceGuide(model), given[..., None].numpy(), num_steps=3, num_samples=5)
+    assert torch.equal(again.num_before, torch.tensor([6, 6])) and again.times is None

@@ -368,7 +368,7 @@ def test_a_forecast_begins_after_the_last_step_though_it_is_missing():
     mask[:, 4:6] = False
     split = Split((x,), {"lengths": torch.full((12,), 8), "mask": mask})
     run = SimpleNamespace(model=model, guide=guide)
-    subject = SimpleNamespace(run=run, dataset=Dataset("x", split, split, split, x.shape[2:], ""), seed=0)
+    subject = SimpleNamespace(run=run, dataset=Dataset("x", split, split, split, x.shape[2:]), seed=0)
     assert "100% of the values" in Sequences(subject).forecasts().text
 
 

@@ -293,7 +293,7 @@ def of_latent_words(x):
 
 QUERIES = {
     "evaluate": lambda model, guide, x: evaluate(model, guide, x, num_samples=5, progress=False),
-    "scores": lambda model, guide, x: scores(model, guide, x, num_samples=5),
+    "scores": lambda model, guide, x: scores(model, guide, x, num_samples=5).log_prob,
     "annealed": lambda model, guide, x: annealed(model, x, num_temperatures=3, progress=False),
     "annealed from the guide": lambda model, guide, x: annealed(
         model, x, guide=guide, num_temperatures=3, progress=False
@@ -392,7 +392,7 @@ def test_scores_are_those_of_the_untempered_model(where):
     found = evaluate(model, guide, x, num_samples=3, progress=False)
     torch.testing.assert_close(found.per_datum["log_evidence"], exact)
     assert float(found.elbo) == pytest.approx(float(exact.mean()))
-    torch.testing.assert_close(scores(model, guide, x, num_samples=3), exact)
+    torch.testing.assert_close(scores(model, guide, x, num_samples=3).log_prob, exact)
     assert float(annealed(model, x, guide=guide, num_temperatures=2, progress=False)) == pytest.approx(
         float(exact.mean())
     )

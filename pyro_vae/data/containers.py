@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..sources import kind_of
+from ..sources import is_frame, kind_of
 from ..sources.times import padded
+from .schema import Choice, Schema
 
-__all__ = ["Data", "Dataset", "Split", "as_data", "bernoulli", "joined", "rows_of"]
+__all__ = ["Data", "Dataset", "Split", "as_data", "bernoulli", "columns_of", "joined", "rows_of", "tensor_of"]
 
 NUM_BUCKETS = 4  # of lengths of sequences: each is a compiled step
 
@@ -197,17 +198,26 @@ class Split(Data):
             else None.
         ids: (N,) what names each datum in its source: the id column, the image's path, or the row counted
             from 0.
-        source: the arguments of `load_dataset` that are not defaults, with absolute paths: it can be called again.
+        schema: what is known of the data set, in whose units x is.
         latents: (N, T, Z), the true z of simulated sequences, or None; never shown to a model.
         times: (N, T), numbers or dates (datetime64) of the steps of a `.csv` of sequences, or None.
+        parts: (N,), of data that were read for a run: the split that each datum was in at its training, "test" of those
+            that it has not seen; else None.
     """
 
     name: str = "train"
     binarize: Literal["dynamic"] | None = None
     ids: np.ndarray | None = None
-    source: dict[str, Any] | None = None
+    schema: Schema | None = None
     latents: Tensor | None = None
     times: np.ndarray | None = None
+    parts: np.ndarray | None = None
+
+    @property
+    def source(self) -> dict[str, Any] | None:
+        """The arguments of `load_dataset` that are not defaults, with absolute paths: it can be called again."""
+        source = None if self.schema is None else self.schema.source
+        return None if source is None else dict(source)
 
     @property
     def x(self) -> Tensor:
@@ -269,12 +279,7 @@ class Dataset:
         name: the data set's name, or the file's without its ending.
         train, valid, test: disjoint splits.
         event_shape: the shape of one datum, (C, H, W) or (D,); of one step of a sequence.
-        description: one sentence on the data.
-        location, scale: (D,), float64, in original units: the columns of a real-valued table were
-            standardised to (x - location) / scale, with the training split's mean and (1/N) standard
-            deviation; None elsewhere.
-        columns: names of a table's columns, or None.
-        classes: what the labels 0, 1, ... stand for, where the source names its classes; else None.
+        schema: the record of it, which a run keeps; None of splits that are put together by hand.
     """
 
     name: str
@@ -282,11 +287,7 @@ class Dataset:
     valid: Split
     test: Split
     event_shape: torch.Size
-    description: str
-    location: Tensor | None = None
-    scale: Tensor | None = None
-    columns: tuple[str, ...] | None = None
-    classes: tuple[str, ...] | None = None
+    schema: Schema | None = None
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{split.name} {len(split):,}" for split in (self.train, self.valid, self.test))
@@ -295,6 +296,39 @@ class Dataset:
     def to(self, device: torch.device | str) -> Dataset:
         """The same data set with all three splits on `device`."""
         return replace(self, train=self.train.to(device), valid=self.valid.to(device), test=self.test.to(device))
+
+    @property
+    def description(self) -> str:
+        """One sentence on the data."""
+        return "" if self.schema is None else self.schema.description
+
+    @property
+    def location(self) -> Tensor | None:
+        """(D,), float64, in original units: the columns of a real-valued table were standardised to
+        (x - location) / scale, with the training split's mean and (1/N) standard deviation; None elsewhere."""
+        return None if self.schema is None else self.schema.location
+
+    @property
+    def scale(self) -> Tensor | None:
+        """(D,), float64, as `location`."""
+        return None if self.schema is None else self.schema.scale
+
+    @property
+    def columns(self) -> tuple[str, ...] | None:
+        """The names of a table's columns, or None."""
+        return None if self.schema is None else self.schema.names
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """What the labels 0, 1, ... stand for, where the source names its classes; else None."""
+        return None if self.schema is None else self.schema.classes
+
+    def with_choices(self, *choices: Choice) -> Dataset:
+        """The same data set, in whose record these choices stand too."""
+        assert self.schema is not None
+        schema = replace(self.schema, choices=(*self.schema.choices, *choices))
+        train, valid, test = (replace(split, schema=schema) for split in (self.train, self.valid, self.test))
+        return replace(self, train=train, valid=valid, test=test, schema=schema)
 
     @property
     def sequences(self) -> bool:
@@ -307,10 +341,8 @@ class Dataset:
         return any(bool((s.counted.any(-1) & ~s.counted.all(-1)).any()) for s in (self.train, self.valid, self.test))
 
     def restore(self, x: Tensor) -> Tensor:
-        """scale x + location for x (..., D), in x's dtype and on its device: the original units."""
-        if self.location is None or self.scale is None:
-            return x
-        return (self.scale * x.cpu() + self.location).to(dtype=x.dtype).to(x.device)
+        """`Schema.restore`: x (..., D) in the original units of a table."""
+        return x if self.schema is None else self.schema.restore(x)
 
 
 def joined(splits: Sequence[Split]) -> Split:
@@ -361,6 +393,7 @@ def rows_of(split: Split, rows: list[int]) -> Split:
         ids=None if split.ids is None else split.ids[rows],
         latents=None if split.latents is None else split.latents[rows],
         times=None if split.times is None else split.times[rows],
+        parts=None if split.parts is None else split.parts[rows],
     )
 
 
@@ -368,8 +401,8 @@ def as_data(data: Any, *programs: Any) -> Data:
     """The data that `data` stands for.
 
     Args:
-        data: a tensor (N, ...); a tuple of such tensors, optionally ending in a dict of keyword tensors; or
-            `Data`, such as a split of a data set, which is returned as it is.
+        data: a tensor (N, ...), a NumPy array or a pandas frame of numbers; a tuple of such, optionally ending in a
+            dict of those by keyword; or `Data`, such as a split of a data set, which is returned as it is.
         programs: model and guide. Real numbers among the data are brought to the floating-point dtype that all their
             parameters have; whole numbers that it does not hold stay as they are, as do integers and booleans.
 
@@ -389,9 +422,40 @@ def as_data(data: Any, *programs: Any) -> Data:
     return data.in_dtype(*dtypes) if len(dtypes) == 1 else data
 
 
+def columns_of(data: Any) -> tuple[str, ...] | None:
+    """The names of the columns of a pandas frame, alone or first in a tuple."""
+    first = data[0] if isinstance(data, tuple) and data else data
+    return tuple(str(name) for name in first.columns) if is_frame(first) else None
+
+
+def tensor_of(value: Any) -> Any:
+    """A NumPy array, or a pandas frame or series, as a tensor; all else as it is.
+
+    Raises:
+        ValueError: columns or cells that are no numbers.
+    """
+    if not isinstance(value, np.ndarray) and not is_frame(value):
+        if not (kind_of(value).startswith("pandas.") and type(value).__name__ == "Series"):
+            return value
+        value = value.to_frame()[value.name if value.name is not None else 0]
+    if is_frame(value):
+        words = [str(name) for name, column in value.items() if column.dtype.kind not in "biuf"]
+        if words:
+            raise ValueError(
+                f"expected numbers in every column of the frame, got others in {', '.join(map(repr, words[:10]))}: "
+                "drop them, or let load_dataset(frame, label=...) read it"
+            )
+    array = value if isinstance(value, np.ndarray) else value.to_numpy(dtype=np.float64, na_value=np.nan)
+    if array.dtype.kind not in "biufc":
+        raise ValueError(f"expected an array of numbers, got dtype {array.dtype}: convert with array.astype('float32')")
+    wide = array.dtype in (np.uint16, np.uint32, np.uint64)
+    return torch.from_numpy(np.require(array.astype(np.int64) if wide else array, requirements=["C", "W"]))
+
+
 def _as_data(data: Any) -> Data:
     if isinstance(data, Data):
         return data
+    data = tensor_of(data)
     if isinstance(data, Tensor):
         return Data((data,))
     if isinstance(data, Dataset):
@@ -402,8 +466,9 @@ def _as_data(data: Any) -> Data:
             f"set, got {kind_of(data)}: convert it with torch.as_tensor, or put the tensors into a tuple"
         )
     if data and isinstance(data[-1], dict):
-        return Data(data[:-1], data[-1])
-    return Data(data)
+        named = {name: tensor_of(each) for name, each in data[-1].items()}
+        return Data(tuple(map(tensor_of, data[:-1])), named)
+    return Data(tuple(map(tensor_of, data)))
 
 
 def bernoulli(probability: Tensor, seed: int) -> Tensor:

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..sources import NAMED, Columns, Source, column_name, find
+from ..sources import NAMED, SIXTEEN_BIT, Choice, Columns, Source, column_name, find, is_table
 from .containers import Dataset, Split, bernoulli
+from .schema import KINDS, Column, Kind, Schema, SchemaWarning, row_checksums
 
-__all__ = ["load_dataset"]
+__all__ = ["load_again", "load_dataset", "read"]
 
 Binarize = Literal["none", "static", "dynamic"]
-Kind = Literal["real", "count", "binary"]
-KINDS = ("real", "count", "binary")
 CHUNK = 10_000  # rows that are looked at together
+OF_BITS = (255, 65535)  # the divisors of pictures whose bits are known
 
 
 def load_dataset(
-    name_or_path: str | os.PathLike[str],
+    name_or_path: Any,
     *,
     root: str | os.PathLike[str] | None = None,
     download: bool = False,
@@ -39,6 +43,7 @@ def load_dataset(
     kind: Sequence[str] = (),  # or a mapping
     standardize: bool = True,
     header: bool | None = None,
+    divisor: float | None = None,
     size: int | str | Sequence[int] | None = None,
     max_gb: float = 2.0,
     seed: int = 0,
@@ -71,7 +76,7 @@ def load_dataset(
     score + `log_jacobian` is the score in the original units.
 
     Args:
-        name_or_path: one of the names above, or a path.
+        name_or_path: one of the names above, or a path; a pandas frame, or an array.
         root: where the named data sets are kept; default: the environment's PYRO_VAE_DATA, else
             ~/.cache/pyro_vae.
         download: fetch the named data set if it is not there. An interrupted download leaves nothing behind.
@@ -94,6 +99,7 @@ def load_dataset(
             "count" cells that are no whole number from 0 on become gaps, of a "binary" one those that are not 0 or 1;
             "real" values are standardised.
         standardize: False leaves real values as they are.
+        divisor: what values are divided by, such as 255; 1 leaves those as they are that seem intensities.
         header: whether the first row of a `.csv` names the columns; by default it is found out, and told.
         size: of the images of a folder, which are resized to it: 32, "32x24", or (32, 24) for height and width.
         max_gb: what a file may take in memory, as far as it announces it; more is refused.
@@ -125,89 +131,368 @@ def load_dataset(
 
     if not max_gb > 0:
         raise ValueError(f"expected max_gb > 0, got {max_gb}: give the gigabytes that data may take")
+    if divisor is not None and not 0 < divisor < math.inf:
+        raise ValueError(f"expected divisor > 0, got {divisor}: give what intensities are divided by, or 1")
     kinds = _kinds(kind)
     named_columns = Columns(label, id, time, tuple(inputs), window, every, tuple(columns), tuple(drop), header)
     name, source = find(name_or_path, root, download, named_columns, _height_and_width(size), max_gb)
     known = isinstance(name_or_path, str) and name_or_path in NAMED
-    arguments: dict[str, Any] = {"name_or_path": name_or_path if known else _absolute(name_or_path)}
-    arguments |= {"binarize": binarize} if binarize != "none" else {}
-    named: dict[str, Any] = {"label": label, "id": id, "time": time, "inputs": list(inputs) or None}
-    named |= {"window": window, "every": every, "max_gb": None if max_gb == 2 else max_gb}
-    named |= {"columns": list(columns) or None, "drop": list(drop) or None, "header": header}
-    named |= {"kind": [f"{column}={what}" for column, what in kinds.items()] or None}
-    named |= {"standardize": None if standardize else False}
-    named |= {"size": size if size is None or isinstance(size, int | str) else list(size)}
-    arguments |= {key: value for key, value in named.items() if value is not None}
-    arguments |= {"root": _absolute(root)} if root else {}
-    arguments |= {"split": list(split)} if split else {}
-    arguments |= {"seed": seed} if seed else {}
+    arguments: dict[str, Any] | None = None
+    if isinstance(name_or_path, str | os.PathLike):
+        arguments = {"name_or_path": name_or_path if known else _absolute(name_or_path)}
+        arguments |= {"binarize": binarize} if binarize != "none" else {}
+        named: dict[str, Any] = {"label": label, "id": id, "time": time, "inputs": list(inputs) or None}
+        named |= {"window": window, "every": every, "max_gb": None if max_gb == 2 else max_gb}
+        named |= {"columns": list(columns) or None, "drop": list(drop) or None, "header": header}
+        named |= {"kind": [f"{column}={what}" for column, what in kinds.items()] or None}
+        named |= {"standardize": None if standardize else False, "divisor": divisor}
+        named |= {"size": size if size is None or isinstance(size, int | str) else list(size)}
+        arguments |= {key: value for key, value in named.items() if value is not None}
+        arguments |= {"root": _absolute(root)} if root else {}
+        arguments |= {"split": list(split)} if split else {}
+        arguments |= {"seed": seed} if seed else {}
     gaps = _of_kinds(source, kinds, name)
-    x, values = _scaled(source)
-    if binarize != "none":
-        x = _intensities(x / source.peak, name)
-        values = f"x/{source.peak}" if source.peak > 1 else values
-        values += " binarised once" if binarize == "static" else " binarised afresh"
+    rows = _division(source, split, seed, name)
+    schema = _learned(name, source, rows[0], kinds, standardize, binarize, divisor)
+    schema = replace(schema, source=arguments, choices=(*schema.choices, *source.choices, *gaps))
+    return _dataset(schema, source, rows, seed)
 
-    if split is None and source.sizes is not None:
-        permutation, sizes = source.order, source.sizes
-    else:
-        permutation = torch.randperm(len(x), generator=torch.Generator().manual_seed(int(seed)))
-        permutation = torch.arange(len(x)) if source.in_time else permutation
-        sizes = _sizes(len(x), (0.8, 0.1, 0.1) if split is None else split, name)
-    rows = permutation.split(list(sizes))
-    counted = None if source.lengths is None else _counted(source)  # (N, T, D)
-    shape, parts = x.shape, [x[r] for r in rows]
-    location = scale = None
-    asked = source.columns if counted is None else None  # what a column of sequences is has no option
-    training = parts[0] if counted is None else _by_step(parts[0], counted[rows[0]])
-    real = binarize == "none" and not source.as_they_are and _is_real_table(training, asked, kinds, name)
-    if real and standardize:
-        table = x if counted is None else _by_step(x, counted)
-        largest = torch.stack([some.abs().nan_to_num(0.0).amax(0) for some in table.split(CHUNK)]).amax(0)
-        source.x = x = table = table[:0]
-        location, scale = _standardisation(training, largest, source.columns, name)
-        training = training[:0]
-        for i, part in enumerate(parts):
-            parts[i] = torch.cat([((some - location) / scale).float() for some in part.split(CHUNK)])
-        values = "real values standardised per column"
-    elif binarize == "static":
-        parts = [bernoulli(part, 3 * seed + i) for i, part in enumerate(parts)]
-    elif binarize == "dynamic":
-        parts = [parts[0], bernoulli(parts[1], 1), bernoulli(parts[2], 2)]
 
-    def make_split(i: int, split_name: str) -> Split:
-        log_jacobian: float | Tensor = 0.0 if scale is None else -scale.log().sum().item()
-        part, parts[i] = parts[i].float(), parts[i][:0]
-        if scale is not None and counted is None and bool(part.isnan().any()):  # what is missing has no density
-            log_jacobian = -(~part.isnan() * scale.log()).sum(-1)
-        of_steps: dict[str, Any] = {}
-        if source.lengths is not None and counted is not None:
-            part, of_steps = _steps_of(source, part, counted, rows[i])
-            if scale is not None:
-                log_jacobian = -(counted[rows[i]].sum(1) * scale.log()).sum(-1)
-        return Split(
-            (part,),
-            labels=None if source.labels is None else source.labels[rows[i]],
-            log_jacobian=log_jacobian,
-            name=split_name,
-            binarize="dynamic" if binarize == "dynamic" and split_name == "train" else None,
-            ids=rows[i].numpy() if source.ids is None else source.ids[rows[i].numpy()],
-            source=arguments,
-            **of_steps,
+def load_again(schema: Schema) -> Dataset:
+    """The data set that a run was trained on: its rows in their units and splits, also where the file has changed.
+
+    Raises:
+        ValueError: the data came from no file, or none of a split's rows are left. FileNotFoundError: the file is gone.
+
+    Warns:
+        SchemaWarning: the file has changed.
+    """
+    if schema.source is None:
+        raise ValueError(f"expected data that can be loaded again, got {schema.name} without a source: pass the data")
+    _, source = _read(schema, schema.source["name_or_path"], {})
+    arguments = dict(schema.source)
+    seed, parts = arguments.get("seed", 0), ("train", "valid", "test")
+    counted = None if source.lengths is None else _counted(source)
+    sums = _checksums(schema, source, counted)
+    if len(sums) == sum(map(len, schema.checksums.values())):
+        rows = _division(source, arguments.get("split"), seed, schema.name)
+        now = [sums[each.numpy()] for each in rows]
+        if all(np.array_equal(each, schema.checksums[part]) for part, each in zip(parts, now, strict=True)):
+            return _dataset(schema, source, rows, seed)
+    found = schema.parts_of(sums)
+    new, gone = int((found == "").sum()), sum(map(len, schema.checksums.values())) - int((found != "").sum())
+    found[found == ""] = "test"
+    where = arguments["name_or_path"]
+    for part in parts:
+        if not (found == part).any():
+            raise ValueError(
+                f"expected rows of the {part} split in {where}, which has changed since the training, got none: put "
+                "the file back, or name other data (--data)"
+            )
+    told = f"{_rows(new)} new, and count{'s' * (new == 1)} as test rows; {_rows(gone)} gone"
+    warnings.warn(f"{where} has changed since the training: {told}", SchemaWarning, stacklevel=3)
+    rows = [_as_recorded(schema.checksums[part], sums, np.flatnonzero(found == part)) for part in parts]
+    return _dataset(schema, source, rows, seed)
+
+
+def _rows(count: int) -> str:
+    return "1 row is" if count == 1 else f"{count:,} rows are"
+
+
+def _as_recorded(recorded: np.ndarray, sums: np.ndarray, rows: np.ndarray) -> Tensor:
+    """Rows in the order in which their checksums were recorded, and then those that were not."""
+    places: dict[int, list[int]] = {}
+    for place, value in enumerate(recorded.tolist()):
+        places.setdefault(value, []).append(place)
+    at = [places[value].pop(0) if places.get(value) else len(recorded) for value in sums[rows].tolist()]
+    return torch.from_numpy(rows[np.argsort(at, kind="stable")])
+
+
+READING = ("label", "id", "time", "inputs", "window", "every", "size", "root")  # what other files have alike
+OPTIONS = ("download", "max_gb", "header")
+
+
+def read(schema: Schema, data: Any, **options: Any) -> Split:
+    """Other data in the units of a schema: its columns by name, in any order, its divisor, location and scale.
+
+    Args:
+        data: a path, a data set's name, a pandas frame or an array, in original units; one row or many.
+        options: of `load_dataset`, for what is another than it was: label, id, time, inputs, window, every, header,
+            size, root, download, max_gb. A column of labels or ids may be absent, unless it is named here.
+
+    Returns:
+        All rows in their order. `Split.parts` tells those that were trained on.
+
+    Raises:
+        ValueError: columns that are missing, other shapes, values of other units, or other options.
+
+    Warns:
+        SchemaWarning: columns that are ignored, and what else was assumed.
+
+    Example:
+        >>> import pandas
+        >>> from pyro_vae.data import load_dataset
+        >>> frame = pandas.DataFrame({"a": range(50), "b": [0.5 * i for i in range(50)]})
+        >>> schema = load_dataset(frame).schema
+        >>> schema.restore(read(schema, frame[["b", "a"]][7:8]).x)
+        tensor([[7.0000, 3.5000]])
+    """
+    if unknown := [name for name in options if name not in (*READING, *OPTIONS)]:
+        raise ValueError(
+            f"expected options of reading, {', '.join((*READING, *OPTIONS))}, got {unknown[0]}: leave it out, as units "
+            "and splits are those of the training"
+        )
+    name, source = _read(schema, data, options)
+    counted = None if source.lengths is None else _counted(source)
+    seed = dict(schema.source or {}).get("seed", 0)
+    everything = torch.arange(len(source.x))
+    whole, sums = _split(schema, source, everything, counted, "all", 3 * seed + 2 if schema.binarize == "static" else 2)
+    parts = schema.parts_of(sums)
+    if source.sizes is not None:
+        own = np.repeat(("train", "valid", "test"), source.sizes)[np.argsort(source.order.numpy())]
+        parts = np.where(parts == "", own, parts)
+    parts[parts == ""] = "test"
+    return replace(whole, schema=replace(schema, name=name, classes=source.classes), parts=parts)
+
+
+def _read(schema: Schema, data: Any, options: Mapping[str, Any]) -> tuple[str, Source]:
+    """The name and contents of a source whose columns are those of a schema, with what the schema allows it to hold."""
+    before = dict(schema.source or {})
+    is_path = isinstance(data, str | os.PathLike)
+    same = is_path and before.get("name_or_path") in (data, _absolute(data))
+    kept = {key: before[key] for key in (before if same else READING) if key in before}
+    asked = {**kept, **{key: value for key, value in options.items() if value is not None}}
+    roles: dict[str, Any] = {key: asked.get(key) for key in ("label", "id", "time", "window", "every", "header")}
+    columns = Columns(
+        **roles,
+        inputs=tuple(asked.get("inputs") or ()),
+        expected=schema.names or (),
+        optional=tuple(key for key in ("label", "id") if options.get(key) is None),
+    )
+    of_table = not is_path or is_table(data)
+    if not of_table:
+        columns = Columns()
+    size, max_gb = _height_and_width(asked.get("size")), asked.get("max_gb", 2.0)
+    if is_path and not Path(data).expanduser().is_dir():
+        size = None
+    root, download = asked.get("root"), asked.get("download", False)
+    try:
+        name, source = find(data, root, download, columns, size, max_gb, least=1)
+    except FileNotFoundError as error:
+        if not same:
+            raise
+        raise FileNotFoundError(
+            f"expected the data of the training at {data}, found none: put the file back, or name other data with "
+            "their path (--data)"
+        ) from error
+    _check_like(schema, source, name)
+    kinds = _kinds([each for each in before.get("kind", ()) if source.columns is not None])
+    _of_kinds(source, kinds, name)
+    if not schema.missing and not schema.sequences and source.x.is_floating_point() and bool(source.x.isnan().any()):
+        row = int(source.x.isnan().flatten(1).any(1).nonzero()[0])
+        line = f"row {row} (from 0)" if source.lines is None else f"line {source.lines()[row]}"
+        raise ValueError(
+            f"expected a value in every cell of {name}, as in the training data, got {int(source.x.isnan().sum())} "
+            f"missing, the first in {line}: fill in or drop these rows"
+        )
+    if schema.names is not None and source.columns is None:
+        warnings.warn(
+            f"{name} names no columns: they are taken for {_listed(schema.names)}, in this order",
+            SchemaWarning,
+            stacklevel=4,
+        )
+    if source.extra:
+        warnings.warn(
+            f"columns of {name} that the model does not know are left out: {_listed(source.extra)}",
+            SchemaWarning,
+            stacklevel=4,
+        )
+    return name, _classes_like(schema, source)
+
+
+def _check_like(schema: Schema, source: Source, name: str) -> None:
+    """The shape of one datum, and what its values are measured in."""
+    shape, of_sequences = tuple(source.x.shape[1:]), source.lengths is not None
+    shape = shape[1:] if of_sequences else shape
+    if shape != tuple(schema.event_shape) or of_sequences != schema.sequences:
+        wanted = f"{tuple(schema.event_shape)}{f' ({_listed(schema.names)})' if schema.names else ''}"
+        came = f"{shape}{f' ({_listed(source.columns)})' if source.columns else ''}"
+        per = " per step"
+        raise ValueError(
+            f"expected data of shape {wanted}{per * schema.sequences}, as in the training, got "
+            f"{came}{per * of_sequences} in {name}: name such data"
+        )
+    known = source.eight_bit or source.values == SIXTEEN_BIT
+    if known and schema.divisor not in OF_BITS:
+        raise ValueError(
+            f"expected values in the units of the training, got intensities of pictures in {name}: write them as .npy"
+        )
+    if schema.divisor == 1 or known or (source.x.dtype == torch.uint8 and schema.divisor == 255):
+        return
+    low, high = _ends(source.x)
+    if low < 0 or high > schema.divisor or (high <= 1 and not _are_whole(source.x)):
+        raise ValueError(
+            f"expected intensities from 0 to {schema.divisor:g}, as in the training, got {low:g} to {high:g} in "
+            f"{name}: scale them so"
         )
 
-    return Dataset(
+
+def _classes_like(schema: Schema, source: Source) -> Source:
+    """Labels by the classes of the training, with those that are new after them."""
+    if source.classes is None or source.labels is None or schema.classes is None:
+        return replace(source, classes=source.classes if source.labels is not None else schema.classes)
+    classes = (*schema.classes, *(each for each in source.classes if each not in schema.classes))
+    codes = torch.tensor([classes.index(each) for each in source.classes])
+    return replace(source, labels=codes[source.labels], classes=classes)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+def _division(source: Source, split: Sequence[float] | None, seed: int, name: str) -> list[Tensor]:
+    """The rows of the training, validation and test split."""
+    if split is None and source.sizes is not None:
+        return list(source.order.split(list(source.sizes)))
+    order = torch.randperm(len(source.x), generator=torch.Generator().manual_seed(int(seed)))
+    order = torch.arange(len(source.x)) if source.in_time else order
+    return list(order.split(list(_sizes(len(order), (0.8, 0.1, 0.1) if split is None else split, name))))
+
+
+def _learned(
+    name: str,
+    source: Source,
+    rows: Tensor,
+    kinds: Mapping[str, Kind],
+    standardize: bool,
+    binarize: Binarize,
+    divisor: float | None,
+) -> Schema:
+    """What the training rows tell of the data, without checksums."""
+    training, of_sequences = source.x[rows], source.lengths is not None
+    guessed, values = _scaling(source, training)
+    divisor, values = (guessed, values) if divisor is None else (divisor, Choice(f"x/{divisor:g}", ""))
+    if binarize != "none":
+        divisor *= source.peak
+        text = f"x/{source.peak}" if source.peak > 1 else values.what
+        values = Choice(text + (" binarised once" if binarize == "static" else " binarised afresh"), "")
+    columns = num_steps = None
+    missing = source.mask is not None or (source.x.is_floating_point() and _has_gaps(source.x))
+    if source.lengths is not None:
+        num_steps = int(source.lengths[rows].median())
+        training = _by_step(training, _counted(source)[rows])
+    if training.ndim == 2:
+        names: Sequence[str | None] = source.columns or [None] * training.shape[1]
+        asked = None if of_sequences else source.columns  # what a column of sequences is has no option
+        location, scale = torch.zeros(len(names)), torch.ones(len(names))
+        as_they_are = binarize != "none" or source.as_they_are or divisor != 1
+        if not as_they_are and _is_real_table(training, asked, kinds, name) and standardize:
+            location, scale = _standardisation(training, source.columns, name)
+            values = Choice("real values standardised per column", "data.standardize false")
+        found = _kinds_of(training / divisor if divisor != 1 else training)
+        columns = tuple(
+            Column(each, kinds.get(str(each), own), float(a), float(b))
+            for each, own, a, b in zip(names, found, location, scale, strict=True)
+        )
+    shape = source.x.shape
+    return Schema(
         name,
-        train=make_split(0, "train"),
-        valid=make_split(1, "valid"),
-        test=make_split(2, "test"),
-        event_shape=shape[1 if source.lengths is None else 2 :],
-        description=f"{shape[0]:,} {source.noun or _noun(shape, counted is not None)}, {values}{source.note}{gaps}",
-        location=location,
-        scale=scale,
-        columns=source.columns,
+        tuple(shape[2:] if of_sequences else shape[1:]),
+        columns,
+        divisor=float(divisor),
+        sequences=of_sequences,
+        num_steps=num_steps,
+        missing=missing,
+        binarize=binarize,
         classes=source.classes,
+        summary=f"{shape[0]:,} {source.noun or _noun(shape, of_sequences)}",
+        choices=(values,),
     )
+
+
+def _dataset(schema: Schema, source: Source, rows: Sequence[Tensor], seed: int) -> Dataset:
+    """The splits that these rows are, and the record of them."""
+    counted = None if source.lengths is None else _counted(source)  # (N, T, D)
+    seeds = [3 * seed + i for i in range(3)] if schema.binarize == "static" else [None, 1, 2]
+    parts = {}
+    for name, own, drawn in zip(("train", "valid", "test"), rows, seeds, strict=True):
+        parts[name] = _split(schema, source, own, counted, name, drawn)
+    if not schema.checksums:
+        schema = replace(schema, checksums={name: sums for name, (_, sums) in parts.items()})
+    splits = {name: replace(split, schema=schema) for name, (split, _) in parts.items()}
+    return Dataset(schema.name, **splits, event_shape=torch.Size(schema.event_shape), schema=schema)
+
+
+def _split(
+    schema: Schema, source: Source, rows: Tensor, counted: Tensor | None, name: str, seed: int | None
+) -> tuple[Split, np.ndarray]:
+    """These rows in the units of the schema, and their checksums. Intensities are made 0 or 1 by `seed`, or where it is
+    None when batches are drawn."""
+    sums = np.empty(len(rows), dtype=np.uint64)
+    x = torch.empty((len(rows), *source.x.shape[1:]), dtype=torch.float32)
+    for begin in range(0, len(rows), CHUNK):  # as memory counts
+        some = rows[begin : begin + CHUNK]
+        own = None if counted is None else counted[some]
+        sums[begin : begin + CHUNK] = _checksums(schema, source, own, some)
+        x[begin : begin + CHUNK] = _converted(schema, source, source.x[some])
+    if schema.binarize != "none":
+        x = _intensities(x, schema.name)
+        x = x if seed is None else bernoulli(x, seed)
+    log_jacobian: float | Tensor = 0.0 if schema.scale is None else -schema.scale.log().sum().item()
+    if schema.scale is not None and counted is None and bool(x.isnan().any()):  # what is missing has no density
+        log_jacobian = -(~x.isnan() * schema.scale.log()).sum(-1)
+    of_steps: dict[str, Any] = {}
+    if counted is not None:
+        x, of_steps = _steps_of(source, x, counted, rows)
+        if schema.scale is not None:
+            log_jacobian = -(counted[rows].sum(1) * schema.scale.log()).sum(-1)
+    split = Split(
+        (x,),
+        labels=None if source.labels is None else source.labels[rows],
+        log_jacobian=log_jacobian,
+        name=name,
+        binarize="dynamic" if schema.binarize != "none" and seed is None else None,
+        ids=rows.numpy() if source.ids is None else source.ids[rows.numpy()],
+        schema=schema,
+        **of_steps,
+    )
+    return split, sums
+
+
+def _converted(schema: Schema, source: Source, x: Tensor) -> Tensor:
+    """x in the units of the schema; pictures whose bits are known are scaled by them."""
+    if schema.divisor in OF_BITS and source.values == SIXTEEN_BIT:
+        return x.float()
+    return x.float() / 255 if schema.divisor in OF_BITS and source.eight_bit else schema.convert(x)
+
+
+def _checksums(schema: Schema, source: Source, counted: Tensor | None, rows: Tensor | None = None) -> np.ndarray:
+    """`row_checksums` of these rows, of all by default: before they are standardised, or made 0 or 1."""
+    x = source.x if rows is None else source.x[rows]
+    x = _converted(schema, source, x) if schema.scale is None else x
+    if source.lengths is None or counted is None:
+        return row_checksums(x)
+    every = slice(None) if rows is None else rows
+    lengths, u = source.lengths[every], None if source.inputs is None else source.inputs[every]
+    x = x.where(counted, torch.nan) if source.mask is not None else x
+    x = x.where((torch.arange(x.shape[1]) < lengths[:, None])[..., None], 0.0)
+    return row_checksums(x, lengths[:, None], *([] if u is None else [u]))
+
+
+def _has_gaps(x: Tensor) -> bool:
+    return any(bool(some.isnan().any()) for some in x.split(CHUNK))
+
+
+def _kinds_of(training: Tensor) -> list[Kind]:
+    """What each column of rows (N, D) holds: 0 and 1 alone, whole numbers from 0 on, or others."""
+    whole = torch.ones(training.shape[1], dtype=torch.bool)
+    binary = whole.clone()
+    for some in training.split(CHUNK):
+        gaps = some.isnan()
+        whole &= (((some >= 0) & (some == some.round())) | gaps).all(0)
+        binary &= ((some == 0) | (some == 1) | gaps).all(0)
+    of_kind: dict[bool | None, Kind] = {True: "binary", False: "count", None: "real"}
+    return [of_kind[bool(b) if bool(w) else None] for w, b in zip(whole, binary, strict=True)]
 
 
 def _counted(source: Source) -> Tensor:
@@ -242,20 +527,19 @@ def _steps_of(source: Source, x: Tensor, counted: Tensor, rows: Tensor) -> tuple
     return x, {"kwargs": kwargs, "latents": latents, "times": times}
 
 
-def _scaled(source: Source) -> tuple[Tensor, str]:
-    """The values that are modelled, float32 for eight-bit intensities x/255, and what to call them."""
-    x = source.x
-    low, high = _ends(x)
-    images_of_bytes = x.ndim > 2 and source.lengths is None and low >= 0 and 127 < high <= 255
-    if source.eight_bit or images_of_bytes or (x.dtype == torch.uint8 and high > 1):
-        return x.float() / 255, "intensities x/255"
-    if x.dtype == torch.uint8:
-        x = x.float()
+def _scaling(source: Source, training: Tensor) -> tuple[float, Choice]:
+    """What intensities are divided by, 1 where values stay as they are, and what to call them."""
+    low, high = _ends(training)
+    images_of_bytes = training.ndim > 2 and source.lengths is None and low >= 0 and 127 < high <= 255
+    if source.eight_bit or images_of_bytes or (training.dtype == torch.uint8 and high > 1):
+        return 255.0, Choice("intensities x/255", "" if source.eight_bit or source.sizes else "data.divisor 1")
     if source.values:
-        return x, source.values
-    if _are_whole(x):
-        return x, "binary values" if low >= 0 and high <= 1 else f"whole numbers {low:.0f} to {high:.0f}"
-    return x, "values in [0, 1]" if low >= 0 and high <= 1 else "real values"
+        return 65535.0 if source.values == SIXTEEN_BIT else 1.0, Choice(source.values, "")
+    if _are_whole(training):
+        option = "data.kind NAME=real" if source.columns else ""
+        what = "binary values" if low >= 0 and high <= 1 else f"whole numbers {low:.0f} to {high:.0f}"
+        return 1.0, Choice(what, option)
+    return 1.0, Choice("values in [0, 1]" if low >= 0 and high <= 1 else "real values", "")
 
 
 def _intensities(x: Tensor, name: str) -> Tensor:
@@ -307,8 +591,8 @@ def _kinds(kind: Sequence[str] | Mapping[str, Kind]) -> dict[str, Kind]:
     return dict(given)  # type: ignore[arg-type]
 
 
-def _of_kinds(source: Source, kinds: Mapping[str, Kind], name: str) -> str:
-    """Make gaps of cells that are not of the kind that their column is said to be; how many there are."""
+def _of_kinds(source: Source, kinds: Mapping[str, Kind], name: str) -> tuple[Choice, ...]:
+    """Make gaps of cells that are not of the kind that their column is said to be; what is to be told of gaps."""
     made = 0
     for column, kind in kinds.items():
         if source.columns is None or column not in source.columns or source.lengths is not None:
@@ -326,8 +610,12 @@ def _of_kinds(source: Source, kinds: Mapping[str, Kind], name: str) -> str:
     missing = 0
     if source.x.ndim == 2 and source.x.is_floating_point():
         missing = sum(int(some.isnan().sum()) for some in source.x.split(CHUNK))
-    told = f", {made:,} cell{'s' if made > 1 else ''} of another kind made gaps" if made else ""
-    return told + (f", {missing:,} missing value{'s' if missing > 1 else ''}" if missing else "")
+    told = []
+    if made:
+        told.append(Choice(f"{made:,} cell{'s' if made > 1 else ''} of another kind made gaps", ""))
+    if missing:
+        told.append(Choice(f"{missing:,} missing value{'s' if missing > 1 else ''}", ""))
+    return tuple(told)
 
 
 def _ends(x: Tensor) -> tuple[float, float]:
@@ -347,17 +635,13 @@ def _are_whole(x: Tensor) -> bool:
     return all(bool(((some == some.round()) | some.isnan()).all()) for some in x.split(CHUNK))
 
 
-def _standardisation(train: Tensor, size: Tensor, columns: tuple[str, ...] | None, name: str) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (1/N) of the training rows of a table, (D,) each, float64.
-
-    Args:
-        size: (D,), the largest absolute value of each column.
-    """
+def _standardisation(train: Tensor, columns: tuple[str, ...] | None, name: str) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (1/N) of the training rows of a table, (D,) each, float64."""
     pieces = train.split(CHUNK)
     count = sum((~some.isnan()).sum(0) for some in pieces)
     location = sum(some.double().nansum(0) for some in pieces) / count
     scale = (sum((some - location).square().nansum(0) for some in pieces) / count).sqrt()
-    rounding = 1e-12 * size
+    rounding = 1e-12 * torch.stack([some.abs().nan_to_num(0.0).amax(0) for some in pieces]).amax(0)
     unseen = scale.isnan().nonzero().flatten().tolist()
     if unseen:
         raise ValueError(

@@ -7,19 +7,39 @@ import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from .base import Columns, Source, column_name, kind_of
-from .files import OF_STEPS, checked, read_csv, read_future, read_images, read_npy, read_npz, read_pt
+import numpy as np
+import torch
+
+from .base import Choice, Columns, Source, column_name, kind_of
+from .files import (
+    OF_STEPS,
+    SIXTEEN_BIT,
+    checked,
+    of_array,
+    of_table,
+    read_csv,
+    read_future,
+    read_images,
+    read_npy,
+    read_npz,
+    read_pt,
+)
+from .frames import is_frame, of_frame
 from .images import digits, freyfaces, mnist
 from .sequences import polyphonic, simulated, sp500
 
 __all__ = [
     "NAMED",
+    "SIXTEEN_BIT",
+    "Choice",
     "Columns",
     "Source",
     "column_name",
     "find",
     "holds_sequences",
+    "is_frame",
     "is_table",
     "kind_of",
     "read_future",
@@ -70,18 +90,25 @@ def holds_sequences(name_or_path: str | os.PathLike[str], time: str | None) -> b
 
 
 def find(
-    name_or_path: str | os.PathLike[str],
+    name_or_path: Any,
     root: str | os.PathLike[str] | None,
     download: bool,
     columns: Columns,
     size: tuple[int, int] | None = None,
     max_gb: float = 2.0,
+    least: int = 10,
 ) -> tuple[str, Source]:
+    """The name and the raw contents of a source, of at least so many rows."""
+    if is_frame(name_or_path):
+        return "frame", checked(of_table(of_frame(name_or_path), columns), "the frame", least)
+    if isinstance(name_or_path, np.ndarray | torch.Tensor):
+        array = np.asarray(name_or_path.detach().cpu() if torch.is_tensor(name_or_path) else name_or_path)
+        return "array", checked(of_array(array, "the array"), "the array", least)
     if not isinstance(name_or_path, str | os.PathLike):
         raise ValueError(f"expected a data set's name or a path, got {kind_of(name_or_path)}: pass one of {_names()}")
     text = os.fspath(name_or_path)
     for option, column in columns._asdict().items():
-        option = "columns" if option == "features" else option
+        option = "columns" if option in ("features", "expected", "optional") else option
         if column not in (None, ()) and (text in NAMED or not is_table(text)):
             raise ValueError(
                 f"expected a .csv file for {option}={column!r}, got {text!r}: leave {option}= (--data.{option}) out"
@@ -116,4 +143,4 @@ def find(
         raise ValueError(f"expected data in {path}, got an empty file: write it again")
     else:
         source = readers[suffix](path)
-    return path.name if path.is_dir() else path.stem, checked(source, path)
+    return path.name if path.is_dir() else path.stem, checked(source, path, least)

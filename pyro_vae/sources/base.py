@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "Choice",
     "Columns",
     "Source",
     "column_name",
@@ -32,7 +33,7 @@ __all__ = [
 
 class Columns(NamedTuple):
     """Which columns of a table are features and which are not, how many steps a piece of one series has, how far times
-    are apart, and whether there is a header."""
+    are apart, and whether there is a header; the features that a run expects, and which of the others may be absent."""
 
     label: str | None = None
     id: str | None = None
@@ -43,6 +44,21 @@ class Columns(NamedTuple):
     features: tuple[str, ...] = ()
     drop: tuple[str, ...] = ()
     header: bool | None = None
+    expected: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Something that was done to data without being asked for.
+
+    Attributes:
+        what: what was done, and why.
+        option: of the command line, without its dashes, which changes it; "" where none does.
+    """
+
+    what: str
+    option: str
 
 
 @dataclass(eq=False)
@@ -68,7 +84,8 @@ class Source:
     lines: Callable[[], np.ndarray] | None = None  # gives (N,), those of a table's rows in their file
     noun: str = ""
     values: str = ""
-    note: str = ""  # what was done to the data that one may not expect
+    choices: tuple[Choice, ...] = ()  # what was done to the data that one may not expect
+    extra: tuple[str, ...] = ()  # columns that are left out, as a schema does not know them
 
 
 def download_file(url: str, path: Path, sha256: str | None = None) -> None:

@@ -17,13 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base import Columns, Source, column_name, first_line, kind_of, number
+from .base import Choice, Columns, Source, column_name, first_line, kind_of, number
 from .tables import Table, is_missing, read_table
 from .times import late, on_grid, padded, read_times, written
 
 __all__ = [
     "OF_STEPS",
+    "SIXTEEN_BIT",
     "checked",
+    "of_array",
+    "of_table",
     "read_csv",
     "read_future",
     "read_images",
@@ -56,7 +59,7 @@ def read_npy(path: Path, max_gb: float = 2.0) -> Source:
             array = np.lib.format.read_array(file, allow_pickle=False)
         except Exception as error:
             raise _unreadable(path, error) from error
-    return _array(array, path)
+    return of_array(array, path)
 
 
 def _announced(file: Any, path: Path) -> int:
@@ -70,7 +73,7 @@ def _announced(file: Any, path: Path) -> int:
         raise _unreadable(path, error) from error
 
 
-def _array(array: np.ndarray, path: Path, labels: Tensor | None = None, classes: Any = None) -> Source:
+def of_array(array: np.ndarray, path: Path | str, labels: Tensor | None = None, classes: Any = None) -> Source:
     if _pictures_of_16_bits(array):
         x = torch.from_numpy(array.astype(np.float32) / np.float32(65535))
         return Source(x, labels, classes=classes, values=SIXTEEN_BIT)
@@ -100,10 +103,11 @@ def read_npz(path: Path, max_gb: float) -> Source:
     if of_steps:
         source = _sequences(_from_numpy(arrays[data], path), labels, classes, arrays, path)
     else:
-        source = _array(arrays[data], path, labels, classes)
+        source = of_array(arrays[data], path, labels, classes)
     unused = [name for name in names if name not in wanted]
-    told = f", {data} read" if data != "x" and len(names) > 1 else ""
-    return replace(source, note=f"{told}, {', '.join(unused)} not used" if unused else told)
+    told = [Choice(f"{data} read", "")] if data != "x" and len(names) > 1 else []
+    told += [Choice(f"{', '.join(unused)} not used", "")] if unused else []
+    return replace(source, choices=tuple(told))
 
 
 def _names_in(names: Sequence[str], path: Path) -> tuple[str, str | None]:
@@ -185,8 +189,23 @@ def read_pt(path: Path, max_gb: float) -> Source:
 
 
 def read_csv(path: Path, columns: Columns) -> Source:
-    times = _times_of(columns)
-    table = read_table(path, [each for each in (columns.label, columns.id, *times) if each], columns.header)
+    text = [each for each in (columns.label, columns.id, *_times_of(columns)) if each]
+    headers = [columns.header]
+    if columns.expected and columns.header is None:
+        headers += [True, False]  # where there are few rows, or names that are numbers, the names tell
+    for header in headers:
+        table = read_table(path, text, header)
+        if all(table.named(name) for name in columns.expected):
+            break
+    return of_table(table, columns)
+
+
+def of_table(table: Table, columns: Columns) -> Source:
+    """The data of a table's rows."""
+    path, times = table.path, _times_of(columns)
+    asked = {columns.label, columns.id}
+    absent = {option for option in columns.optional if not _has(table, option, getattr(columns, option))}
+    columns = columns._replace(**{option: None for option in absent})  # type: ignore[arg-type]
     named = [("label", columns.label), ("id", columns.id), *(("time", each) for each in times)]
     named += [("inputs", each) for each in columns.inputs]
     _check_columns(table, named)
@@ -203,15 +222,34 @@ def read_csv(path: Path, columns: Columns) -> Source:
     if columns.window is not None and columns.window < 1:
         raise ValueError(f"expected window >= 1, got {columns.window}: give how many steps a piece has")
 
-    features = _features(table, columns, {table.named(name) for _, name in named if name is not None})
+    others = {table.named(name) for _, name in named if name is not None}
+    features = _features(table, columns, others)
+    extra = tuple(name for name in table.names if name not in {*features, *others, *asked}) if columns.expected else ()
     x = _numbers(table, features)
     ids = None if columns.id is None else np.array(_cells(table, columns.id), dtype=str)
     if columns.time is not None:
-        return _in_time(table, x, features, ids, columns)
+        return replace(_in_time(table, x, features, ids, columns), extra=extra)
     labels, classes = (None, None) if columns.label is None else _csv_labels(table, columns.label)
     return Source(
-        torch.from_numpy(x), labels, ids, tuple(features), classes, lines=lambda: table.lines, note=table.said
+        torch.from_numpy(x),
+        labels,
+        table.ids if ids is None else ids,
+        tuple(features),
+        classes,
+        lines=lambda: table.lines,
+        choices=_told(table),
+        extra=extra,
     )
+
+
+def _told(table: Table) -> tuple[Choice, ...]:
+    return tuple(Choice(what, option and f"data.{option}") for what, option in table.said)
+
+
+def _has(table: Table, option: str, name: str | None) -> bool:
+    """Whether a table has the column of that name; of labels, with one in every row."""
+    found = None if name is None else table.named(name)
+    return found is not None and (option != "label" or not any(map(is_missing, table.cells(found))))
 
 
 def _times_of(columns: Columns) -> list[str]:
@@ -245,6 +283,13 @@ def _check_columns(table: Table, named: Sequence[tuple[str, str | None]]) -> Non
 
 def _features(table: Table, columns: Columns, apart: set[str | None]) -> list[str]:
     """The columns to model: those asked for, or all but those that are something else, or to be left out."""
+    if absent := [name for name in columns.expected if table.named(name) is None]:
+        raise ValueError(
+            f"expected the columns of the training, {', '.join(columns.expected)}, in {table.path}, got none called "
+            f"{', '.join(map(repr, absent))} among {', '.join(map(repr, table.names))}: add them, or rename"
+        )
+    if columns.expected:
+        return list(columns.expected)
     for option, names in (("columns", columns.features), ("drop", columns.drop)):
         _check_columns(table, [(option, name) for name in names])
     dropped = {table.named(name) for name in columns.drop}
@@ -281,15 +326,15 @@ def _in_time(table: Table, x: np.ndarray, features: Sequence[str], ids: np.ndarr
     times = read_times(table.path, time, written_times)
     parts = _in_order(table, times, written_times, ids)
     at = [times[part] for part in parts]
-    note = ""
+    told: list[Choice] = []
     if every is not None:
         filled = [_filled(table, times, part, ids, columns) for part in parts]
         at, parts = [each for each, _ in filled], [part for _, part in filled]
         if absent := sum(int((part < 0).sum()) for part in parts):
-            note = f", {absent:,} time{'s' if absent > 1 else ''} without a row"
+            told.append(Choice(f"{absent:,} time{'s' if absent > 1 else ''} without a row", ""))
     elif count := late(at):
         gaps = f"{count:,} gap{'s' if count > 1 else ''}"
-        note = f", {gaps} in {time!r} closed up (data.every makes absent times missing steps)"
+        told.append(Choice(f"{gaps} in {time!r} closed up (data.every makes absent times missing steps)", "data.every"))
     if window is not None:
         parts = [part[begin : begin + window] for part in parts for begin in range(0, len(part), window)]
         at = [each[begin : begin + window] for each in at for begin in range(0, len(each), window)]
@@ -311,7 +356,7 @@ def _in_time(table: Table, x: np.ndarray, features: Sequence[str], ids: np.ndarr
         mask=None if int(mask.all(-1).sum()) == int(lengths.sum()) else mask,
         times=padded(at, int(lengths.max())),
         in_time=window is not None,
-        note=table.said + note,
+        choices=(*_told(table), *told),
     )
 
 
@@ -515,7 +560,7 @@ def read_images(folder: Path, size: tuple[int, int] | None, max_gb: float) -> So
         classes=classes,
         eight_bit=eight_bit,
         values="" if eight_bit else SIXTEEN_BIT,
-        note="".join(f", {one}" for one in said),
+        choices=tuple(Choice(one, "") for one in said),
     )
 
 
@@ -524,7 +569,7 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
     return ValueError(f"expected a numeric array in {path}, got {came} ({first_line(error)}): save it anew as numbers")
 
 
-def _from_numpy(array: np.ndarray, where: Path) -> Tensor:
+def _from_numpy(array: np.ndarray, where: Path | str) -> Tensor:
     if array.dtype.kind not in "buif":
         raise ValueError(f"expected numbers in {where}, got dtype {array.dtype}: convert with array.astype('float32')")
     if array.dtype in (np.dtype(bool), np.dtype(np.uint8)):
@@ -537,7 +582,7 @@ def _pictures_of_16_bits(array: np.ndarray) -> bool:
     return array.dtype == np.uint16 and array.ndim > 2 and array.size > 0 and int(array.max()) > 255
 
 
-def _labels(labels: np.ndarray, where: Path) -> tuple[Tensor, tuple[str, ...] | None]:
+def _labels(labels: np.ndarray, where: Path | str) -> tuple[Tensor, tuple[str, ...] | None]:
     """(N,): whole numbers as int64, others as float32, strings as their place among the sorted classes."""
     if labels.dtype.kind == "U":
         classes, codes = np.unique(labels, return_inverse=True)
@@ -550,11 +595,11 @@ def _labels(labels: np.ndarray, where: Path) -> tuple[Tensor, tuple[str, ...] | 
     return torch.from_numpy(labels.astype(np.int64 if whole else np.float32)), None
 
 
-def checked(source: Source, where: Path) -> Source:
+def checked(source: Source, where: Path | str, least: int = 10) -> Source:
     """The user's own data as a table (N, D), images (N, C, H, W) or sequences (N, T, D), or an error."""
     x = source.x
     if source.lengths is not None:
-        return _checked_sequences(source, where)
+        return _checked_sequences(source, where, least)
     if x.ndim not in (2, 3, 4):
         raise ValueError(
             f"expected {where} to hold a table (N, D) or images (N, H, W) or (N, C, H, W), got shape "
@@ -562,11 +607,12 @@ def checked(source: Source, where: Path) -> Source:
         )
     if x.ndim == 3:
         x = x[:, None]
-    note = source.note
+    choices = source.choices
     if x.ndim == 4 and x.shape[3] in (1, 3, 4) and min(x.shape[1:3]) > 4:
-        x, note = x.movedim(3, 1).contiguous(), f", channels last in the file{note}"
-    if len(x) < 10:
-        raise ValueError(f"expected at least 10 rows in {where}, to split them, got {len(x)}: add data")
+        x, choices = x.movedim(3, 1).contiguous(), (Choice("channels last in the file", "data.channels"), *choices)
+    if len(x) < least:
+        why = ", to split them" if least > 1 else ""
+        raise ValueError(f"expected at least {least} row{'s'[: least - 1]} in {where}{why}, got {len(x)}: add data")
     if x.numel() == 0:
         raise ValueError(f"expected values in every row of {where}, got shape {tuple(x.shape)}: add columns")
     if source.labels is not None and source.labels.shape != (len(x),):
@@ -587,17 +633,19 @@ def checked(source: Source, where: Path) -> Source:
             f"expected finite float32 values in {where}, got {int(bad.sum())} {came}, the first in {where_row}, "
             f"{column}: fill in or drop these rows"
         )
-    return replace(source, x=x, note=note)
+    return replace(source, x=x, choices=choices)
 
 
-def _checked_sequences(source: Source, where: Path) -> Source:
+def _checked_sequences(source: Source, where: Path | str, least: int) -> Source:
     x, lengths, mask = source.x, source.lengths, source.mask
     assert lengths is not None
-    if len(x) < 10:
+    if len(x) < least:
         steps = int(lengths.sum())
         shorter = f"a window= (--data.window) of at most {steps // 10} of its {steps} steps, or "
         pieces = shorter if source.in_time and steps >= 10 else ""
-        raise ValueError(f"expected at least 10 sequences in {where}, to split them, got {len(x)}: {pieces}more data")
+        raise ValueError(
+            f"expected at least {least} sequences in {where}, to split them, got {len(x)}: {pieces}more data"
+        )
     if source.labels is not None and source.labels.shape != (len(x),):
         raise ValueError(
             f"expected labels of shape ({len(x)},) in {where}, got {tuple(source.labels.shape)}: give one per sequence"

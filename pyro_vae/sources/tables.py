@@ -18,7 +18,7 @@ import numpy as np
 
 from .base import first_line, number
 
-__all__ = ["MISSING", "Table", "is_missing", "read_table"]
+__all__ = ["MISSING", "Table", "as_column", "is_missing", "read_table"]
 
 MISSING = ("", "na", "n/a", "nan", "null", "none", "?")
 SEPARATORS = (",", ";", "\t", "|")
@@ -36,9 +36,11 @@ class Table:
     """
 
     def __init__(
-        self, path: Path, frame: Any, first: Sequence[str] | None, said: str, lines: Callable[[], Any]
+        self, path: Path | str, frame: Any, first: Sequence[str] | None, said: Any, lines: Callable[[], Any]
     ) -> None:
         self.path, self.frame, self.first, self.said, self._lines = path, frame, first, said, lines
+
+    ids: np.ndarray | None = None  # of the rows, where they have names without a column
 
     @property
     def names(self) -> list[str]:
@@ -123,7 +125,7 @@ def read_table(path: Path, text: Sequence[str] = (), header: bool | None = None)
             f"expected a table in {path}, got something else ({first_line(error)}): export it anew as CSV"
         ) from error
     for name in frame.columns:
-        frame[name] = _column(frame[name], name in of_text, decimal)
+        frame[name] = as_column(frame[name], name in of_text, decimal)
     _check_nameless(path, frame, left_out)
     frame = frame.drop(columns=left_out)
     if left_out:
@@ -131,7 +133,7 @@ def read_table(path: Path, text: Sequence[str] = (), header: bool | None = None)
             f"{len(left_out)} nameless column{'s' if len(left_out) > 1 else ''} of row numbers or nothing left out"
         )
     return Table(
-        path, frame, first if not skipped else None, "".join(f", {each}" for each in said), lambda: lines[skipped:]
+        path, frame, first if not skipped else None, tuple((each, "") for each in said), lambda: lines[skipped:]
     )
 
 
@@ -340,7 +342,7 @@ def _check_nameless(path: Path, frame: Any, names: Sequence[str]) -> None:
             raise ValueError(f"expected a name for every column of {path}, got none for {name}: name it in the header")
 
 
-def _column(column: Any, as_text: bool, decimal: str) -> Any:
+def as_column(column: Any, as_text: bool, decimal: str) -> Any:
     """Numbers where all cells are; true and false as 1 and 0; text without blanks around it."""
     import pandas
 

@@ -19,7 +19,7 @@ MOST_FILLED = 100  # steps of a grid for each time that there is
 LOOKED_AT = 20  # sequences of times that spacings are guessed from
 
 
-def read_times(path: Path, column: str, cells: Sequence[str]) -> np.ndarray:
+def read_times(path: Path | str, column: str, cells: Sequence[str]) -> np.ndarray:
     """(rows,), float64 where all are numbers, else datetime64[us], those with a zone in UTC."""
     numbers = np.array([number(cell) for cell in cells])
     if not np.isnan(numbers).any():

@@ -1,0 +1,38 @@
+"""Tables that are in memory already: pandas frames."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .base import kind_of
+from .tables import Table, as_column
+
+__all__ = ["is_frame", "of_frame"]
+
+
+def is_frame(value: object) -> bool:
+    """Whether the value is a pandas frame, looked at without importing pandas."""
+    return kind_of(value).startswith("pandas.") and type(value).__name__ == "DataFrame"
+
+
+def of_frame(frame: Any) -> Table:
+    """A frame as a table in a file would be: numbers as float64, all else as text, and the index, where it is none of
+    pandas' own numbers, as ids.
+
+    Raises:
+        ValueError: columns of one name.
+    """
+    import pandas
+
+    names = [str(name) for name in frame.columns]
+    if len({*names}) < len(names):
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"expected distinct column names in the frame, got {repeated} twice: rename them")
+    rows = frame.reset_index(drop=True)
+    columns = {name: as_column(rows.iloc[:, j], False, ".") for j, name in enumerate(names)}
+    table = Table("the frame", pandas.DataFrame(columns), None, (), lambda: range(len(rows)))
+    if not isinstance(frame.index, pandas.RangeIndex):
+        table.ids = np.array([str(each) for each in frame.index])
+    return table

@@ -1,0 +1,522 @@
+"""The record of a run: units, columns and splits are those of the training, whatever becomes of the file."""
+
+import json
+import warnings
+from collections import Counter
+
+import numpy as np
+import pandas
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from pyro_vae import checkpoint, defaults_for, fit, load_dataset, load_run
+from pyro_vae.cli import main
+from pyro_vae.data import Schema, SchemaWarning, load_again, read, rows_of, save_table
+from pyro_vae.data.schema import row_checksums
+from pyro_vae.guides import AmortizedGuide
+from pyro_vae.models import VAE, LinearVAE, likelihoods
+from pyro_vae.nn import MLP
+
+RNG = np.random.default_rng(0)
+NAMES = ["a", "b", "c"]
+LOCATION, SCALE = np.array([10.0, -300.0, 0.02]), np.array([2.0, 50.0, 0.001])
+
+
+def rows(count, seed=0):
+    generator = np.random.default_rng(seed)
+    z = generator.normal(size=(count, 1))
+    return LOCATION + SCALE * (z + 0.3 * generator.normal(size=(count, 3)))
+
+
+def written(path, x, names=NAMES, **more):
+    frame = pandas.DataFrame(x, columns=names)
+    for name, values in more.items():
+        frame[name] = values
+    frame.to_csv(path, index=False)
+    return path
+
+
+def trained(folder, path, **options):
+    """A run of a small pair on a file, and its data set."""
+    dataset = load_dataset(path, **options)
+    model = LinearVAE(tuple(dataset.event_shape), 1)
+    guide = AmortizedGuide(model, MLP((8,)))
+    run = fit(model, guide, dataset.train, valid=dataset.valid, epochs=3, out=folder, progress=False)
+    return load_run(run.path), dataset
+
+
+def said(call, *arguments, **options):
+    """What a call gives, and what it warns of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = call(*arguments, **options)
+    assert all(issubclass(each.category, SchemaWarning) for each in caught)
+    return found, [str(each.message) for each in caught]
+
+
+# ------------------------------------------------------------ the record
+
+
+def test_the_record_in_full(tmp_path):
+    x = rows(100)
+    x[:, 1] = np.round(np.abs(x[:, 1]))
+    path = written(tmp_path / "t.csv", x, kind=["p", "q"] * 50, number=range(100), flag=[0, 1, 1, 0] * 25)
+    dataset = load_dataset(path, label="kind", id="number")
+    schema = dataset.schema
+    table = json.loads(schema.to_json())
+    assert table["version"] == 1 and table["label"] == "kind" and table["id"] == "number" and table["time"] is None
+    assert table["event_shape"] == [4] and table["classes"] == ["p", "q"] and not table["sequences"]
+    assert [(each["name"], each["kind"]) for each in table["columns"]] == [
+        ("a", "real"),
+        ("b", "count"),
+        ("c", "real"),
+        ("flag", "binary"),
+    ]
+    training = np.column_stack([x, [0, 1, 1, 0] * 25])[dataset.train.ids.astype(int)]
+    np.testing.assert_allclose([each["location"] for each in table["columns"]], training.mean(0), rtol=1e-12)
+    np.testing.assert_allclose([each["scale"] for each in table["columns"]], training.std(0), rtol=1e-12)
+    assert {part: len(sums) for part, sums in table["checksums"].items()} == {"train": 80, "valid": 10, "test": 10}
+    assert {"python", "torch", "pyro-ppl", "pyro_vae"} <= table["versions"].keys()
+    assert {"what": "real values standardised per column", "option": "data.standardize false"} in table["choices"]
+    assert table["source"]["name_or_path"] == str(path)
+    again = Schema.from_json(schema.to_json())
+    assert again.to_json() == schema.to_json() and again.columns == schema.columns
+    assert all(np.array_equal(again.checksums[part], schema.checksums[part]) for part in schema.checksums)
+    assert Schema.from_state(schema.state_dict(), "here").to_json() == schema.to_json()
+
+
+def test_foreign_and_later_records(tmp_path):
+    text = load_dataset(written(tmp_path / "t.csv", rows(30))).schema.to_json()
+    table = json.loads(text)
+    path = tmp_path / "schema.json"
+    path.write_text(json.dumps({**table, "version": 2}))
+    with pytest.raises(ValueError, match="expected version 1 or before in .*, got 2: update pyro_vae"):
+        Schema.load(path)
+    column = {"name": "a", "kind": "real", "location": 0, "scale": 1}
+    for change in (
+        {"version": "1"},
+        {"columns": [column | {"kind": "colour"}]},
+        {"columns": [column | {"scale": 0}]},
+        {"columns": 3},
+        {"checksums": {"train": ["no number"]}},
+        {"event_shape": None},
+    ):
+        path.write_text(json.dumps({**table, **change}))
+        with pytest.raises(ValueError, match="expected the record of a data set"):
+            Schema.load(path)
+    for content in (b"{", b"[]", b"\xff\xfe", b"null"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="expected"):
+            Schema.load(path)
+    with pytest.raises(FileNotFoundError, match="expected a run's schema.json"):
+        Schema.load(tmp_path / "none.json")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(0, 4), max_size=12),
+    st.lists(st.integers(0, 4), max_size=6),
+    st.lists(st.integers(0, 4), max_size=6),
+    st.lists(st.integers(0, 6), max_size=15),
+)
+def test_rows_are_told_by_counting(train, valid, test, now):
+    """Against counting one by one: of rows that are alike the first are the training's."""
+    sums = [np.array(part, dtype=np.uint64) for part in (train, valid, test)]
+    schema = Schema("t", (1,), checksums=dict(zip(("train", "valid", "test"), sums, strict=True)))
+    left = [Counter(part) for part in (train, valid, test)]
+    expected = []
+    for row in now:
+        part = next((i for i in range(3) if left[i][row] > 0), None)
+        if part is None:
+            expected.append("train" if row in train else "valid" if row in valid else "")
+        else:
+            left[part][row] -= 1
+            expected.append(("train", "valid", "test")[part])
+    assert schema.parts_of(np.array(now, dtype=np.uint64)).tolist() == expected
+
+
+def test_checksums_tell_rows_apart():
+    grid = torch.cartesian_prod(*[torch.arange(0.0, 30.0)] * 3)
+    assert len({*row_checksums(grid).tolist()}) == len(grid)
+    bits = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 16)
+    assert len({*row_checksums(bits).tolist()}) == len(bits)
+    x = torch.randn(50, 4)
+    x[3, 2] = torch.nan
+    assert np.array_equal(row_checksums(x), row_checksums(torch.cat([x, torch.zeros(50, 3)], 1)))  # padding
+    assert np.array_equal(row_checksums(x), row_checksums(x.double())) and len({*row_checksums(x).tolist()}) == 50
+    assert np.array_equal(row_checksums(x[:, None]), row_checksums(x))
+    assert not (row_checksums(x, x) == row_checksums(x)).any()
+    assert np.array_equal(row_checksums(torch.tensor([[-0.0]])), row_checksums(torch.tensor([[0.0]])))
+
+
+# ------------------------------------------------------------ runs and their files
+
+
+@pytest.fixture(scope="module")
+def on_a_table(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("on a table")
+    path = written(folder / "t.csv", rows(100), kind=["p", "q"] * 50)
+    run, dataset = trained(folder / "run", path, label="kind")
+    return run, dataset, path
+
+
+def test_the_run_keeps_the_record(on_a_table):
+    run, dataset, _ = on_a_table
+    assert (run.path / "schema.json").read_text() == dataset.schema.to_json() == run.schema.to_json()
+    state = checkpoint.load(run.path / "checkpoints" / "last.safetensors")
+    assert Schema.from_state(state["schema"], "here").to_json() == dataset.schema.to_json()
+    (run.path / "schema.json").write_text(dataset.schema.to_json().replace('"location"', '"Location"', 1))
+    loaded, warned = said(load_run, run.path)
+    assert "is not the record that the weights were trained by" in warned[0] and len(warned) == 1
+    assert loaded.schema.to_json() == dataset.schema.to_json()
+    (run.path / "schema.json").unlink()
+    assert said(load_run, run.path)[1] == []
+    (run.path / "schema.json").write_text(dataset.schema.to_json())
+
+
+def test_columns_by_name(on_a_table, tmp_path):
+    """In any order, among others, one row or many, constant or not, without labels: each row scores as it did."""
+    run, dataset, path = on_a_table
+    test = dataset.test
+    expected = run.scores(test, num_samples=20).log_prob
+    own = pandas.read_csv(path).iloc[test.ids.astype(int)]
+    mixed = own[["c", "kind", "a", "b"]].assign(more="words", other=1.0)
+    files = {
+        "same.csv": own,
+        "reordered.csv": own[["c", "b", "a"]],
+        "more.csv": mixed,
+        "unlabelled.csv": own.assign(kind=""),
+        "semicolons.csv": own,
+    }
+    for name, frame in files.items():
+        frame.to_csv(tmp_path / name, index=False, sep=";" if name == "semicolons.csv" else ",")
+        part, warned = said(run.read, tmp_path / name)
+        assert torch.equal(part.x, test.x), name
+        assert torch.equal(run.scores(part, num_samples=20).log_prob, expected)
+        ignored = ["columns of more that the model does not know are left out: more, other"]
+        assert warned == (ignored if name == "more.csv" else [])
+        assert (part.labels is None) == (name in ("reordered.csv", "unlabelled.csv"))
+    labelled = run.read(tmp_path / "same.csv").labels
+    assert torch.equal(labelled, test.labels)
+    for i in range(3):
+        (one,) = run.read(own[["b", "c", "a"]].iloc[i : i + 1]).x
+        assert torch.equal(one, test.x[i])
+    constant = own.assign(b=own["b"].iloc[0])
+    x = run.schema.restore(run.read(constant).x.double())
+    np.testing.assert_allclose(x, constant[NAMES], rtol=1e-5)
+    assert torch.isfinite(run.scores(constant, num_samples=5).log_prob).all()
+    assert torch.equal(run.scores(own, num_samples=20).log_prob, expected)
+    new = own.assign(kind=["q", "of its own"] * 5)
+    other = run.read(new)
+    assert other.schema.classes == ("p", "q", "of its own") and other.labels.tolist() == [1, 2] * 5
+
+
+def test_what_is_refused_of_other_data(on_a_table, tmp_path):
+    run, _, path = on_a_table
+    own = pandas.read_csv(path)
+    for frame, message in (
+        (own.drop(columns="b"), r"expected the columns of the training, a, b, c, in .*, got none called 'b' among"),
+        (own.rename(columns={"a": "A"}), "got none called 'a'"),
+        (own.assign(b="x"), "expected numbers in column 'b'"),
+        (own.assign(b=np.where(own.index == 3, np.nan, own["b"])), "expected a value in every cell .* got 1 missing"),
+        (own.iloc[:0], "expected at least 1 row in"),
+        (own.assign(a=np.inf), "expected finite float32 values"),
+    ):
+        frame.to_csv(tmp_path / "other.csv", index=False)
+        for data in (tmp_path / "other.csv", frame):
+            with pytest.raises(ValueError, match=message):
+                run.read(data)
+    with pytest.raises(ValueError, match="expected options of reading, .*, got split: leave it out"):
+        run.read(path, split=[0.5, 0.25, 0.25])
+    with pytest.raises(ValueError, match=r"expected label= .* got 'none': correct it"):
+        run.read(path, label="none")  # asked for by name
+    np.save(tmp_path / "x.npy", own[NAMES].to_numpy())
+    part, warned = said(run.read, tmp_path / "x.npy")
+    assert warned == ["x names no columns: they are taken for a, b, c, in this order"]
+    assert torch.equal(part.x, run.read(path).x)
+    with pytest.raises(ValueError, match=r"expected data of shape \(3,\) \(a, b, c\), as in the training, got \(2,\)"):
+        run.read(own[NAMES].to_numpy()[:, :2])
+
+
+def test_the_file_is_gone(on_a_table, tmp_path, capsys):
+    run, dataset, path = on_a_table
+    kept = path.read_text()
+    new = written(tmp_path / "new.csv", rows(5, seed=3))
+    before = run.sample(50, seed=1)
+    path.unlink()
+    try:
+        loaded = load_run(run.path)
+        assert torch.equal(loaded.sample(50, seed=1), before)
+        out = tmp_path / "samples.csv"
+        assert main(["sample", str(run.path), "--num", "50", "--seed", "1", "--out", str(out)]) == 0
+        np.testing.assert_allclose(pandas.read_csv(out), run.schema.restore(before), rtol=1e-6)
+        for command in ("encode", "reconstruct", "scores"):
+            out = tmp_path / f"{command}.csv"
+            assert main([command, str(run.path), "--data", str(new), "--out", str(out), "--num_samples", "3"][:6]) == 0
+            assert len(pandas.read_csv(out)) == 5
+        assert main(["evaluate", str(run.path), "--data", str(new), "--num_samples", "5"]) == 0
+        capsys.readouterr()
+        for command in ("encode", "report", "evaluate"):
+            assert main([command, str(run.path)]) == 2
+            assert "expected the data of the training at" in capsys.readouterr().err
+    finally:
+        path.write_text(kept)
+    assert torch.equal(load_run(run.path).dataset().test.x, dataset.test.x)
+
+
+def test_the_file_has_changed(tmp_path, capsys):
+    """Rows that are added, gone, in another order, with columns in another: every row keeps its split and its units."""
+    x = rows(100)
+    path = written(tmp_path / "t.csv", x)
+    run, dataset = trained(tmp_path / "run", path)
+    before, scored = run.sample(20), run.scores(dataset.test, num_samples=5).log_prob
+    order = RNG.permutation(130)
+    grown = np.concatenate([x, 1000.0 + rows(30, seed=1)])[order]
+    written(path, grown[:, ::-1], NAMES[::-1])
+    now, warned = said(run.dataset)
+    assert len(warned) == 1 and "t.csv has changed since the training: 30 rows are new, and count as test" in warned[0]
+    assert torch.equal(now.train.x, dataset.train.x) and torch.equal(now.valid.x, dataset.valid.x)
+    assert torch.equal(now.test.x[:10], dataset.test.x) and len(now.test) == 40
+    assert torch.equal(now.restore(now.test.x[10:].double()) > 100, torch.ones(30, 3).bool())
+    assert torch.equal(run.sample(20), before)
+    assert torch.equal(run.scores(rows_of(now.test, list(range(10))), num_samples=5).log_prob, scored)
+    assert main(["evaluate", str(run.path), "--num_samples", "5"]) == 0
+    told = capsys.readouterr()
+    assert "30 rows are new" in told.err and "40" in told.out
+    resumed = fit(
+        run.model.train(), run.guide.train(), now.train, valid=now.valid, epochs=5, resume=run.path, progress=False
+    )
+    assert len(resumed.history) == 5 and resumed.schema.to_json() == run.schema.to_json()
+    written(path, x[dataset.train.ids.astype(int)])
+    with pytest.raises(ValueError, match="expected rows of the valid split in .*, which has changed since"):
+        run.dataset()
+    part = run.read(path)
+    assert (part.parts == "train").all()
+    assert main(["evaluate", str(run.path), "--data", str(path), "--num_samples", "5"]) == 2
+    assert "expected rows of the test split" in capsys.readouterr().err
+
+
+def test_rows_of_the_training_are_no_test_rows(on_a_table, tmp_path, capsys):
+    run, dataset, path = on_a_table
+    some = np.concatenate([rows(100)[dataset.train.ids.astype(int)[:20]], rows(7, seed=9)])
+    other = written(tmp_path / "other.csv", some)
+    part = run.read(other)
+    assert part.parts.tolist() == ["train"] * 20 + ["test"] * 7
+    out = tmp_path / "scores.json"
+    assert main(["evaluate", str(run.path), "--data", str(other), "--num_samples", "5", "--out", str(out)]) == 0
+    told = capsys.readouterr()
+    assert "20 of 27 rows of other are rows of the training, and left out: --split all takes them" in told.err
+    assert json.loads(out.read_text())["num_data"] == 7
+    assert main(["encode", str(run.path), "--data", str(other), "--out", str(tmp_path / "codes.csv")]) == 0
+    assert len(pandas.read_csv(tmp_path / "codes.csv")) == 27
+    del path
+
+
+def test_runs_of_before_learn_their_units_from_the_file(on_a_table, tmp_path):
+    run, dataset, _ = on_a_table
+    old = tmp_path / "old"
+    (old / "checkpoints").mkdir(parents=True)
+    for name in ("config.toml", "metrics.jsonl"):
+        (old / name).write_bytes((run.path / name).read_bytes())
+    for name in ("model.safetensors", "checkpoints/last.safetensors"):
+        state = checkpoint.load(run.path / name)
+        state.pop("schema")
+        checkpoint.save(state, old / name)
+    loaded = load_run(old)
+    part, warned = said(loaded.read, pandas.DataFrame(rows(4, seed=2), columns=NAMES))
+    assert len(warned) == 1 and "has no schema.json, as it is of an earlier version" in warned[0]
+    assert torch.equal(part.x, run.read(pandas.DataFrame(rows(4, seed=2), columns=NAMES)).x)
+    assert main(["sample", str(old), "--num", "5", "--out", str(tmp_path / "s.csv")]) == 0
+    assert torch.equal(loaded.dataset().test.x, dataset.test.x)
+
+
+@pytest.mark.parametrize("count", [10, 13])
+def test_splits_of_one_row(tmp_path, count):
+    dataset = load_dataset(written(tmp_path / "t.csv", rows(count)))
+    again, warned = said(load_again, dataset.schema)
+    assert warned == [] and torch.equal(again.test.x, dataset.test.x) and len(again.test) == 1
+
+
+# ------------------------------------------------------------ units of pictures, counts, gaps and sequences
+
+
+def test_units_of_pictures(tmp_path):
+    """Dark pictures of another folder, of 8 bits and of 16, and arrays, are measured as the training's were."""
+    bright = RNG.integers(0, 256, (20, 6, 5), dtype=np.uint8)
+    dark = RNG.integers(0, 60, (3, 6, 5), dtype=np.uint8)
+    schema = None
+    for depth, most in ((np.uint8, 255), (np.uint16, 65535)):
+        for name, arrays in (("bright", bright), ("dark", dark)):
+            folder = tmp_path / f"{name}{most}"
+            folder.mkdir()
+            for i, array in enumerate(arrays):
+                Image.fromarray((array.astype(np.uint32) * most // 255).astype(depth)).save(folder / f"{i:02d}.png")
+        schema = load_dataset(tmp_path / f"bright{most}").schema
+        assert schema.divisor == most
+        for other in (255, 65535):
+            if not (tmp_path / f"dark{other}").exists():
+                continue
+            found = read(schema, tmp_path / f"dark{other}").x
+            np.testing.assert_allclose(found[:, 0], dark / np.float32(255), atol=1e-5)
+    schema = load_dataset(tmp_path / "bright255").schema
+    for array in (dark, dark.astype(np.float32), dark.astype(np.int64)):
+        assert torch.equal(read(schema, array).x[:, 0], torch.from_numpy(dark).float() / 255)
+    black = np.zeros((1, 6, 5), np.uint8)
+    assert torch.equal(read(schema, black).x, torch.zeros(1, 1, 6, 5))
+    with pytest.raises(ValueError, match="expected intensities from 0 to 255, as in the training, got 0.* in array"):
+        read(schema, dark / 255)
+    with pytest.raises(ValueError, match=r"expected data of shape \(1, 6, 5\), as in the training, got \(1, 5, 6\)"):
+        read(schema, dark.transpose(0, 2, 1))
+    floats = load_dataset(bright / 255.0).schema
+    assert torch.equal(read(floats, dark / 255.0).x[:, 0], torch.from_numpy(dark / 255.0).float())
+    with pytest.raises(ValueError, match="expected values in the units of the training, got intensities of pictures"):
+        read(floats, tmp_path / "dark255")
+    assert torch.equal(load_dataset(bright, divisor=1).train.x.max(), torch.tensor(float(bright.max())))
+
+
+def test_units_are_of_the_training_rows_alone(tmp_path):
+    """What is in other rows decides nothing: neither scaling nor likelihood, nor what is a gap."""
+    x = RNG.integers(0, 2, (100, 3)).astype(float)
+    held_out = np.setdiff1d(np.arange(100), load_dataset(written(tmp_path / "t.csv", x)).train.ids)
+    x[held_out[0], 0] = 7.0
+    path = written(tmp_path / "t.csv", x)
+    dataset = load_dataset(path)
+    assert [column.kind for column in dataset.schema.columns] == ["binary"] * 3
+    assert isinstance(defaults_for(dataset)["model"].likelihood, likelihoods.Bernoulli)
+    x[held_out[0], 0] = np.nan
+    gaps = load_dataset(written(tmp_path / "t.csv", x))
+    likelihood = defaults_for(gaps)["model"].likelihood
+    assert isinstance(likelihood, likelihoods.Missing) and isinstance(likelihood.likelihood, likelihoods.Bernoulli)
+    assert gaps.schema.missing and "missing" in gaps.description
+    assert torch.isnan(read(gaps.schema, pandas.DataFrame({"a": [np.nan], "b": [0], "c": [1]})).x).sum() == 1
+
+
+def test_units_of_sequences(tmp_path):
+    """Series cut into windows: a file that has grown, by name, with its time; new rows begin where the others end."""
+    t = np.arange(120)
+    frame = pandas.DataFrame({"t": t, "x": 100 + 10 * np.sin(t / 5), "y": 0.01 * t})
+    frame.to_csv(tmp_path / "s.csv", index=False)
+    dataset = load_dataset(tmp_path / "s.csv", time="t", window=6)
+    schema = dataset.schema
+    assert schema.sequences and schema.num_steps == 6 and schema.names == ("x", "y")
+    grown = pandas.concat([frame, pandas.DataFrame({"t": [120, 121], "x": [1.0, 2.0], "y": [3.0, 4.0]})])
+    part = read(schema, grown[["y", "t", "x"]])
+    parts = [*["train"] * 16, *["valid"] * 2, *["test"] * 3]
+    assert part.parts.tolist() == parts and part.kwargs["lengths"].tolist() == [6] * 20 + [2]
+    assert torch.equal(part.x[:16], dataset.train.x) and torch.equal(part.x[18:20], dataset.test.x)
+    np.testing.assert_allclose(schema.restore(part.x[20, :2].double()), [[1, 3], [2, 4]], atol=1e-4)
+    each = -(2 * schema.scale.log().sum())
+    torch.testing.assert_close(part.log_jacobian[20], each)
+    assert read(schema, grown[:4]).x.shape == (1, 4, 2)
+    with pytest.raises(ValueError, match=r"expected time= .* got 't': correct it"):
+        read(schema, frame.rename(columns={"t": "when"}))
+    assert read(schema, frame.rename(columns={"t": "when"}), time="when").x.shape == (20, 6, 2)
+
+
+# ------------------------------------------------------------ arrays, frames, tables, defaults
+
+
+def test_arrays_and_frames_are_tensors(on_a_table):
+    run, dataset, _ = on_a_table
+    x = dataset.test.x
+    array, frame = x.numpy(), pandas.DataFrame(x.numpy())
+    double = x.double().numpy()
+    model = VAE((3,), latent_dim=2, decoder=MLP((4,)), likelihood=likelihoods.Normal())
+    guide = AmortizedGuide(model, MLP((4,)))
+    from pyro_vae import evaluate, prediction
+
+    for other in (array, frame, double):
+        assert torch.equal(prediction.encode(guide, other).mean, prediction.encode(guide, x).mean)
+        assert torch.equal(prediction.reconstruct(model, guide, other), prediction.reconstruct(model, guide, x))
+        same = [prediction.scores(model, guide, each, num_samples=3).log_prob for each in (other, x)]
+        assert torch.equal(*same)
+        same = [evaluate(model, guide, each, num_samples=3, progress=False).elbo.value for each in (other, x)]
+        assert same[0] == same[1]
+    z = np.zeros((4, 2))
+    assert torch.equal(prediction.decode(model, z), prediction.decode(model, torch.zeros(4, 2)))
+    line = [prediction.interpolate(model, guide, a, b, steps=3) for a, b in ((x[0], x[1]), (double[0], array[1]))]
+    assert torch.equal(*line)
+    with pytest.raises(ValueError, match="expected numbers in every column of the frame, got others in 'word'"):
+        prediction.encode(guide, pandas.DataFrame({"word": ["a"], "b": [1.0], "c": [1.0]}))
+    integers = pandas.DataFrame({"a": pandas.array([1, 2], dtype="Int64"), "b": [True, False], "c": [0.5, 1.5]})
+    assert prediction.encode(guide, integers).mean.shape == (2, 2)
+    assert torch.equal(run.encode(array).mean, run.encode(x).mean)  # arrays are in the model's units, as tensors are
+
+
+def test_training_on_frames_and_arrays(tmp_path):
+    frame = pandas.DataFrame(rows(40) / SCALE, columns=NAMES)
+    runs = []
+    for i, data in enumerate((frame, frame.to_numpy(), torch.tensor(frame.to_numpy()))):
+        torch.manual_seed(0)
+        model = LinearVAE((3,), 1)
+        guide = AmortizedGuide(model, MLP((4,)))
+        runs.append(fit(model, guide, data, epochs=2, out=tmp_path / str(i), progress=False))
+    assert runs[0].history[1]["bound"] == runs[1].history[1]["bound"] == runs[2].history[1]["bound"]
+    assert runs[0].schema.names == ("a", "b", "c") and runs[1].schema.columns is None
+    reordered = frame[["c", "a", "b"]]
+    assert torch.equal(runs[0].encode(reordered).mean, runs[0].encode(frame.to_numpy()).mean)
+    assert (runs[1].read(frame.to_numpy()).parts == "train").all()
+
+
+def test_data_sets_of_frames_and_arrays(tmp_path):
+    x = rows(60)
+    frame = pandas.DataFrame(x, columns=NAMES).assign(kind=["p", "q", "r"] * 20, who=[f"w{i}" for i in range(60)])
+    of_file = load_dataset(written(tmp_path / "t.csv", x, kind=frame["kind"], who=frame["who"]), label="kind", id="who")
+    for each in (frame, frame.set_index("who", drop=False), frame.astype({"kind": "category"})):
+        of_frame = load_dataset(each, label="kind", id="who")
+        assert torch.equal(of_frame.train.x, of_file.train.x) and (of_frame.test.ids == of_file.test.ids).all()
+        assert of_frame.schema.columns == of_file.schema.columns and of_frame.schema.source is None
+        assert torch.equal(of_frame.test.labels, of_file.test.labels)
+    assert load_dataset(frame.set_index("who"), label="kind").train.ids[0].startswith("w")
+    assert torch.equal(load_dataset(x).train.x, of_file.train.x)
+    dates = pandas.DataFrame({"when": pandas.date_range("2020-01-01", periods=60, freq="D"), "x": x[:, 0]})
+    series = load_dataset(dates, time="when", window=5)
+    assert series.train.x.shape == (9, 5, 1) or series.train.x.shape == (10, 5, 1)
+    assert series.train.times[0, 1] == np.datetime64("2020-01-02")
+
+
+def test_scores_as_a_table(on_a_table, tmp_path):
+    run, dataset, path = on_a_table
+    found = run.scores(dataset.test, num_samples=10)
+    frame = found.to_frame()
+    assert list(frame.columns) == ["id", "log_prob", "rank"] and frame["id"].tolist() == dataset.test.ids.tolist()
+    assert frame.sort_values("log_prob")["rank"].tolist() == list(range(1, 11))
+    assert torch.equal(found.log_prob, torch.tensor(frame["log_prob"].to_numpy()))
+    out = tmp_path / "scores.csv"
+    assert main(["scores", str(run.path), "--num_samples", "10", "--out", str(out)]) == 0
+    written_ = pandas.read_csv(out)
+    assert list(written_.columns) == ["id", "log_prob", "rank"]
+    np.testing.assert_allclose(written_["log_prob"], frame["log_prob"], rtol=1e-6)
+    assert written_["rank"].tolist() == frame["rank"].tolist()
+    assert main(["scores", str(run.path), "--data", str(path), "--out", str(tmp_path / "all.csv")]) == 0
+    assert len(pandas.read_csv(tmp_path / "all.csv")) == 100
+
+
+def test_saved_tables(on_a_table, tmp_path):
+    run, dataset, _ = on_a_table
+    path = tmp_path / "x.csv"
+    save_table(path, {"x": run.schema.restore(dataset.test.x), "more": np.arange(10)}, dataset.test)
+    table = pandas.read_csv(path)
+    assert list(table.columns) == ["id", "label", *NAMES, "more"] and set(table["label"]) <= {"p", "q"}
+    np.testing.assert_allclose(table[NAMES], rows(100)[dataset.test.ids.astype(int)], rtol=1e-5)
+    with pytest.raises(FileExistsError, match="expected a new file"):
+        save_table(path, {"x": torch.zeros(1)})
+    with pytest.raises(ValueError, match="expected a file ending in .csv or .npz"):
+        save_table(tmp_path / "x.txt", {"x": torch.zeros(1)})
+    save_table(path, {"x": torch.zeros(1)}, overwrite=True)
+    assert path.read_text() == "x\n0.0\n"
+
+
+def test_defaults_are_the_command_line_s(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path / "t.csv", rows(60))
+    assert main(["fit", "--data", "t.csv", "--epochs", "2", "--out", "shell", "--evaluate.num_samples", "5"]) == 0
+    arguments = defaults_for(load_dataset("t.csv")) | {"epochs": 2}
+    run = fit(**arguments, out="python", progress=False)
+    shell = load_run("shell")
+    assert run.config == shell.config and run.schema.to_json() == shell.schema.to_json()
+    assert run.history[1]["valid"] == shell.history[1]["valid"]
+    assert [c for c in run.schema.choices if c.option.startswith("model.likelihood")]
