@@ -8,9 +8,9 @@ import io
 import math
 import re
 import statistics
+import warnings
 from collections.abc import Callable, Sequence
 from datetime import datetime
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,11 @@ from .base import first_line, number
 __all__ = ["MISSING", "Table", "is_missing", "read_table"]
 
 MISSING = ("", "na", "n/a", "nan", "null", "none", "?")
+ABSENT = [*MISSING, *(each.upper() for each in MISSING), *(each.capitalize() for each in MISSING), "NaN"]
 SEPARATORS = (",", ";", "\t", "|")
 SAMPLE = 200  # lines that the form of a file is told by
+CHUNK = 1 << 18  # bytes that are looked at together, few enough for the processor's cache
+BREAK, TAB, BLANK = b"\n\t "
 DECIMAL_COMMA = re.compile(r"[+-]?(\d+|\d{1,3}(\.\d{3})+),\d+")
 
 
@@ -33,21 +36,15 @@ class Table:
         frame: a pandas data frame: columns of numbers, and of text, NaN where a cell is missing.
         first: the cells of the first row, where the file has no header.
         said: what was found out, for the description.
+        lines: (rows,), the line of the file that each row is on.
     """
 
-    def __init__(
-        self, path: Path, frame: Any, first: Sequence[str] | None, said: str, lines: Callable[[], Any]
-    ) -> None:
-        self.path, self.frame, self.first, self.said, self._lines = path, frame, first, said, lines
+    def __init__(self, path: Path, frame: Any, first: Sequence[str] | None, said: str, lines: np.ndarray) -> None:
+        self.path, self.frame, self.first, self.said, self.lines = path, frame, first, said, lines
 
     @property
     def names(self) -> list[str]:
         return list(self.frame.columns)
-
-    @cached_property
-    def lines(self) -> np.ndarray:
-        """(rows,), the line of the file that each row is on."""
-        return np.asarray(self._lines(), dtype=int)
 
     def named(self, name: str) -> str | None:
         """The column of that name; where the file has no header, that whose first cell it is."""
@@ -73,8 +70,6 @@ def read_table(path: Path, text: Sequence[str] = (), header: bool | None = None)
     Raises:
         ValueError: no table, with file and line.
     """
-    import pandas
-
     content, said = _decoded(path)
     content, comments, named_above = _without_comments(content)
     rows = _sample(content)
@@ -103,36 +98,66 @@ def read_table(path: Path, text: Sequence[str] = (), header: bool | None = None)
     if len(set(names)) < len(names):
         repeated = sorted({name for name in names if names.count(name) > 1})
         raise ValueError(f"expected distinct column names in the header of {path}, got {repeated} twice: rename them")
-    of_text = {name: str for j, name in enumerate(names) if name in text or (skipped == 0 and first[j] in text)}
-    try:
-        frame = pandas.read_csv(
-            io.StringIO(content),
-            sep=r"\s+" if separator == " " else separator,
-            decimal=decimal,
-            header=0 if skipped else None,
-            names=names,
-            index_col=False,
-            dtype=of_text,
-            na_values=[*MISSING, *(each.upper() for each in MISSING), *(each.capitalize() for each in MISSING), "NaN"],
-            keep_default_na=False,
-            skipinitialspace=True,
-            low_memory=False,
+    of_text = {name for j, name in enumerate(names) if name in text or (skipped == 0 and first[j] in text)}
+    blanks = _has_blanks(content, rows[skipped:], separator)
+    frame = _frame(path, content, names, of_text, separator, decimal, header=skipped > 0, blanks=blanks)
+    _check_nameless(path, frame, left_out)
+    if left_out:
+        frame = frame.drop(columns=left_out)
+        said.append(
+            f"{len(left_out)} nameless column{'s' if len(left_out) > 1 else ''} of row numbers or nothing left out"
         )
+    told = "".join(f", {each}" for each in said)
+    return Table(path, frame, first if not skipped else None, told, lines[skipped:])
+
+
+def _frame(
+    path: Path,
+    content: bytes,
+    names: list[str],
+    of_text: set[str],
+    separator: str,
+    decimal: str,
+    *,
+    header: bool,
+    blanks: bool,
+) -> Any:
+    """The columns of numbers, and those of text: `of_text`, and where a cell is no number."""
+    import pandas
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", pandas.errors.DtypeWarning)  # pandas reads in parts, which `_column` joins
+            frame = pandas.read_csv(
+                io.BytesIO(content),
+                sep=r"\s+" if separator == " " else separator,
+                decimal=decimal,
+                header=0 if header else None,
+                names=names,
+                index_col=False,
+                dtype=dict.fromkeys(of_text, str),
+                na_values=ABSENT,
+                keep_default_na=False,
+                skipinitialspace=blanks,
+            )
     except (ValueError, OverflowError, csv.Error) as error:
         raise ValueError(
             f"expected a table in {path}, got something else ({first_line(error)}): export it anew as CSV"
         ) from error
-    for name in frame.columns:
-        frame[name] = _column(frame[name], name in of_text, decimal)
-    _check_nameless(path, frame, left_out)
-    frame = frame.drop(columns=left_out)
-    if left_out:
-        said.append(
-            f"{len(left_out)} nameless column{'s' if len(left_out) > 1 else ''} of row numbers or nothing left out"
-        )
-    return Table(
-        path, frame, first if not skipped else None, "".join(f", {each}" for each in said), lambda: lines[skipped:]
-    )
+    for name, dtype in frame.dtypes.items():
+        if name in of_text or dtype.kind not in "fiu":
+            frame[name] = _column(frame[name], name in of_text, decimal)
+    return frame
+
+
+def _has_blanks(content: bytes, rows: Sequence[str], separator: str) -> bool:
+    """Whether a cell may begin with a blank, which pandas skips in a quarter more time.
+
+    Args:
+        rows: the first ones below the header, in which blanks are common.
+    """
+    begin = max(0, content.find(rows[0].encode())) if rows and b'"' not in content else 0
+    return content.find(b" ", begin) >= 0 or (separator != "\t" and content.find(b"\t", begin) >= 0)
 
 
 NAMES = {"\t": "tabs", ";": "semicolons", "|": "bars", " ": "blanks"}
@@ -142,8 +167,18 @@ def is_missing(cell: str) -> bool:
     return cell.strip().lower() in MISSING
 
 
-def _decoded(path: Path) -> tuple[str, list[str]]:
-    """The text of a file, and how it was read, where that is not as UTF-8."""
+ENCODINGS = (  # what the file begins with, how it is read then, and what is said of it
+    (b"\xef\xbb\xbf", "utf-8", ""),
+    (b"\xff\xfe", "utf-16", "read as UTF-16"),
+    (b"\xfe\xff", "utf-16", "read as UTF-16"),
+    (b"", "utf-8", ""),
+    (b"", "cp1252", "read as Windows-1252"),
+    (b"", "latin-1", "read as Latin-1"),
+)
+
+
+def _decoded(path: Path) -> tuple[bytes, list[str]]:
+    """The text of a file in UTF-8, which is what pandas takes, and how it was read, where that is not as UTF-8."""
     try:
         data = path.read_bytes()
         if data[:2] == b"\x1f\x8b":
@@ -154,52 +189,56 @@ def _decoded(path: Path) -> tuple[str, list[str]]:
         raise ValueError(
             f"expected a table in {path}, got a broken archive ({first_line(error)}): pack it anew"
         ) from error
-    for mark, encoding in ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16")):
+    content, said = _in_utf8(data)
+    if b"\x00" in content:
+        raise ValueError(f"expected text in {path}, got a file of bytes: export it as CSV")
+    if b"\r" in content:
+        content = content.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    return content, said
+
+
+def _in_utf8(data: bytes) -> tuple[bytes, list[str]]:
+    if data.isascii():
+        return data, []
+    for mark, encoding, said in ENCODINGS:
         if data.startswith(mark):
             try:
-                return _lines(data.decode(encoding)), [] if encoding == "utf-8-sig" else ["read as UTF-16"]
+                text = data.decode(encoding)
             except UnicodeDecodeError:
-                break
-    if b"\x00" in data:
-        raise ValueError(f"expected text in {path}, got a file of bytes: export it as CSV")
-    for encoding in ("utf-8", "cp1252"):
-        try:
-            return _lines(data.decode(encoding)), [] if encoding == "utf-8" else ["read as Windows-1252"]
-        except UnicodeDecodeError:
-            pass
-    return _lines(data.decode("latin-1")), ["read as Latin-1"]
+                continue
+            return text.encode() if said else data.removeprefix(mark), [said] if said else []
+    raise AssertionError("Latin-1 reads all bytes")
 
 
-def _lines(text: str) -> str:
-    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
-
-
-def _without_comments(text: str) -> tuple[str, int, str]:
+def _without_comments(content: bytes) -> tuple[bytes, int, str]:
     """The text with blank lines in the place of those that begin with #, their number, and what the last one before the
     first row says."""
-    if "#" not in text or (not text.startswith("#") and "\n#" not in text):
-        return text, 0, ""
-    lines = text.split("\n")
-    at = [i for i, line in enumerate(lines) if line.startswith("#")]
-    begin = next((i for i, line in enumerate(lines) if line.strip() and not line.startswith("#")), len(lines))
-    before = [i for i in at if i < begin]
-    said = lines[before[-1]] if before else ""
-    for i in at:
-        lines[i] = ""
-    return "\n".join(lines), len(at), said
+    begins = [0] if content.startswith(b"#") else []
+    at = content.find(b"\n#") if b"#" in content else -1  # one byte is found much faster than two
+    while at >= 0:
+        begins.append(at + 1)
+        at = content.find(b"\n#", at + 1)
+    kept, end, above, said = [], 0, True, ""
+    for begin in begins:
+        kept.append(content[end:begin])
+        above = above and not kept[-1].strip()
+        end = content.find(b"\n", begin)
+        end = len(content) if end < 0 else end
+        said = content[begin:end].decode() if above else said
+    return b"".join([*kept, content[end:]]) if begins else content, len(begins), said
 
 
-def _sample(text: str) -> list[str]:
+def _sample(content: bytes) -> list[str]:
     """The first lines that are not blank, those of a quoted cell together."""
     found: list[str] = []
     start = 0
-    while start < len(text) and len(found) < SAMPLE:
-        end = text.find("\n", start)
-        end = len(text) if end < 0 else end
-        while text.count('"', start, end) % 2 and end < len(text):
-            following = text.find("\n", end + 1)
-            end = len(text) if following < 0 else following
-        line = text[start:end]
+    while start < len(content) and len(found) < SAMPLE:
+        end = content.find(b"\n", start)
+        end = len(content) if end < 0 else end
+        while content.count(b'"', start, end) % 2 and end < len(content):
+            following = content.find(b"\n", end + 1)
+            end = len(content) if following < 0 else following
+        line = content[start:end].decode()
         if line.strip():
             found.append(line)
         start = end + 1
@@ -220,9 +259,9 @@ def _form(rows: Sequence[str]) -> tuple[str, str]:
     """Separator and decimal mark: those by which all rows have as many cells, and most of them are numbers."""
     found = []
     for order, separator in enumerate((*SEPARATORS, " ")):
-        sample = [_split(row, separator) for row in rows]
-        width = len(sample[0])
-        if width < 2 or any(len(row) != width for row in sample):
+        width = len(_split(rows[0], separator))
+        sample = [_split(row, separator) for row in rows] if width > 1 else []
+        if not sample or any(len(row) != width for row in sample):
             continue
         below = [cell for row in sample[1:] or sample for cell in row]
         for decimal in (".", ","):
@@ -284,25 +323,61 @@ def _are_alike(first: Sequence[str], rows: Sequence[Sequence[str]], decimal: str
     return True
 
 
-def _counted(text: str, separator: str) -> tuple[np.ndarray, np.ndarray]:
+def _counted(content: bytes, separator: str) -> tuple[np.ndarray, np.ndarray]:
     """How many cells each row has, and the line that it is on."""
-    if separator == " " or '"' in text:
+    quoted = -1 if separator == " " else content.rfind(b'"')
+    if quoted < 0:
+        return _counted_unquoted(content, 0, separator)
+    end = content.find(b"\n", quoted) + 1 or len(content)  # the csv module is slow: it reads up to the last quote only
+    try:
+        counts, lines = _counted_quoted(content[:end], separator, strict=True)
+    except csv.Error:  # a quote is open, or within a cell
+        try:
+            return _counted_quoted(content, separator, strict=False)
+        except csv.Error:  # a cell too long for the csv module
+            return np.empty(0, dtype=int), np.arange(1, content.count(b"\n") + 2)
+    rest, more = _counted_unquoted(content, end, separator)
+    return np.concatenate([counts, rest]), np.concatenate([lines, more])
+
+
+def _counted_quoted(content: bytes, separator: str, strict: bool) -> tuple[np.ndarray, np.ndarray]:
+    reader = csv.reader(io.StringIO(content.decode()), delimiter=separator, skipinitialspace=True, strict=strict)
+    rows = [(len(row), reader.line_num) for row in reader if row and (len(row) > 1 or row[0].strip())]
+    counts, lines = np.array(rows, dtype=int).reshape(-1, 2).T
+    return counts, lines
+
+
+def _counted_unquoted(content: bytes, begin: int, separator: str) -> tuple[np.ndarray, np.ndarray]:
+    """As `_counted`, from that byte on, where a separator always ends a cell."""
+    data = np.frombuffer(content, dtype=np.uint8)[begin:]
+    marks, before = [np.empty(0, dtype=bool)], True
+    for at in range(0, len(data), CHUNK):
+        some = data[at : at + CHUNK]
+        breaks = some == BREAK
         if separator == " ":
-            rows = [(len(line.split()), i) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+            blank = breaks | (some == BLANK) | (some == TAB)
+            of_cells = ~blank & np.append(before, blank[:-1])  # where cells begin
+            before = blank[-1]
         else:
-            reader = csv.reader(io.StringIO(text), delimiter=separator, skipinitialspace=True)
-            try:
-                rows = [(len(row), reader.line_num) for row in reader if row and (len(row) > 1 or row[0].strip())]
-            except csv.Error:
-                return np.empty(0, dtype=int), np.empty(0, dtype=int)
-        return np.array([n for n, _ in rows], dtype=int), np.array([line for _, line in rows], dtype=int)
-    data = np.frombuffer(text.encode("utf-8") + b"\n", dtype=np.uint8)
-    ends = np.flatnonzero(data == 10)
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    counts = np.add.reduceat(data == ord(separator), starts, dtype=np.int64) + 1
-    blank = data <= 32 if separator != "\t" else (data == 10) | (data == 32)
-    there = np.add.reduceat(~blank, starts, dtype=np.int64) > 0
-    return counts[there], np.flatnonzero(there) + 1
+            of_cells = some == ord(separator)
+        marks.append(breaks[np.flatnonzero(breaks | of_cells)])
+    if not content.endswith(b"\n"):
+        marks.append(np.ones(1, dtype=bool))
+    counts = np.diff(np.flatnonzero(np.concatenate(marks)), prepend=-1)
+    counts, there = (counts - 1, counts > 1) if separator == " " else (counts, ~_are_blank(data, counts == 1))
+    return counts[there], np.flatnonzero(there) + 1 + content.count(b"\n", 0, begin)
+
+
+def _are_blank(data: np.ndarray, may_be: np.ndarray) -> np.ndarray:
+    """Which lines are blank, of those that may be."""
+    blank, rows = np.zeros(len(may_be), dtype=bool), np.flatnonzero(may_be)
+    if len(rows):
+        ends = np.append(np.flatnonzero(data == BREAK), len(data))
+        starts = np.append(0, ends + 1)
+        unlike = data[np.minimum(starts[rows], len(data) - 1)] > BLANK  # begins with a sign, which tells most lines
+        for row in rows[~unlike | (starts[rows] == ends[rows])]:
+            blank[row] = not data[starts[row] : ends[row]].tobytes().strip()
+    return blank
 
 
 def _check_rows(path: Path, counts: np.ndarray, lines: np.ndarray, width: int) -> None:
@@ -335,7 +410,7 @@ def _check_nameless(path: Path, frame: Any, names: Sequence[str]) -> None:
     """Raises ValueError where a nameless column holds something after the rows that its form was told by."""
     for name in names:
         cells = frame[name]
-        counts = cells.dtype.kind == "f" and bool((cells.diff().iloc[1:] == 1).all())
+        counts = cells.dtype.kind in "fiu" and bool((cells.diff().iloc[1:] == 1).all())
         if not (counts or bool(cells.isna().all())):
             raise ValueError(f"expected a name for every column of {path}, got none for {name}: name it in the header")
 
@@ -345,13 +420,16 @@ def _column(column: Any, as_text: bool, decimal: str) -> Any:
     import pandas
 
     if column.dtype == bool:
-        return column.astype(str) if as_text else column.astype(np.float64)
-    if column.dtype.kind in "iuf" and not as_text:
         return column.astype(np.float64)
-    cells = [None if gap else str(cell).strip() for cell, gap in zip(column, column.isna(), strict=True)]
-    cells = [None if cell is None or is_missing(cell) else cell for cell in cells]
+    cells = [None if gap else _tidy(cell) for cell, gap in zip(column.tolist(), column.isna(), strict=True)]
+    cells = [None if isinstance(cell, str) and is_missing(cell) else cell for cell in cells]
     words, given = {"true": 1.0, "false": 0.0}, [cell for cell in cells if cell is not None]
-    value = words.__getitem__ if given and all(cell.lower() in words for cell in given) else _reader(decimal)
-    numbers = [np.nan if cell is None else value(cell.lower()) for cell in cells]
+    value = words.__getitem__ if given and all(str(cell).lower() in words for cell in given) else _reader(decimal)
+    numbers = [np.nan if cell is None else value(cell.lower()) if isinstance(cell, str) else cell for cell in cells]
     is_text = as_text or any(math.isnan(each) and cell is not None for cell, each in zip(cells, numbers, strict=True))
     return pandas.Series(cells if is_text else numbers, index=column.index, dtype=object if is_text else np.float64)
+
+
+def _tidy(cell: Any) -> str | float:
+    """Text without blanks around it, or the number that pandas found in a part of the file without text."""
+    return float(cell) if type(cell) in (int, float) else str(cell).strip()
