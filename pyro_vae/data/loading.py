@@ -156,7 +156,7 @@ def load_dataset(
         sizes = _sizes(len(x), (0.8, 0.1, 0.1) if split is None else split, name)
     rows = permutation.split(list(sizes))
     counted = None if source.lengths is None else _counted(source)  # (N, T, D)
-    shape, parts = x.shape, [x[r] for r in rows]
+    shape, parts = x.shape, [x.index_select(0, r) for r in rows]  # twice as fast as x[r]
     location = scale = None
     asked = source.columns if counted is None else None  # what a column of sequences is has no option
     training = parts[0] if counted is None else _by_step(parts[0], counted[rows[0]])
@@ -276,11 +276,14 @@ def _is_real_table(train: Tensor, columns: Sequence[str] | None, kinds: Mapping[
     """
     if train.ndim != 2:
         return False
-    low, high = _ends(train)
-    if low >= 0 and high <= 1:
+    if all(bool(((some >= 0) & (some <= 1) | some.isnan()).all()) for some in train.split(CHUNK)):
         return "real" in kinds.values()
-    counts = sum(((some >= 0) & (some == some.round())).sum(0) for some in train.split(CHUNK))
-    there = sum((~some.isnan()).sum(0) for some in train.split(CHUNK))
+    counts = there = torch.zeros(train.shape[1], dtype=torch.int64)
+    for some in train.split(CHUNK):
+        counts = counts + ((some >= 0) & (some == some.round())).sum(0)
+        there = there + (~some.isnan()).sum(0)
+        if bool((there - counts > 0.01 * len(train)).any()):  # too many for a column that is asked about
+            return True
     named = list(columns) if columns is not None else [str(j) for j in range(train.shape[1])]
     wrong = [j for j in range(train.shape[1]) if counts[j] < there[j] or kinds.get(named[j]) == "real"]
     asked = [j for j in wrong if counts[j] >= 0.99 * there[j] and named[j] not in kinds]
@@ -334,12 +337,16 @@ def _ends(x: Tensor) -> tuple[float, float]:
     """The smallest and the largest value that is not missing, looked at in parts, as memory counts."""
     ends = []
     for some in x.split(CHUNK):
-        some = some[~some.isnan()] if some.is_floating_point() and bool(some.isnan().any()) else some
-        if some.numel():
-            ends.append(some.aminmax())
-    if not ends:
-        return 0.0, 0.0
-    return min(float(each.min) for each in ends), max(float(each.max) for each in ends)
+        if not some.numel():
+            continue
+        low, high = map(float, some.aminmax())
+        if low != low:  # as one value is missing
+            some = some[~some.isnan()]
+            if not some.numel():
+                continue
+            low, high = map(float, some.aminmax())
+        ends.append((low, high))
+    return (min(low for low, _ in ends), max(high for _, high in ends)) if ends else (0.0, 0.0)
 
 
 def _are_whole(x: Tensor) -> bool:

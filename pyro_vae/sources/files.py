@@ -34,6 +34,7 @@ __all__ = [
 
 OF_STEPS = ("lengths", "u", "mask")  # the arrays that make x of a .npz sequences
 SIXTEEN_BIT = "intensities x/65535"
+FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 def _check_size(path: Path, what: str, size: int, max_gb: float) -> None:
@@ -575,9 +576,7 @@ def checked(source: Source, where: Path) -> Source:
         )
     bad = torch.zeros(1, dtype=torch.bool)
     table = x.ndim == 2  # whose missing cells a likelihood leaves out
-    if x.is_floating_point() and not all(
-        bool((some.float().isfinite() | (some.isnan() & table)).all()) for some in x.split(10_000)
-    ):
+    if x.is_floating_point() and not all(_are_finite(some, table) for some in x.split(10_000)):
         bad = ~(x.float().isfinite() | (x.isnan() & table))
         row, *place = (int(i) for i in bad.nonzero()[0])
         column = f"column {column_name(place[0], source.columns)}" if x.ndim == 2 else f"position {tuple(place)}"
@@ -588,6 +587,13 @@ def checked(source: Source, where: Path) -> Source:
             f"{column}: fill in or drop these rows"
         )
     return replace(source, x=x, note=note)
+
+
+def _are_finite(x: Tensor, or_missing: bool) -> bool:
+    low, high = map(float, x.aminmax())
+    if -FLOAT32_MAX <= low and high <= FLOAT32_MAX:  # not where one is NaN
+        return True
+    return bool((x.float().isfinite() | (x.isnan() & or_missing)).all())
 
 
 def _checked_sequences(source: Source, where: Path) -> Source:

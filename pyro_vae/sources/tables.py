@@ -213,19 +213,21 @@ def _in_utf8(data: bytes) -> tuple[bytes, list[str]]:
 def _without_comments(content: bytes) -> tuple[bytes, int, str]:
     """The text with blank lines in the place of those that begin with #, their number, and what the last one before the
     first row says."""
-    begins = [0] if content.startswith(b"#") else []
-    at = content.find(b"\n#") if b"#" in content else -1  # one byte is found much faster than two
+    begins, at = [], content.find(b"#")
     while at >= 0:
-        begins.append(at + 1)
-        at = content.find(b"\n#", at + 1)
-    kept, end, above, said = [], 0, True, ""
+        if at == 0 or content[at - 1] == BREAK:
+            begins.append(at)
+        at = content.find(b"#", at + 1)
+    if not begins:
+        return content, 0, ""
+    view, kept, end, above, said = memoryview(content), [], 0, True, ""
     for begin in begins:
-        kept.append(content[end:begin])
-        above = above and not kept[-1].strip()
+        kept.append(view[end:begin])
+        above = above and not content[end:begin].strip()
         end = content.find(b"\n", begin)
         end = len(content) if end < 0 else end
         said = content[begin:end].decode() if above else said
-    return b"".join([*kept, content[end:]]) if begins else content, len(begins), said
+    return b"".join([*kept, view[end:]]), len(begins), said
 
 
 def _sample(content: bytes) -> list[str]:
@@ -336,6 +338,8 @@ def _counted(content: bytes, separator: str) -> tuple[np.ndarray, np.ndarray]:
             return _counted_quoted(content, separator, strict=False)
         except csv.Error:  # a cell too long for the csv module
             return np.empty(0, dtype=int), np.arange(1, content.count(b"\n") + 2)
+    if end == len(content):
+        return counts, lines
     rest, more = _counted_unquoted(content, end, separator)
     return np.concatenate([counts, rest]), np.concatenate([lines, more])
 
@@ -350,22 +354,23 @@ def _counted_quoted(content: bytes, separator: str, strict: bool) -> tuple[np.nd
 def _counted_unquoted(content: bytes, begin: int, separator: str) -> tuple[np.ndarray, np.ndarray]:
     """As `_counted`, from that byte on, where a separator always ends a cell."""
     data = np.frombuffer(content, dtype=np.uint8)[begin:]
-    marks, before = [np.empty(0, dtype=bool)], True
+    counts, before = [np.zeros(1, dtype=np.uint32)], True
     for at in range(0, len(data), CHUNK):
         some = data[at : at + CHUNK]
         breaks = some == BREAK
         if separator == " ":
             blank = breaks | (some == BLANK) | (some == TAB)
-            of_cells = ~blank & np.append(before, blank[:-1])  # where cells begin
+            marks = ~blank & np.append(before, blank[:-1])  # where cells begin
             before = blank[-1]
         else:
-            of_cells = some == ord(separator)
-        marks.append(breaks[np.flatnonzero(breaks | of_cells)])
-    if not content.endswith(b"\n"):
-        marks.append(np.ones(1, dtype=bool))
-    counts = np.diff(np.flatnonzero(np.concatenate(marks)), prepend=-1)
-    counts, there = (counts - 1, counts > 1) if separator == " " else (counts, ~_are_blank(data, counts == 1))
-    return counts[there], np.flatnonzero(there) + 1 + content.count(b"\n", 0, begin)
+            marks = some == ord(separator)
+        found = np.add.reduceat(marks.view(np.uint8), np.append(0, np.flatnonzero(breaks)), dtype=np.uint32)
+        counts[-1][-1] += found[0]  # the line that the last part ends in
+        counts += [found[1:]] if len(found) > 1 else []
+    cells = np.concatenate(counts).astype(int) + (separator != " ")
+    cells = cells[:-1] if content.endswith(b"\n") else cells
+    there = cells > 0 if separator == " " else ~_are_blank(data, cells == 1)
+    return cells[there], np.flatnonzero(there) + 1 + content.count(b"\n", 0, begin)
 
 
 def _are_blank(data: np.ndarray, may_be: np.ndarray) -> np.ndarray:
@@ -374,8 +379,7 @@ def _are_blank(data: np.ndarray, may_be: np.ndarray) -> np.ndarray:
     if len(rows):
         ends = np.append(np.flatnonzero(data == BREAK), len(data))
         starts = np.append(0, ends + 1)
-        unlike = data[np.minimum(starts[rows], len(data) - 1)] > BLANK  # begins with a sign, which tells most lines
-        for row in rows[~unlike | (starts[rows] == ends[rows])]:
+        for row in rows[data[starts[rows]] <= BLANK]:  # few, as most lines begin with a sign
             blank[row] = not data[starts[row] : ends[row]].tobytes().strip()
     return blank
 
