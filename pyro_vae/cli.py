@@ -82,7 +82,8 @@ data:
   --data.label COLUMN, --data.id COLUMN      columns of a .csv that are no features
   --data.columns A,B   columns to model, not all       --data.drop A,B   columns to leave out
   --data.kind A=count  what a column is: real, count, binary   --data.standardize false   values as they are
-  --data.header true|false   whether the first row names the columns (found out by default)
+  --data.header true|false   whether the first row names the columns (by default found out, as what follows)
+  --data.separator tab, --data.decimal ',', --data.encoding cp1252, --data.comment %   how a .csv is written
   --data.time COLUMN   a .csv of sequences, one for each id, or pieces of --data.window N steps, or both;
                        year,quarter: times in several columns; --data.inputs COLUMN,COLUMN act on the latents;
                        with --data.every D (h, MS, 2, ...) absent times are steps without values

@@ -39,6 +39,10 @@ def load_dataset(
     kind: Sequence[str] = (),  # or a mapping
     standardize: bool = True,
     header: bool | None = None,
+    separator: str | None = None,
+    decimal: str | None = None,
+    encoding: str | None = None,
+    comment: str | None = None,
     size: int | str | Sequence[int] | None = None,
     max_gb: float = 2.0,
     seed: int = 0,
@@ -94,7 +98,13 @@ def load_dataset(
             "count" cells that are no whole number from 0 on become gaps, of a "binary" one those that are not 0 or 1;
             "real" values are standardised.
         standardize: False leaves real values as they are.
-        header: whether the first row of a `.csv` names the columns; by default it is found out, and told.
+        header: whether the first row of a `.csv` names the columns; by default it is found out, and told, as is what
+            the next four say.
+        separator: what stands between the cells of a `.csv`: a sign, or comma, semicolon, tab, bar or blank.
+        decimal: "." or ",", the mark before the decimals of its numbers. Beside "," a point separates thousands.
+        encoding: of its text, as Python calls it: "utf-8", "cp1252" and so on.
+        comment: what its lines begin with that are no rows, such as "%"; "" where every line is a row, also one that
+            begins with "#".
         size: of the images of a folder, which are resized to it: 32, "32x24", or (32, 24) for height and width.
         max_gb: what a file may take in memory, as far as it announces it; more is refused.
         seed: of the split's permutation and of static binarisation, and of nothing else.
@@ -126,14 +136,21 @@ def load_dataset(
     if not max_gb > 0:
         raise ValueError(f"expected max_gb > 0, got {max_gb}: give the gigabytes that data may take")
     kinds = _kinds(kind)
-    named_columns = Columns(label, id, time, tuple(inputs), window, every, tuple(columns), tuple(drop), header)
+    form: dict[str, Any] = {
+        "header": header,
+        "separator": separator,
+        "decimal": decimal,
+        "encoding": encoding,
+        "comment": comment,
+    }
+    named_columns = Columns(label, id, time, tuple(inputs), window, every, tuple(columns), tuple(drop), **form)
     name, source = find(name_or_path, root, download, named_columns, _height_and_width(size), max_gb)
     known = isinstance(name_or_path, str) and name_or_path in NAMED
     arguments: dict[str, Any] = {"name_or_path": name_or_path if known else _absolute(name_or_path)}
     arguments |= {"binarize": binarize} if binarize != "none" else {}
     named: dict[str, Any] = {"label": label, "id": id, "time": time, "inputs": list(inputs) or None}
     named |= {"window": window, "every": every, "max_gb": None if max_gb == 2 else max_gb}
-    named |= {"columns": list(columns) or None, "drop": list(drop) or None, "header": header}
+    named |= {"columns": list(columns) or None, "drop": list(drop) or None, **form}
     named |= {"kind": [f"{column}={what}" for column, what in kinds.items()] or None}
     named |= {"standardize": None if standardize else False}
     named |= {"size": size if size is None or isinstance(size, int | str) else list(size)}

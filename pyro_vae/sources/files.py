@@ -187,7 +187,7 @@ def read_pt(path: Path, max_gb: float) -> Source:
 
 def read_csv(path: Path, columns: Columns) -> Source:
     times = _times_of(columns)
-    table = read_table(path, [each for each in (columns.label, columns.id, *times) if each], columns.header)
+    table = _table(path, columns, [columns.label, columns.id, *times])
     named = [("label", columns.label), ("id", columns.id), *(("time", each) for each in times)]
     named += [("inputs", each) for each in columns.inputs]
     _check_columns(table, named)
@@ -211,8 +211,24 @@ def read_csv(path: Path, columns: Columns) -> Source:
         return _in_time(table, x, features, ids, columns)
     labels, classes = (None, None) if columns.label is None else _csv_labels(table, columns.label)
     return Source(
-        torch.from_numpy(x), labels, ids, tuple(features), classes, lines=lambda: table.lines, note=table.said
+        torch.from_numpy(x), labels, ids, tuple(features), classes, lines=lambda: table.lines, note=_told(table)
     )
+
+
+def _table(path: Path, columns: Columns, text: Sequence[str | None]) -> Table:
+    return read_table(
+        path,
+        [each for each in text if each],
+        columns.header,
+        separator=columns.separator,
+        decimal=columns.decimal,
+        encoding=columns.encoding,
+        comment=columns.comment,
+    )
+
+
+def _told(table: Table) -> str:
+    return "".join(f", {what}" for what, _ in table.said)
 
 
 def _times_of(columns: Columns) -> list[str]:
@@ -223,7 +239,7 @@ def _times_of(columns: Columns) -> list[str]:
 def read_future(path: Path, columns: Columns) -> Source:
     """The inputs of steps to come, as the x of sequences."""
     times = _times_of(columns)
-    table = read_table(path, [each for each in (columns.id, *times) if each], columns.header)
+    table = _table(path, columns, [columns.id, *times])
     named = [("id", columns.id), *(("time", each) for each in times), *(("inputs", name) for name in columns.inputs)]
     _check_columns(table, named)
     u = _inputs(table, columns.inputs)
@@ -263,7 +279,7 @@ def _numbers(table: Table, names: Sequence[str]) -> np.ndarray:
     words = [name for name in own if table.frame[name].dtype.kind not in "fiu"]
     if words:
         column = table.frame[words[0]]
-        row = next(i for i, cell in enumerate(column) if isinstance(cell, str) and np.isnan(number(cell)))
+        row = table.row_of_word(words[0])
         also = f" (also in {', '.join(map(repr, words[1:]))})" if words[1:] else ""
         raise ValueError(
             f"expected numbers in column {words[0]!r} of {table.path}, got {column.iloc[row]!r} in line "
@@ -312,7 +328,7 @@ def _in_time(table: Table, x: np.ndarray, features: Sequence[str], ids: np.ndarr
         mask=None if int(mask.all(-1).sum()) == int(lengths.sum()) else mask,
         times=padded(at, int(lengths.max())),
         in_time=window is not None,
-        note=table.said + note,
+        note=_told(table) + note,
     )
 
 
@@ -591,7 +607,7 @@ def checked(source: Source, where: Path) -> Source:
 
 def _are_finite(x: Tensor, or_missing: bool) -> bool:
     low, high = map(float, x.aminmax())
-    if -FLOAT32_MAX <= low and high <= FLOAT32_MAX:  # not where one is NaN
+    if low >= -FLOAT32_MAX and high <= FLOAT32_MAX:  # not where one is NaN
         return True
     return bool((x.float().isfinite() | (x.isnan() & or_missing)).all())
 

@@ -25,8 +25,11 @@ ABSENT = [*MISSING, *(each.upper() for each in MISSING), *(each.capitalize() for
 SEPARATORS = (",", ";", "\t", "|")
 SAMPLE = 200  # lines that the form of a file is told by
 CHUNK = 1 << 18  # bytes that are looked at together, few enough for the processor's cache
-BREAK, TAB, BLANK = b"\n\t "
+BREAK, RETURN, TAB, BLANK = b"\n\r\t "
 DECIMAL_COMMA = re.compile(r"[+-]?(\d+|\d{1,3}(\.\d{3})+),\d+")
+
+
+Said = tuple[tuple[str, str], ...]
 
 
 class Table:
@@ -35,12 +38,15 @@ class Table:
     Attributes:
         frame: a pandas data frame: columns of numbers, and of text, NaN where a cell is missing.
         first: the cells of the first row, where the file has no header.
-        said: what was found out, for the description.
+        said: what was found out, for the description, and the option that changes it.
         lines: (rows,), the line of the file that each row is on.
     """
 
-    def __init__(self, path: Path, frame: Any, first: Sequence[str] | None, said: str, lines: np.ndarray) -> None:
+    def __init__(
+        self, path: Path, frame: Any, first: Sequence[str] | None, said: Said, lines: np.ndarray, decimal: str
+    ) -> None:
         self.path, self.frame, self.first, self.said, self.lines = path, frame, first, said, lines
+        self._number = _reader(decimal)
 
     @property
     def names(self) -> list[str]:
@@ -54,43 +60,67 @@ class Table:
             return self.names[list(self.first).index(name)]
         return None
 
+    def row_of_word(self, name: str) -> int:
+        """The first row whose cell in a column of text is no number."""
+        cells = enumerate(self.frame[name])
+        return next(i for i, cell in cells if isinstance(cell, str) and math.isnan(self._number(cell)))
+
     def cells(self, name: str) -> list[str]:
         """A column as text, "" where a cell is missing."""
         column = self.frame[name]
         return ["" if missing else str(cell) for cell, missing in zip(column, column.isna(), strict=True)]
 
 
-def read_table(path: Path, text: Sequence[str] = (), header: bool | None = None) -> Table:
+def read_table(
+    path: Path,
+    text: Sequence[str] = (),
+    header: bool | None = None,
+    *,
+    separator: str | None = None,
+    decimal: str | None = None,
+    encoding: str | None = None,
+    comment: str | None = None,
+) -> Table:
     """The table in a file.
 
     Args:
         text: columns to keep as they are written, such as ids.
-        header: whether the first row names the columns; found out where it is None.
+        header: whether the first row names the columns. This and what follows is found out where it is None.
+        separator: the sign between cells, or its name, such as "tab".
+        decimal: "." or ",".
+        encoding: as Python calls it, such as "cp1252".
+        comment: what lines begin with that are no rows; "" where all lines are.
 
     Raises:
-        ValueError: no table, with file and line.
+        ValueError: no table, with file and line; an option that cannot be used.
     """
-    content, said = _decoded(path)
-    content, comments, named_above = _without_comments(content)
+    _check_options(decimal, encoding, comment)
+    given = {"header": header, "separator": separator, "decimal": decimal, "encoding": encoding, "comment": comment}
+    separator = None if separator is None else _sign(separator)
+    said: list[tuple[str, str]] = []
+    content, read_as = _decoded(path, encoding)
+    if read_as:
+        said.append((f"read as {read_as}", "encoding"))
+    content, comments, named_above = _without_comments(content, "#" if comment is None else comment)
     rows = _sample(content)
     if not rows:
         raise ValueError(f"expected a header row in {path}, got an empty file: write the columns' names first")
-    separator, decimal = _form(rows)
+    separator, decimal = _form(rows, separator, decimal)
     if separator != ",":
-        said.append(f"separated by {NAMES.get(separator, repr(separator))}")
+        said.append((f"separated by {NAMES.get(separator, repr(separator))}", "separator"))
     if decimal == ",":
-        said.append("decimal commas")
+        said.append(("decimal commas", "decimal"))
     sample = [_split(row, separator) for row in rows]
     first, names, skipped = sample[0], sample[0], 1
     above = _split(named_above, separator) if named_above else []
-    above[:1] = [each.lstrip("# ") or "#" for each in above[:1]]
+    above[:1] = [each.lstrip(f"{comment or '#'} ") or "#" for each in above[:1]]
     if header is None and len(above) == len(first) and _are_alike(first, sample[1:], decimal):
         names, skipped, comments = above, 0, comments - 1  # as numpy.savetxt writes them
     elif header is False or (header is None and _are_alike(first, sample[1:], decimal)):
         names, skipped = [f"column {j + 1}" for j in range(len(first))], 0
-        said.append(f"no header, so that the columns are called {names[0]!r} and so on")
+        said.append((f"no header, so that the columns are called {names[0]!r} and so on", "header"))
     if comments:
-        said.append(f"{comments} comment line{'s' if comments > 1 else ''} left out")
+        said.append((f"{_counted_as(comments, 'comment line')} left out", "comment"))
     names = [name.strip() for name in names]
     counts, lines = _counted(content, separator)
     _check_rows(path, counts, lines, len(first))
@@ -104,11 +134,48 @@ def read_table(path: Path, text: Sequence[str] = (), header: bool | None = None)
     _check_nameless(path, frame, left_out)
     if left_out:
         frame = frame.drop(columns=left_out)
-        said.append(
-            f"{len(left_out)} nameless column{'s' if len(left_out) > 1 else ''} of row numbers or nothing left out"
+        said.append((f"{_counted_as(len(left_out), 'nameless column')} of row numbers or nothing left out", "drop"))
+    told = tuple((what, option) for what, option in said if given.get(option) is None)
+    return Table(path, frame, first if not skipped else None, told, lines[skipped:], decimal)
+
+
+NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars", " ": "blanks"}
+
+
+def _sign(separator: str) -> str:
+    """A separator by its name, "tab" or "tabs", as signs are hard to write in a shell; others as they are."""
+    signs = {name: sign for sign, plural in NAMES.items() for name in (plural, plural[:-1])}
+    sign = signs.get(separator, separator)
+    is_sign = len(sign) == 1 and sign.isascii() and (sign.isprintable() or sign == "\t")
+    if not is_sign or sign.isalnum() or sign in '"+-.':
+        raise ValueError(
+            "expected separator= (--data.separator) as one sign, or as comma, semicolon, tab, bar or blank, got "
+            f"{separator!r}: give what stands between cells"
         )
-    told = "".join(f", {each}" for each in said)
-    return Table(path, frame, first if not skipped else None, told, lines[skipped:])
+    return sign
+
+
+def _check_options(decimal: str | None, encoding: str | None, comment: str | None) -> None:
+    if decimal not in (None, ".", ","):
+        raise ValueError(
+            f"expected decimal= (--data.decimal) to be '.' or ',', got {decimal!r}: give the mark before the decimals"
+        )
+    if comment and comment.split() != [comment]:
+        raise ValueError(
+            f"expected comment= (--data.comment) without blanks, or '' for no comments, got {comment!r}: give what "
+            "comment lines begin with, such as %"
+        )
+    try:
+        io.TextIOWrapper(io.BytesIO(), encoding)
+    except (LookupError, ValueError):
+        raise ValueError(
+            f"expected encoding= (--data.encoding) as Python calls one, such as utf-8, cp1252 or utf-16, got "
+            f"{encoding!r}: correct it"
+        ) from None
+
+
+def _counted_as(count: int, what: str) -> str:
+    return f"{count} {what}{'s' if count > 1 else ''}"
 
 
 def _frame(
@@ -160,25 +227,22 @@ def _has_blanks(content: bytes, rows: Sequence[str], separator: str) -> bool:
     return content.find(b" ", begin) >= 0 or (separator != "\t" and content.find(b"\t", begin) >= 0)
 
 
-NAMES = {"\t": "tabs", ";": "semicolons", "|": "bars", " ": "blanks"}
-
-
 def is_missing(cell: str) -> bool:
     return cell.strip().lower() in MISSING
 
 
 ENCODINGS = (  # what the file begins with, how it is read then, and what is said of it
     (b"\xef\xbb\xbf", "utf-8", ""),
-    (b"\xff\xfe", "utf-16", "read as UTF-16"),
-    (b"\xfe\xff", "utf-16", "read as UTF-16"),
+    (b"\xff\xfe", "utf-16", "UTF-16"),
+    (b"\xfe\xff", "utf-16", "UTF-16"),
     (b"", "utf-8", ""),
-    (b"", "cp1252", "read as Windows-1252"),
-    (b"", "latin-1", "read as Latin-1"),
+    (b"", "cp1252", "Windows-1252"),
+    (b"", "latin-1", "Latin-1"),
 )
 
 
-def _decoded(path: Path) -> tuple[bytes, list[str]]:
-    """The text of a file in UTF-8, which is what pandas takes, and how it was read, where that is not as UTF-8."""
+def _decoded(path: Path, encoding: str | None) -> tuple[bytes, str]:
+    """The text of a file in UTF-8, which is what pandas takes, and as what it was read, where that is not UTF-8."""
     try:
         data = path.read_bytes()
         if data[:2] == b"\x1f\x8b":
@@ -189,35 +253,52 @@ def _decoded(path: Path) -> tuple[bytes, list[str]]:
         raise ValueError(
             f"expected a table in {path}, got a broken archive ({first_line(error)}): pack it anew"
         ) from error
-    content, said = _in_utf8(data)
+    content, read_as = _in_utf8(data) if encoding is None else (_from_encoding(path, data, encoding), "")
     if b"\x00" in content:
         raise ValueError(f"expected text in {path}, got a file of bytes: export it as CSV")
-    if b"\r" in content:
-        content = content.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-    return content, said
+    return _with_line_feeds(content) if b"\r" in content else content, read_as
 
 
-def _in_utf8(data: bytes) -> tuple[bytes, list[str]]:
+def _with_line_feeds(content: bytes) -> bytes:
+    """Lines ended as in Unix, where they are as in Windows or, long ago, by a return alone."""
+    data = np.frombuffer(content + b"\n", dtype=np.uint8)
+    if (data[np.flatnonzero(data == RETURN) + 1] == BREAK).all():
+        return content.replace(b"\r", b"")  # three times as fast as to look for two bytes
+    return content.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+
+
+def _from_encoding(path: Path, data: bytes, encoding: str) -> bytes:
+    try:
+        return data.decode(encoding).removeprefix("\ufeff").encode()
+    except UnicodeError as error:
+        raise ValueError(
+            f"expected text in {path} as encoding={encoding!r} (--data.encoding) has it, got something else "
+            f"({first_line(error)}): name another, or leave it out"
+        ) from error
+
+
+def _in_utf8(data: bytes) -> tuple[bytes, str]:
     if data.isascii():
-        return data, []
-    for mark, encoding, said in ENCODINGS:
+        return data, ""
+    for mark, encoding, read_as in ENCODINGS:
         if data.startswith(mark):
             try:
                 text = data.decode(encoding)
             except UnicodeDecodeError:
                 continue
-            return text.encode() if said else data.removeprefix(mark), [said] if said else []
+            return text.encode() if read_as else data.removeprefix(mark), read_as
     raise AssertionError("Latin-1 reads all bytes")
 
 
-def _without_comments(content: bytes) -> tuple[bytes, int, str]:
-    """The text with blank lines in the place of those that begin with #, their number, and what the last one before the
-    first row says."""
-    begins, at = [], content.find(b"#")
+def _without_comments(content: bytes, mark: str) -> tuple[bytes, int, str]:
+    """The text with blank lines in the place of those that begin with the mark, their number, and what the last one
+    before the first row says."""
+    sign = mark.encode()
+    begins, at = [], content.find(sign) if mark else -1
     while at >= 0:
         if at == 0 or content[at - 1] == BREAK:
             begins.append(at)
-        at = content.find(b"#", at + 1)
+        at = content.find(sign, at + 1)
     if not begins:
         return content, 0, ""
     view, kept, end, above, said = memoryview(content), [], 0, True, ""
@@ -257,29 +338,36 @@ def _split(line: str, separator: str) -> list[str]:
     return [cell.strip() for cell in row]
 
 
-def _form(rows: Sequence[str]) -> tuple[str, str]:
-    """Separator and decimal mark: those by which all rows have as many cells, and most of them are numbers."""
+def _form(rows: Sequence[str], given: str | None, mark: str | None) -> tuple[str, str]:
+    """Separator and decimal mark, where they are not given: those by which all rows have as many cells, and most of
+    them are numbers."""
     found = []
-    for order, separator in enumerate((*SEPARATORS, " ")):
+    for order, separator in enumerate((*SEPARATORS, " ") if given is None else (given,)):
         width = len(_split(rows[0], separator))
         sample = [_split(row, separator) for row in rows] if width > 1 else []
         if not sample or any(len(row) != width for row in sample):
             continue
         below = [cell for row in sample[1:] or sample for cell in row]
-        for decimal in (".", ","):
-            if decimal == "," and not any(DECIMAL_COMMA.fullmatch(cell) for cell in below):
+        for decimal in (".", ",") if mark is None else (mark,):
+            if decimal == "," and mark is None and not any(DECIMAL_COMMA.fullmatch(cell) for cell in below):
                 continue
             known = sum(_kind(cell, decimal) != "word" for cell in below) / max(1, len(below))
             found.append((known, decimal == ".", -order, separator, decimal))
     if found:
         _, _, _, separator, decimal = max(found)
         return separator, decimal
-    if len(rows) > 1 and all(DECIMAL_COMMA.fullmatch(row.strip()) for row in rows[1:]):  # one column
-        return ";", ","
+    may_be = given != "," and mark != "."
+    if may_be and len(rows) > 1 and all(DECIMAL_COMMA.fullmatch(row.strip()) for row in rows[1:]):  # one column
+        return given or ";", ","
+    if given is not None:
+        return given, mark or "."
     widths = {separator: [len(_split(row, separator)) for row in rows] for separator in SEPARATORS}
     commonest = {separator: statistics.mode(each) for separator, each in widths.items()}
-    ragged = [separator for separator in SEPARATORS if commonest[separator] > 1]  # the odd line is told afterwards
-    return max(ragged, key=lambda separator: widths[separator].count(commonest[separator]), default=","), "."
+    ragged = [separator for separator in SEPARATORS if commonest[separator] > 1 and separator != mark]
+    default = ";" if mark == "," else ","  # of one column; of ragged rows the odd line is told afterwards
+    return max(
+        ragged, key=lambda separator: widths[separator].count(commonest[separator]), default=default
+    ), mark or "."
 
 
 def _reader(decimal: str) -> Callable[[str], float]:
