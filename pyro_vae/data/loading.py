@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -185,7 +186,7 @@ def load_dataset(
         location, scale = _standardisation(training, largest, source.columns, name)
         training = training[:0]
         for i, part in enumerate(parts):
-            parts[i] = torch.cat([((some - location) / scale).float() for some in part.split(CHUNK)])
+            parts[i] = _standardised(part, location, scale)
         values = "real values standardised per column"
     elif binarize == "static":
         parts = [bernoulli(part, 3 * seed + i) for i, part in enumerate(parts)]
@@ -345,7 +346,8 @@ def _of_kinds(source: Source, kinds: Mapping[str, Kind], name: str) -> str:
         made += int(odd.sum())
     missing = 0
     if source.x.ndim == 2 and source.x.is_floating_point():
-        missing = sum(int(some.isnan().sum()) for some in source.x.split(CHUNK))
+        parts = source.x.split(CHUNK)
+        missing = sum(int(some.isnan().sum()) for some in parts if some.sum().isnan())  # a sum is told in less time
     told = f", {made:,} cell{'s' if made > 1 else ''} of another kind made gaps" if made else ""
     return told + (f", {missing:,} missing value{'s' if missing > 1 else ''}" if missing else "")
 
@@ -357,12 +359,10 @@ def _ends(x: Tensor) -> tuple[float, float]:
         if not some.numel():
             continue
         low, high = map(float, some.aminmax())
-        if low != low:  # as one value is missing
-            some = some[~some.isnan()]
-            if not some.numel():
-                continue
-            low, high = map(float, some.aminmax())
-        ends.append((low, high))
+        if low != low:  # as a value is missing
+            low = float(some.nan_to_num(math.inf, math.inf, -math.inf).min())
+            high = float(some.nan_to_num(-math.inf, math.inf, -math.inf).max())
+        ends += [(low, high)] if low <= high else []
     return (min(low for low, _ in ends), max(high for _, high in ends)) if ends else (0.0, 0.0)
 
 
@@ -395,6 +395,14 @@ def _standardisation(train: Tensor, size: Tensor, columns: tuple[str, ...] | Non
             f"({location[constant[0]]:g}) in the training split, up to rounding: drop it"
         )
     return location, scale
+
+
+def _standardised(x: Tensor, location: Tensor, scale: Tensor) -> Tensor:
+    """float32, made in small parts that stay in the processor's cache."""
+    found = torch.empty(x.shape)
+    for some, out in zip(x.split(CHUNK // 5), found.split(CHUNK // 5), strict=True):
+        out.copy_((some - location).div_(scale))
+    return found
 
 
 def _height_and_width(size: int | str | Sequence[int] | None) -> tuple[int, int] | None:

@@ -276,7 +276,7 @@ def _features(table: Table, columns: Columns, apart: set[str | None]) -> list[st
 def _numbers(table: Table, names: Sequence[str]) -> np.ndarray:
     """The values of columns, (rows, columns), NaN where one is missing."""
     own = [table.named(name) or name for name in names]
-    words = [name for name in own if table.frame[name].dtype.kind not in "fiu"]
+    words = [name for name in own if table.row_of_word(name) is not None]
     if words:
         column = table.frame[words[0]]
         row = table.row_of_word(words[0])
@@ -287,7 +287,7 @@ def _numbers(table: Table, names: Sequence[str]) -> np.ndarray:
             "column of labels with label= (--data.label), that of ids with id= (--data.id), of dates with time= "
             "(--data.time), or correct the cell"
         )
-    return np.require(table.frame[own].to_numpy(dtype=np.float64), requirements=["C", "W"])
+    return table.numbers(own)
 
 
 def _in_time(table: Table, x: np.ndarray, features: Sequence[str], ids: np.ndarray | None, columns: Columns) -> Source:

@@ -25,7 +25,7 @@ ABSENT = [*MISSING, *(each.upper() for each in MISSING), *(each.capitalize() for
 SEPARATORS = (",", ";", "\t", "|")
 SAMPLE = 200  # lines that the form of a file is told by
 CHUNK = 1 << 18  # bytes that are looked at together, few enough for the processor's cache
-BREAK, RETURN, TAB, BLANK = b"\n\r\t "
+BREAK, RETURN, TAB, BLANK, QUOTE = b'\n\r\t "'
 DECIMAL_COMMA = re.compile(r"[+-]?(\d+|\d{1,3}(\.\d{3})+),\d+")
 
 
@@ -60,10 +60,20 @@ class Table:
             return self.names[list(self.first).index(name)]
         return None
 
-    def row_of_word(self, name: str) -> int:
-        """The first row whose cell in a column of text is no number."""
+    def row_of_word(self, name: str) -> int | None:
+        """The first row whose cell in a column is no number."""
+        if self.frame[name].dtype.kind in "fiu":
+            return None
         cells = enumerate(self.frame[name])
-        return next(i for i, cell in cells if isinstance(cell, str) and math.isnan(self._number(cell)))
+        return next((i for i, cell in cells if isinstance(cell, str) and math.isnan(self._number(cell))), None)
+
+    def numbers(self, names: Sequence[str]) -> np.ndarray:
+        """(rows, columns), the values of columns without words, NaN where a cell is missing."""
+        written = {name: self.frame[name] for name in names if self.frame[name].dtype.kind not in "fiu"}
+        frame = self.frame if names == self.names else self.frame[[*names]]
+        for name, cells in written.items():  # numbers that are kept as they are written
+            frame = frame.assign(**{name: cells.map(self._number, na_action="ignore").astype(np.float64)})
+        return np.require(frame.to_numpy(dtype=np.float64), requirements=["C", "W"])
 
     def cells(self, name: str) -> list[str]:
         """A column as text, "" where a cell is missing."""
@@ -129,7 +139,7 @@ def read_table(
         repeated = sorted({name for name in names if names.count(name) > 1})
         raise ValueError(f"expected distinct column names in the header of {path}, got {repeated} twice: rename them")
     of_text = {name for j, name in enumerate(names) if name in text or (skipped == 0 and first[j] in text)}
-    blanks = _has_blanks(content, rows[skipped:], separator)
+    blanks = _has_blanks(content, rows[skipped:])
     frame = _frame(path, content, names, of_text, separator, decimal, header=skipped > 0, blanks=blanks)
     _check_nameless(path, frame, left_out)
     if left_out:
@@ -217,14 +227,14 @@ def _frame(
     return frame
 
 
-def _has_blanks(content: bytes, rows: Sequence[str], separator: str) -> bool:
+def _has_blanks(content: bytes, rows: Sequence[str]) -> bool:
     """Whether a cell may begin with a blank, which pandas skips in a quarter more time.
 
     Args:
         rows: the first ones below the header, in which blanks are common.
     """
     begin = max(0, content.find(rows[0].encode())) if rows and b'"' not in content else 0
-    return content.find(b" ", begin) >= 0 or (separator != "\t" and content.find(b"\t", begin) >= 0)
+    return content.find(b" ", begin) >= 0
 
 
 def is_missing(cell: str) -> bool:
@@ -261,8 +271,8 @@ def _decoded(path: Path, encoding: str | None) -> tuple[bytes, str]:
 
 def _with_line_feeds(content: bytes) -> bytes:
     """Lines ended as in Unix, where they are as in Windows or, long ago, by a return alone."""
-    data = np.frombuffer(content + b"\n", dtype=np.uint8)
-    if (data[np.flatnonzero(data == RETURN) + 1] == BREAK).all():
+    data = np.frombuffer(content, dtype=np.uint8)
+    if data[-1] != RETURN and (data[np.flatnonzero(data == RETURN) + 1] == BREAK).all():
         return content.replace(b"\r", b"")  # three times as fast as to look for two bytes
     return content.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
@@ -283,10 +293,13 @@ def _in_utf8(data: bytes) -> tuple[bytes, str]:
     for mark, encoding, read_as in ENCODINGS:
         if data.startswith(mark):
             try:
-                text = data.decode(encoding)
+                if mark or not read_as:
+                    text = data.decode(encoding)
+                    return text.encode() if read_as else data.removeprefix(mark), read_as
+                parts = (data[at : at + CHUNK] for at in range(0, len(data), CHUNK))  # as most of them are ASCII
+                return b"".join(part if part.isascii() else part.decode(encoding).encode() for part in parts), read_as
             except UnicodeDecodeError:
                 continue
-            return text.encode() if read_as else data.removeprefix(mark), read_as
     raise AssertionError("Latin-1 reads all bytes")
 
 
@@ -414,35 +427,10 @@ def _are_alike(first: Sequence[str], rows: Sequence[Sequence[str]], decimal: str
 
 
 def _counted(content: bytes, separator: str) -> tuple[np.ndarray, np.ndarray]:
-    """How many cells each row has, and the line that it is on."""
-    quoted = -1 if separator == " " else content.rfind(b'"')
-    if quoted < 0:
-        return _counted_unquoted(content, 0, separator)
-    end = content.find(b"\n", quoted) + 1 or len(content)  # the csv module is slow: it reads up to the last quote only
-    try:
-        counts, lines = _counted_quoted(content[:end], separator, strict=True)
-    except csv.Error:  # a quote is open, or within a cell
-        try:
-            return _counted_quoted(content, separator, strict=False)
-        except csv.Error:  # a cell too long for the csv module
-            return np.empty(0, dtype=int), np.arange(1, content.count(b"\n") + 2)
-    if end == len(content):
-        return counts, lines
-    rest, more = _counted_unquoted(content, end, separator)
-    return np.concatenate([counts, rest]), np.concatenate([lines, more])
-
-
-def _counted_quoted(content: bytes, separator: str, strict: bool) -> tuple[np.ndarray, np.ndarray]:
-    reader = csv.reader(io.StringIO(content.decode()), delimiter=separator, skipinitialspace=True, strict=strict)
-    rows = [(len(row), reader.line_num) for row in reader if row and (len(row) > 1 or row[0].strip())]
-    counts, lines = np.array(rows, dtype=int).reshape(-1, 2).T
-    return counts, lines
-
-
-def _counted_unquoted(content: bytes, begin: int, separator: str) -> tuple[np.ndarray, np.ndarray]:
-    """As `_counted`, from that byte on, where a separator always ends a cell."""
-    data = np.frombuffer(content, dtype=np.uint8)[begin:]
-    counts, before = [np.zeros(1, dtype=np.uint32)], True
+    """How many cells each row has, and the line that it ends on."""
+    data, quoted = np.frombuffer(content, dtype=np.uint8), separator != " " and b'"' in content
+    counts, ends, last = [np.zeros(1, dtype=np.uint32)], [], [np.empty(0, dtype=bool)]
+    inside, before = False, True
     for at in range(0, len(data), CHUNK):
         some = data[at : at + CHUNK]
         breaks = some == BREAK
@@ -452,23 +440,56 @@ def _counted_unquoted(content: bytes, begin: int, separator: str) -> tuple[np.nd
             before = blank[-1]
         else:
             marks = some == ord(separator)
-        found = np.add.reduceat(marks.view(np.uint8), np.append(0, np.flatnonzero(breaks)), dtype=np.uint32)
-        counts[-1][-1] += found[0]  # the line that the last part ends in
+        if quoted:
+            within = _within_quotes(data, at, separator, inside)
+            if within is None:
+                return _counted_slowly(content, separator)
+            last.append(~within[breaks])
+            breaks, marks, inside = breaks & ~within, marks & ~within, within[-1]
+        ends.append(np.flatnonzero(breaks))
+        found = np.add.reduceat(marks.view(np.uint8), np.append(0, ends[-1]), dtype=np.uint32)
+        ends[-1] += at
+        counts[-1][-1] += found[0]  # the row that the last part ends in
         counts += [found[1:]] if len(found) > 1 else []
+    if inside:
+        return _counted_slowly(content, separator)
     cells = np.concatenate(counts).astype(int) + (separator != " ")
-    cells = cells[:-1] if content.endswith(b"\n") else cells
-    there = cells > 0 if separator == " " else ~_are_blank(data, cells == 1)
-    return cells[there], np.flatnonzero(there) + 1 + content.count(b"\n", 0, begin)
+    lines = np.flatnonzero(np.append(np.concatenate(last), True)) + 1 if quoted else np.arange(1, len(cells) + 1)
+    there = cells > 0 if separator == " " else ~_are_blank(content, np.concatenate([*ends, [len(data)]]), cells == 1)
+    return cells[there], lines[there]
 
 
-def _are_blank(data: np.ndarray, may_be: np.ndarray) -> np.ndarray:
-    """Which lines are blank, of those that may be."""
+def _within_quotes(data: np.ndarray, at: int, separator: str, inside: bool) -> np.ndarray | None:
+    """Which bytes of a part are of a quoted cell; None where a quote does not begin or end one."""
+    are_quotes = data[at : at + CHUNK] == QUOTE
+    quotes = np.flatnonzero(are_quotes)
+    if not len(quotes):
+        return np.full(len(are_quotes), inside)
+    before = data[np.maximum(at + quotes[int(inside) :: 2] - 1, 0)]
+    after = data[np.minimum(at + quotes[int(not inside) :: 2] + 1, len(data) - 1)]
+    for each in (before, after):  # another quote is one that is doubled
+        if not ((each == ord(separator)) | (each == BREAK) | (each == QUOTE)).all():
+            return None
+    return ((np.cumsum(are_quotes, dtype=np.uint8) + np.uint8(inside)) & 1).astype(bool)
+
+
+def _counted_slowly(content: bytes, separator: str) -> tuple[np.ndarray, np.ndarray]:
+    reader = csv.reader(io.StringIO(content.decode()), delimiter=separator, skipinitialspace=True)
+    try:
+        rows = [(len(row), reader.line_num) for row in reader if row and (len(row) > 1 or row[0].strip())]
+    except csv.Error:  # a cell too long for the csv module: pandas tells what it is
+        return np.empty(0, dtype=int), np.arange(1, content.count(b"\n") + 2)
+    counts, lines = np.array(rows, dtype=int).reshape(-1, 2).T
+    return counts, lines
+
+
+def _are_blank(content: bytes, ends: np.ndarray, may_be: np.ndarray) -> np.ndarray:
+    """Which rows are blank, of those that may be."""
     blank, rows = np.zeros(len(may_be), dtype=bool), np.flatnonzero(may_be)
-    if len(rows):
-        ends = np.append(np.flatnonzero(data == BREAK), len(data))
-        starts = np.append(0, ends + 1)
-        for row in rows[data[starts[rows]] <= BLANK]:  # few, as most lines begin with a sign
-            blank[row] = not data[starts[row] : ends[row]].tobytes().strip()
+    starts = np.append(0, ends[:-1] + 1)
+    signs = np.frombuffer(content + b"\n", dtype=np.uint8)[starts[rows]] if len(rows) > 1 else np.zeros(len(rows))
+    for row in rows[signs <= BLANK]:  # few, as most rows begin with a sign
+        blank[row] = not content[starts[row] : ends[row]].strip()
     return blank
 
 
