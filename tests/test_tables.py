@@ -441,6 +441,18 @@ def test_windows_within_each_series(tmp_path):
             torch.testing.assert_close(row[:length], expected, atol=1e-3, rtol=0)
 
 
+def test_times_may_be_inputs_too(tmp_path):
+    path = table(tmp_path, joined([(str(t), f"{t % 7}.5") for t in range(100)], header="t,v"))
+    train = load_dataset(path, time="t", inputs=["t"], window=5).train
+    np.testing.assert_array_equal(train.kwargs["u"][..., 0], train.times)
+
+
+def test_a_word_is_told_beside_decimal_commas(tmp_path):
+    path = table(tmp_path, joined([*COMMAS, ("oops", "1,5")], ";"))
+    with pytest.raises(ValueError, match="numbers in column 'x' of .*, got 'oops' in line 32"):
+        load_dataset(path)
+
+
 def test_times_in_several_columns_and_compact_dates(tmp_path):
     quarters = [(f"{1959 + i // 4}.0", f"{i % 4 + 1}.0", f"{i}.5") for i in range(60)]
     found = load_dataset(
@@ -472,6 +484,26 @@ for _ in range(3):
     begin = time.perf_counter(); pandas.read_csv(path); middle = time.perf_counter(); load_dataset(path)
     print(middle - begin, time.perf_counter() - middle)
 """
+
+
+MEMORY = """
+import resource, sys
+import numpy, torch, scipy, pandas
+from pyro_vae import load_dataset
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+data = load_dataset(sys.argv[1])
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print((after - before) * 1024, 4 * sum(split.x.numel() for split in (data.train, data.valid, data.test)))
+"""
+
+
+def test_loading_takes_a_few_times_the_array(tmp_path):
+    """At most four times the array in float32, and 200 MB."""
+    rows = "".join(",".join(map(str, row)) + "\n" for row in RNG.normal(size=(1000, 20)).round(6))
+    path = table(tmp_path, ",".join("abcdefghijklmnopqrst") + "\n" + 200 * rows)
+    found = subprocess.run([sys.executable, "-c", MEMORY, str(path)], capture_output=True, text=True, check=True)
+    taken, size = map(int, found.stdout.split())
+    assert taken <= 4 * size + 200e6, (taken / 1e6, size / 1e6)
 
 
 @pytest.mark.slow

@@ -182,9 +182,9 @@ def load_dataset(
     if real and standardize:
         table = x if counted is None else _by_step(x, counted)
         largest = torch.stack([some.abs().nan_to_num(0.0).amax(0) for some in table.split(CHUNK)]).amax(0)
-        source.x = x = table = table[:0]
+        source.x = x = table = table[:0].clone()  # a slice alone would keep the memory
         location, scale = _standardisation(training, largest, source.columns, name)
-        training = training[:0]
+        training = training[:0].clone()
         for i, part in enumerate(parts):
             parts[i] = _standardised(part, location, scale)
         values = "real values standardised per column"
@@ -195,7 +195,7 @@ def load_dataset(
 
     def make_split(i: int, split_name: str) -> Split:
         log_jacobian: float | Tensor = 0.0 if scale is None else -scale.log().sum().item()
-        part, parts[i] = parts[i].float(), parts[i][:0]
+        part, parts[i] = parts[i].float(), parts[i][:0].clone()
         if scale is not None and counted is None and bool(part.isnan().any()):  # what is missing has no density
             log_jacobian = -(~part.isnan() * scale.log()).sum(-1)
         of_steps: dict[str, Any] = {}

@@ -210,9 +210,8 @@ def read_csv(path: Path, columns: Columns) -> Source:
     if columns.time is not None:
         return _in_time(table, x, features, ids, columns)
     labels, classes = (None, None) if columns.label is None else _csv_labels(table, columns.label)
-    return Source(
-        torch.from_numpy(x), labels, ids, tuple(features), classes, lines=lambda: table.lines, note=_told(table)
-    )
+    lines = table.lines  # not the frame, which is given free
+    return Source(torch.from_numpy(x), labels, ids, tuple(features), classes, lines=lambda: lines, note=_told(table))
 
 
 def _table(path: Path, columns: Columns, text: Sequence[str | None]) -> Table:
