@@ -77,12 +77,12 @@ Train a model and its guide; the run's directory gets weights, scores and a repo
 data:
   --data NAME|PATH     digits (default), mnist, fashion_mnist, freyfaces, or a .npy, .npz, .pt, .csv file or a
                        folder of images; sequences: jsb_chorales, sp500, pendulum, ..., a .npz with lengths
-  --data.binarize HOW  none (default), static, dynamic
+  --data.binarize HOW  none (default), static, dynamic    --data.divisor X   what values are divided by
   --data.label COLUMN, --data.id COLUMN      columns of a .csv that are no features
   --data.columns A,B   columns to model, not all       --data.drop A,B   columns to leave out
   --data.kind A=count  what a column is: real, count, binary   --data.standardize false   values as they are
-  --data.divisor X     what intensities are divided by (255 of eight bits, 1: nothing)
-  --data.header true|false   whether the first row names the columns (found out by default)
+  --data.header true|false   whether the first row names the columns (by default found out, as what follows)
+  --data.separator tab, --data.decimal ',', --data.encoding cp1252, --data.comment %   how a .csv is written
   --data.time COLUMN   a .csv of sequences, one for each id, or pieces of --data.window N steps, or both;
                        year,quarter: times in several columns; --data.inputs COLUMN,COLUMN act on the latents;
                        with --data.every D (h, MS, 2, ...) absent times are steps without values

@@ -1,6 +1,9 @@
 """Tables as people have them: no row and no column is lost, and what was found out is told."""
 
+import csv
 import gzip
+import io
+import random
 import statistics
 import subprocess
 import sys
@@ -16,6 +19,8 @@ from pyro_vae.cli import main
 from pyro_vae.guides import AmortizedGuide
 from pyro_vae.models import VAE, likelihoods
 from pyro_vae.models.likelihoods import fitting
+from pyro_vae.sources import tables
+from pyro_vae.sources.tables import read_table
 
 RNG = np.random.default_rng(0)
 VALUES = (RNG.normal(size=(30, 2)) * 5).round(2)
@@ -74,7 +79,18 @@ FORMS = {  # contents, ending, options, what is told
         {"columns": ["x", "y"]},
         "",
     ),
-    "a header that is said to be none": (PLAIN.partition("\n")[2].encode(), "csv", {"header": False}, "no header"),
+    "a header that is said to be none": (PLAIN.partition("\n")[2].encode(), "csv", {"header": False}, ""),
+    "a separator that is said": (joined(ROWS, ";").encode(), "csv", {"separator": ";"}, ""),
+    "a separator that is not found out": (joined(ROWS, ":").encode(), "csv", {"separator": ":"}, ""),
+    "decimal commas that are said": (
+        joined(COMMAS, "\t").encode(),
+        "tsv",
+        {"separator": "tab", "decimal": ","},
+        "",
+    ),
+    "an encoding that is said": (PLAIN.encode("utf-16-le"), "csv", {"encoding": "utf-16-le"}, ""),
+    "comments that are said": (("% a\n" + PLAIN + "% b\n").encode(), "csv", {"comment": "%"}, ""),
+    "numpy.savetxt with other comments": (("% " + PLAIN).encode(), "csv", {"comment": "%"}, ""),
 }
 
 
@@ -88,7 +104,7 @@ def test_every_form_holds_the_same_table(name, tmp_path):
         ids = np.concatenate([part.ids for part in parts])
         rows = data.restore(torch.cat([part.x.double() for part in parts]))[np.argsort(ids)]
         torch.testing.assert_close(rows, torch.from_numpy(VALUES), atol=1e-5, rtol=0)
-        assert data.columns == (("x", "y") if "no header" not in told else ("column 1", "column 2"))
+        assert data.columns == (("column 1", "column 2") if " header" in name else ("x", "y"))
         assert told in data.description
         assert told or data.description.endswith("standardised per column")
 
@@ -223,6 +239,146 @@ def test_true_and_false_are_one_and_zero(tmp_path):
     assert set(data.restore(data.train.x.double())[:, 1].round().tolist()) == {0.0, 1.0}
 
 
+# ------------------------------------------------------------ what is found out, and options instead
+
+
+SAID = {  # contents, options, what is said
+    "nothing": (PLAIN, {}, ()),
+    "a separator": (joined(ROWS, ";"), {}, (("separated by semicolons", "separator"),)),
+    "a separator that is given": (joined(ROWS, ";"), {"separator": "semicolon"}, ()),
+    "decimal commas": (
+        joined(COMMAS, "|"),
+        {},
+        (("separated by bars", "separator"), ("decimal commas", "decimal")),
+    ),
+    "decimal commas that are given": (joined(COMMAS, "|"), {"decimal": ","}, (("separated by bars", "separator"),)),
+    "an encoding": (joined(ROWS, header="ä,y").encode("cp1252"), {}, (("read as Windows-1252", "encoding"),)),
+    "an encoding that is given": (joined(ROWS, header="ä,y").encode("cp1252"), {"encoding": "cp1252"}, ()),
+    "no header": (
+        PLAIN.partition("\n")[2],
+        {},
+        (("no header, so that the columns are called 'column 1' and so on", "header"),),
+    ),
+    "no header, as is given": (PLAIN.partition("\n")[2], {"header": False}, ()),
+    "comments": ("# a\n# b\n" + PLAIN, {}, (("2 comment lines left out", "comment"),)),
+    "comments that are given": ("// a\n// b\n" + PLAIN, {"comment": "//"}, ()),
+    "a nameless column": (
+        joined([(str(i), *row) for i, row in enumerate(ROWS)], header=",x,y"),
+        {},
+        (("1 nameless column of row numbers or nothing left out", "drop"),),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_what_is_found_out_is_said_with_its_option(name, tmp_path):
+    content, options, said = SAID[name]
+    path = tmp_path / "table.csv"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    found = read_table(path, **options)
+    assert found.said == said
+    np.testing.assert_array_equal(found.frame.iloc[:, -2:], VALUES)
+
+
+def test_options_decide_what_may_be_read_in_two_ways(tmp_path):
+    either = table(tmp_path, "a;b\n" + "1,5;2,5\n" * 3)  # of two columns, or of words
+    assert read_table(either).frame.to_numpy().tolist() == [[1.5, 2.5]] * 3
+    words = read_table(either, decimal=".").frame
+    assert words["a"].tolist() == ["1,5"] * 3
+    assert read_table(table(tmp_path, "1,5\n2,5\n3,5\n"), separator=",").frame.to_numpy().tolist() == [
+        [1.0, 5.0],
+        [2.0, 5.0],
+        [3.0, 5.0],
+    ]
+    one = table(tmp_path, "x\n1,5\n2\n")
+    assert read_table(one, decimal=",").frame["x"].tolist() == [1.5, 2.0]
+    with pytest.raises(ValueError, match="expected 1 cells in line 2 of .*, got 2"):
+        read_table(one, decimal=".")
+    crosses = table(tmp_path, "#,x\n1,2\n#3,4\n")
+    assert read_table(crosses, comment="").frame["#"].tolist() == ["1", "#3"]
+    assert read_table(crosses, comment="").said == () and list(read_table(crosses, comment="").lines) == [2, 3]
+    assert read_table(crosses, comment="#3").frame.to_numpy().tolist() == [[1.0, 2.0]]
+    greek = table(tmp_path, "α,β\n1,2\n", encoding="iso8859-7")
+    assert read_table(greek, encoding="iso8859-7").names == ["α", "β"]
+    assert read_table(greek).names == ["á", "â"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"separator": "ab"}, r"separator= \(--data.separator\) as one sign, or as comma, .* or blank, got 'ab': give"),
+        ({"separator": "a"}, "as one sign, .* got 'a'"),
+        ({"separator": ""}, "as one sign, .* got ''"),
+        ({"separator": '"'}, "as one sign, .* got '\"'"),
+        ({"decimal": "x"}, r"expected decimal= \(--data.decimal\) to be '.' or ',', got 'x': give the mark"),
+        ({"encoding": "klingon"}, r"expected encoding= \(--data.encoding\) as Python calls one, .* got 'klingon'"),
+        ({"encoding": "rot13"}, "expected encoding= .* got 'rot13': correct it"),
+        (
+            {"encoding": "utf-8"},
+            "expected text in .*table.csv as encoding='utf-8' .*, got something else .*: name anoth",
+        ),
+        ({"comment": "# a"}, r"expected comment= \(--data.comment\) without blanks, .* got '# a': give what comment"),
+        ({"separator": ";"}, "expected numbers in column 'ä,y' of .*, got .* in line 2"),
+    ],
+)
+def test_options_that_cannot_be_used(options, message, tmp_path):
+    path = table(tmp_path, joined(ROWS, header="ä,y"), encoding="cp1252")
+    with pytest.raises(ValueError, match=message):
+        load_dataset(path, **options)
+    with pytest.raises(ValueError, match="a .csv file for"):
+        load_dataset("digits", **options)
+
+
+def test_options_are_kept_with_the_data(tmp_path):
+    options = {"separator": "bar", "decimal": ",", "encoding": "utf-8", "comment": ""}
+    data = load_dataset(table(tmp_path, joined(COMMAS, "|")), **options)
+    assert {name: data.train.source[name] for name in options} == options
+    assert not {*options} & {*load_dataset(table(tmp_path, joined(COMMAS, "|"))).train.source}
+
+
+# ------------------------------------------------------------ large tables, which are looked at in parts
+
+
+def test_a_column_is_one_over_all_parts(tmp_path):
+    """Numbers in the first parts, thousands or words in the last."""
+    many = [("1,25", "7")] * 60_000
+    found = read_table(table(tmp_path, joined([*many, ("1.234,5", "8")], ";"))).frame
+    assert found["x"].tolist() == [1.25] * 60_000 + [1234.5] and found["y"].tolist() == [7.0] * 60_000 + [8.0]
+    truths = read_table(table(tmp_path, joined([*[("True", "1")] * 60_000, ("", "2")]))).frame
+    assert truths["x"].tolist()[:-1] == [1.0] * 60_000 and truths["x"].isna().iloc[-1]
+    ids = read_table(table(tmp_path, joined([*[("01", "7")] * 60_000, ("a", "8")])), text=["x"])
+    assert ids.cells("x") == ["01"] * 60_000 + ["a"]
+    with pytest.raises(ValueError, match=r"numbers in column 'x' of .*, got 'oops' in line 60003: "):
+        load_dataset(table(tmp_path, joined([*many, ("", "7"), ("oops", "8")], ";")))
+
+
+@pytest.mark.parametrize(("separator", "name"), [(",", "x"), ("\t", "x"), (" ", "x"), (",", '"x"')])
+def test_an_odd_row_is_found_in_every_part(separator, name, tmp_path):
+    header = f"{name}{separator}y"
+    row = f"0.5{separator}0.25\n"
+    for count in (1, 29_000, 60_000):
+        path = table(tmp_path, header + "\n" + row * count + f"1{separator}2{separator}3\n" + row * 60_000)
+        with pytest.raises(ValueError, match=f"expected 2 cells in line {count + 2} of .*, got 3: mend that line"):
+            read_table(path, separator=separator)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 1 << 18])
+def test_cells_are_counted_as_the_csv_module_does(chunk, monkeypatch):
+    monkeypatch.setattr(tables, "CHUNK", chunk)
+    chance = random.Random(0)
+    for _ in range(1000):
+        separator = chance.choice(",;\t|")
+        signs = f"1a {separator}{separator}\n\n" + '"' * chance.choice((0, 0, 1, 4))
+        text = "".join(chance.choice(signs) for _ in range(chance.randint(1, 40)))
+        reader = csv.reader(io.StringIO(text), delimiter=separator, skipinitialspace=True)
+        found = [(row, reader.line_num) for row in reader]
+        if '"' in text and any(len(row) == 1 and not row[0].strip() for row, _ in found):  # a row, if in quotes
+            continue
+        rows = [(len(row), line) for row, line in found if row and (len(row) > 1 or row[0].strip())]
+        counts, lines = tables._counted(text.encode(), separator)
+        assert [*zip(counts.tolist(), lines.tolist(), strict=True)] == rows, (text, separator)
+
+
 # ------------------------------------------------------------ kinds
 
 
@@ -285,6 +441,18 @@ def test_windows_within_each_series(tmp_path):
             torch.testing.assert_close(row[:length], expected, atol=1e-3, rtol=0)
 
 
+def test_times_may_be_inputs_too(tmp_path):
+    path = table(tmp_path, joined([(str(t), f"{t % 7}.5") for t in range(100)], header="t,v"))
+    train = load_dataset(path, time="t", inputs=["t"], window=5).train
+    np.testing.assert_array_equal(train.kwargs["u"][..., 0], train.times)
+
+
+def test_a_word_is_told_beside_decimal_commas(tmp_path):
+    path = table(tmp_path, joined([*COMMAS, ("oops", "1,5")], ";"))
+    with pytest.raises(ValueError, match="numbers in column 'x' of .*, got 'oops' in line 32"):
+        load_dataset(path)
+
+
 def test_times_in_several_columns_and_compact_dates(tmp_path):
     quarters = [(f"{1959 + i // 4}.0", f"{i % 4 + 1}.0", f"{i}.5") for i in range(60)]
     found = load_dataset(
@@ -316,6 +484,26 @@ for _ in range(3):
     begin = time.perf_counter(); pandas.read_csv(path); middle = time.perf_counter(); load_dataset(path)
     print(middle - begin, time.perf_counter() - middle)
 """
+
+
+MEMORY = """
+import resource, sys
+import numpy, torch, scipy, pandas
+from pyro_vae import load_dataset
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+data = load_dataset(sys.argv[1])
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print((after - before) * 1024, 4 * sum(split.x.numel() for split in (data.train, data.valid, data.test)))
+"""
+
+
+def test_loading_takes_a_few_times_the_array(tmp_path):
+    """At most four times the array in float32, and 200 MB."""
+    rows = "".join(",".join(map(str, row)) + "\n" for row in RNG.normal(size=(1000, 20)).round(6))
+    path = table(tmp_path, ",".join("abcdefghijklmnopqrst") + "\n" + 200 * rows)
+    found = subprocess.run([sys.executable, "-c", MEMORY, str(path)], capture_output=True, text=True, check=True)
+    taken, size = map(int, found.stdout.split())
+    assert taken <= 4 * size + 200e6, (taken / 1e6, size / 1e6)
 
 
 @pytest.mark.slow

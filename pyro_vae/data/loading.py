@@ -43,6 +43,10 @@ def load_dataset(
     kind: Sequence[str] = (),  # or a mapping
     standardize: bool = True,
     header: bool | None = None,
+    separator: str | None = None,
+    decimal: str | None = None,
+    encoding: str | None = None,
+    comment: str | None = None,
     divisor: float | None = None,
     size: int | str | Sequence[int] | None = None,
     max_gb: float = 2.0,
@@ -100,7 +104,13 @@ def load_dataset(
             "real" values are standardised.
         standardize: False leaves real values as they are.
         divisor: what values are divided by, such as 255; 1 leaves those as they are that seem intensities.
-        header: whether the first row of a `.csv` names the columns; by default it is found out, and told.
+        header: whether the first row of a `.csv` names the columns; by default it is found out, and told, as is what
+            the next four say.
+        separator: what stands between the cells of a `.csv`: a sign, or comma, semicolon, tab, bar or blank.
+        decimal: "." or ",", the mark before the decimals of its numbers. Beside "," a point separates thousands.
+        encoding: of its text, as Python calls it: "utf-8", "cp1252" and so on.
+        comment: what its lines begin with that are no rows, such as "%"; "" where every line is a row, also one that
+            begins with "#".
         size: of the images of a folder, which are resized to it: 32, "32x24", or (32, 24) for height and width.
         max_gb: what a file may take in memory, as far as it announces it; more is refused.
         seed: of the split's permutation and of static binarisation, and of nothing else.
@@ -134,7 +144,14 @@ def load_dataset(
     if divisor is not None and not 0 < divisor < math.inf:
         raise ValueError(f"expected divisor > 0, got {divisor}: give what intensities are divided by, or 1")
     kinds = _kinds(kind)
-    named_columns = Columns(label, id, time, tuple(inputs), window, every, tuple(columns), tuple(drop), header)
+    form: dict[str, Any] = {
+        "header": header,
+        "separator": separator,
+        "decimal": decimal,
+        "encoding": encoding,
+        "comment": comment,
+    }
+    named_columns = Columns(label, id, time, tuple(inputs), window, every, tuple(columns), tuple(drop), **form)
     name, source = find(name_or_path, root, download, named_columns, _height_and_width(size), max_gb)
     known = isinstance(name_or_path, str) and name_or_path in NAMED
     arguments: dict[str, Any] | None = None
@@ -143,7 +160,7 @@ def load_dataset(
         arguments |= {"binarize": binarize} if binarize != "none" else {}
         named: dict[str, Any] = {"label": label, "id": id, "time": time, "inputs": list(inputs) or None}
         named |= {"window": window, "every": every, "max_gb": None if max_gb == 2 else max_gb}
-        named |= {"columns": list(columns) or None, "drop": list(drop) or None, "header": header}
+        named |= {"columns": list(columns) or None, "drop": list(drop) or None, **form}
         named |= {"kind": [f"{column}={what}" for column, what in kinds.items()] or None}
         named |= {"standardize": None if standardize else False, "divisor": divisor}
         named |= {"size": size if size is None or isinstance(size, int | str) else list(size)}
@@ -209,7 +226,8 @@ def _as_recorded(recorded: np.ndarray, sums: np.ndarray, rows: np.ndarray) -> Te
 
 
 READING = ("label", "id", "time", "inputs", "window", "every", "size", "root")  # what other files have alike
-OPTIONS = ("download", "max_gb", "header")
+FORM = ("header", "separator", "decimal", "encoding", "comment")  # how a table is written
+OPTIONS = ("download", "max_gb", *FORM)
 
 
 def read(schema: Schema, data: Any, **options: Any) -> Split:
@@ -217,8 +235,9 @@ def read(schema: Schema, data: Any, **options: Any) -> Split:
 
     Args:
         data: a path, a data set's name, a pandas frame or an array, in original units; one row or many.
-        options: of `load_dataset`, for what is another than it was: label, id, time, inputs, window, every, header,
-            size, root, download, max_gb. A column of labels or ids may be absent, unless it is named here.
+        options: of `load_dataset`, for what is another than it was: label, id, time, inputs, window, every, size,
+            root, download, max_gb, and how a table is written. A column of labels or ids may be absent, unless it is
+            named here.
 
     Returns:
         All rows in their order. `Split.parts` tells those that were trained on.
@@ -262,7 +281,7 @@ def _read(schema: Schema, data: Any, options: Mapping[str, Any]) -> tuple[str, S
     same = is_path and before.get("name_or_path") in (data, _absolute(data))
     kept = {key: before[key] for key in (before if same else READING) if key in before}
     asked = {**kept, **{key: value for key, value in options.items() if value is not None}}
-    roles: dict[str, Any] = {key: asked.get(key) for key in ("label", "id", "time", "window", "every", "header")}
+    roles: dict[str, Any] = {key: asked.get(key) for key in ("label", "id", "time", "window", "every", *FORM)}
     columns = Columns(
         **roles,
         inputs=tuple(asked.get("inputs") or ()),
@@ -560,11 +579,14 @@ def _is_real_table(train: Tensor, columns: Sequence[str] | None, kinds: Mapping[
     """
     if train.ndim != 2:
         return False
-    low, high = _ends(train)
-    if low >= 0 and high <= 1:
+    if all(bool(((some >= 0) & (some <= 1) | some.isnan()).all()) for some in train.split(CHUNK)):
         return "real" in kinds.values()
-    counts = sum(((some >= 0) & (some == some.round())).sum(0) for some in train.split(CHUNK))
-    there = sum((~some.isnan()).sum(0) for some in train.split(CHUNK))
+    counts = there = torch.zeros(train.shape[1], dtype=torch.int64)
+    for some in train.split(CHUNK):
+        counts = counts + ((some >= 0) & (some == some.round())).sum(0)
+        there = there + (~some.isnan()).sum(0)
+        if bool((there - counts > 0.01 * len(train)).any()):  # too many for a column that is asked about
+            return True
     named = list(columns) if columns is not None else [str(j) for j in range(train.shape[1])]
     wrong = [j for j in range(train.shape[1]) if counts[j] < there[j] or kinds.get(named[j]) == "real"]
     asked = [j for j in wrong if counts[j] >= 0.99 * there[j] and named[j] not in kinds]
@@ -609,7 +631,8 @@ def _of_kinds(source: Source, kinds: Mapping[str, Kind], name: str) -> tuple[Cho
         made += int(odd.sum())
     missing = 0
     if source.x.ndim == 2 and source.x.is_floating_point():
-        missing = sum(int(some.isnan().sum()) for some in source.x.split(CHUNK))
+        parts = source.x.split(CHUNK)
+        missing = sum(int(some.isnan().sum()) for some in parts if some.sum().isnan())  # a sum is told in less time
     told = []
     if made:
         told.append(Choice(f"{made:,} cell{'s' if made > 1 else ''} of another kind made gaps", ""))
@@ -622,12 +645,14 @@ def _ends(x: Tensor) -> tuple[float, float]:
     """The smallest and the largest value that is not missing, looked at in parts, as memory counts."""
     ends = []
     for some in x.split(CHUNK):
-        some = some[~some.isnan()] if some.is_floating_point() and bool(some.isnan().any()) else some
-        if some.numel():
-            ends.append(some.aminmax())
-    if not ends:
-        return 0.0, 0.0
-    return min(float(each.min) for each in ends), max(float(each.max) for each in ends)
+        if not some.numel():
+            continue
+        low, high = map(float, some.aminmax())
+        if low != low:  # as a value is missing
+            low = float(some.nan_to_num(math.inf, math.inf, -math.inf).min())
+            high = float(some.nan_to_num(-math.inf, math.inf, -math.inf).max())
+        ends += [(low, high)] if low <= high else []
+    return (min(low for low, _ in ends), max(high for _, high in ends)) if ends else (0.0, 0.0)
 
 
 def _are_whole(x: Tensor) -> bool:

@@ -33,7 +33,8 @@ __all__ = [
 
 class Columns(NamedTuple):
     """Which columns of a table are features and which are not, how many steps a piece of one series has, how far times
-    are apart, and whether there is a header; the features that a run expects, and which of the others may be absent."""
+    are apart, and how the file is to be read, as far as that is not found out; the features that a run expects, and
+    which of the others may be absent."""
 
     label: str | None = None
     id: str | None = None
@@ -44,6 +45,10 @@ class Columns(NamedTuple):
     features: tuple[str, ...] = ()
     drop: tuple[str, ...] = ()
     header: bool | None = None
+    separator: str | None = None
+    decimal: str | None = None
+    encoding: str | None = None
+    comment: str | None = None
     expected: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
 

@@ -37,6 +37,7 @@ __all__ = [
 
 OF_STEPS = ("lengths", "u", "mask")  # the arrays that make x of a .npz sequences
 SIXTEEN_BIT = "intensities x/65535"
+FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 def _check_size(path: Path, what: str, size: int, max_gb: float) -> None:
@@ -189,12 +190,12 @@ def read_pt(path: Path, max_gb: float) -> Source:
 
 
 def read_csv(path: Path, columns: Columns) -> Source:
-    text = [each for each in (columns.label, columns.id, *_times_of(columns)) if each]
+    text = [columns.label, columns.id, *_times_of(columns)]
     headers = [columns.header]
     if columns.expected and columns.header is None:
         headers += [True, False]  # where there are few rows, or names that are numbers, the names tell
     for header in headers:
-        table = read_table(path, text, header)
+        table = _table(path, columns._replace(header=header), text)
         if all(table.named(name) for name in columns.expected):
             break
     return of_table(table, columns)
@@ -230,20 +231,33 @@ def of_table(table: Table, columns: Columns) -> Source:
     if columns.time is not None:
         return replace(_in_time(table, x, features, ids, columns), extra=extra)
     labels, classes = (None, None) if columns.label is None else _csv_labels(table, columns.label)
+    lines = table.lines  # not the frame, which is given free
     return Source(
         torch.from_numpy(x),
         labels,
         table.ids if ids is None else ids,
         tuple(features),
         classes,
-        lines=lambda: table.lines,
+        lines=lambda: lines,
         choices=_told(table),
         extra=extra,
     )
 
 
+def _table(path: Path, columns: Columns, text: Sequence[str | None]) -> Table:
+    return read_table(
+        path,
+        [each for each in text if each],
+        columns.header,
+        separator=columns.separator,
+        decimal=columns.decimal,
+        encoding=columns.encoding,
+        comment=columns.comment,
+    )
+
+
 def _told(table: Table) -> tuple[Choice, ...]:
-    return tuple(Choice(what, option and f"data.{option}") for what, option in table.said)
+    return tuple(Choice(what, f"data.{option}") for what, option in table.said)
 
 
 def _has(table: Table, option: str, name: str | None) -> bool:
@@ -260,7 +274,7 @@ def _times_of(columns: Columns) -> list[str]:
 def read_future(path: Path, columns: Columns) -> Source:
     """The inputs of steps to come, as the x of sequences."""
     times = _times_of(columns)
-    table = read_table(path, [each for each in (columns.id, *times) if each], columns.header)
+    table = _table(path, columns, [columns.id, *times])
     named = [("id", columns.id), *(("time", each) for each in times), *(("inputs", name) for name in columns.inputs)]
     _check_columns(table, named)
     u = _inputs(table, columns.inputs)
@@ -304,10 +318,10 @@ def _features(table: Table, columns: Columns, apart: set[str | None]) -> list[st
 def _numbers(table: Table, names: Sequence[str]) -> np.ndarray:
     """The values of columns, (rows, columns), NaN where one is missing."""
     own = [table.named(name) or name for name in names]
-    words = [name for name in own if table.frame[name].dtype.kind not in "fiu"]
+    words = [name for name in own if table.row_of_word(name) is not None]
     if words:
         column = table.frame[words[0]]
-        row = next(i for i, cell in enumerate(column) if isinstance(cell, str) and np.isnan(number(cell)))
+        row = table.row_of_word(words[0])
         also = f" (also in {', '.join(map(repr, words[1:]))})" if words[1:] else ""
         raise ValueError(
             f"expected numbers in column {words[0]!r} of {table.path}, got {column.iloc[row]!r} in line "
@@ -315,7 +329,7 @@ def _numbers(table: Table, names: Sequence[str]) -> np.ndarray:
             "column of labels with label= (--data.label), that of ids with id= (--data.id), of dates with time= "
             "(--data.time), or correct the cell"
         )
-    return np.require(table.frame[own].to_numpy(dtype=np.float64), requirements=["C", "W"])
+    return table.numbers(own)
 
 
 def _in_time(table: Table, x: np.ndarray, features: Sequence[str], ids: np.ndarray | None, columns: Columns) -> Source:
@@ -621,9 +635,7 @@ def checked(source: Source, where: Path | str, least: int = 10) -> Source:
         )
     bad = torch.zeros(1, dtype=torch.bool)
     table = x.ndim == 2  # whose missing cells a likelihood leaves out
-    if x.is_floating_point() and not all(
-        bool((some.float().isfinite() | (some.isnan() & table)).all()) for some in x.split(10_000)
-    ):
+    if x.is_floating_point() and not all(_are_finite(some, table) for some in x.split(10_000)):
         bad = ~(x.float().isfinite() | (x.isnan() & table))
         row, *place = (int(i) for i in bad.nonzero()[0])
         column = f"column {column_name(place[0], source.columns)}" if x.ndim == 2 else f"position {tuple(place)}"
@@ -634,6 +646,13 @@ def checked(source: Source, where: Path | str, least: int = 10) -> Source:
             f"{column}: fill in or drop these rows"
         )
     return replace(source, x=x, choices=choices)
+
+
+def _are_finite(x: Tensor, or_missing: bool) -> bool:
+    low, high = map(float, x.aminmax())
+    if low >= -FLOAT32_MAX and high <= FLOAT32_MAX:  # not where one is NaN
+        return True
+    return bool((x.float().isfinite() | (x.isnan() & or_missing)).all())
 
 
 def _checked_sequences(source: Source, where: Path | str, least: int) -> Source:

@@ -17,6 +17,10 @@ def is_frame(value: object) -> bool:
     return kind_of(value).startswith("pandas.") and type(value).__name__ == "DataFrame"
 
 
+def _column(column: Any) -> Any:
+    return column.astype(np.float64) if column.dtype.kind in "iuf" else as_column(column, False, ".")
+
+
 def of_frame(frame: Any) -> Table:
     """A frame as a table in a file would be: numbers as float64, all else as text, and the index, where it is none of
     pandas' own numbers, as ids.
@@ -31,8 +35,8 @@ def of_frame(frame: Any) -> Table:
         repeated = sorted({name for name in names if names.count(name) > 1})
         raise ValueError(f"expected distinct column names in the frame, got {repeated} twice: rename them")
     rows = frame.reset_index(drop=True)
-    columns = {name: as_column(rows.iloc[:, j], False, ".") for j, name in enumerate(names)}
-    table = Table("the frame", pandas.DataFrame(columns), None, (), lambda: range(len(rows)))
+    columns = {name: _column(rows.iloc[:, j]) for j, name in enumerate(names)}
+    table = Table("the frame", pandas.DataFrame(columns), None, (), np.arange(len(rows)), ".")
     if not isinstance(frame.index, pandas.RangeIndex):
         table.ids = np.array([str(each) for each in frame.index])
     return table

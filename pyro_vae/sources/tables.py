@@ -8,9 +8,9 @@ import io
 import math
 import re
 import statistics
+import warnings
 from collections.abc import Callable, Sequence
 from datetime import datetime
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,16 @@ from .base import first_line, number
 __all__ = ["MISSING", "Table", "as_column", "is_missing", "read_table"]
 
 MISSING = ("", "na", "n/a", "nan", "null", "none", "?")
+ABSENT = [*MISSING, *(each.upper() for each in MISSING), *(each.capitalize() for each in MISSING), "NaN"]
 SEPARATORS = (",", ";", "\t", "|")
 SAMPLE = 200  # lines that the form of a file is told by
+CHUNK = 1 << 18  # bytes that are looked at together, few enough for the processor's cache
+ROWS = 2_000  # that are looked at together, likewise
+BREAK, RETURN, TAB, BLANK, QUOTE = b'\n\r\t "'
 DECIMAL_COMMA = re.compile(r"[+-]?(\d+|\d{1,3}(\.\d{3})+),\d+")
+
+
+Said = tuple[tuple[str, str], ...]
 
 
 class Table:
@@ -32,24 +39,21 @@ class Table:
     Attributes:
         frame: a pandas data frame: columns of numbers, and of text, NaN where a cell is missing.
         first: the cells of the first row, where the file has no header.
-        said: what was found out, for the description.
+        said: what was found out, for the description, and the option that changes it.
+        lines: (rows,), the line of the file that each row is on.
     """
 
     def __init__(
-        self, path: Path | str, frame: Any, first: Sequence[str] | None, said: Any, lines: Callable[[], Any]
+        self, path: Path | str, frame: Any, first: Sequence[str] | None, said: Said, lines: np.ndarray, decimal: str
     ) -> None:
-        self.path, self.frame, self.first, self.said, self._lines = path, frame, first, said, lines
+        self.path, self.frame, self.first, self.said, self.lines = path, frame, first, said, lines
+        self._number = _reader(decimal)
 
     ids: np.ndarray | None = None  # of the rows, where they have names without a column
 
     @property
     def names(self) -> list[str]:
         return list(self.frame.columns)
-
-    @cached_property
-    def lines(self) -> np.ndarray:
-        """(rows,), the line of the file that each row is on."""
-        return np.asarray(self._lines(), dtype=int)
 
     def named(self, name: str) -> str | None:
         """The column of that name; where the file has no header, that whose first cell it is."""
@@ -59,93 +63,203 @@ class Table:
             return self.names[list(self.first).index(name)]
         return None
 
+    def row_of_word(self, name: str) -> int | None:
+        """The first row whose cell in a column is no number."""
+        if self.frame[name].dtype.kind in "fiu":
+            return None
+        cells = enumerate(self.frame[name])
+        return next((i for i, cell in cells if isinstance(cell, str) and math.isnan(self._number(cell))), None)
+
+    def numbers(self, names: Sequence[str]) -> np.ndarray:
+        """(rows, columns), the values of columns without words, NaN where a cell is missing."""
+        columns = [self.frame[name] for name in names]
+        for j, column in enumerate(columns):
+            if column.dtype.kind not in "fiu":  # numbers that are kept as they are written
+                columns[j] = column.map(self._number, na_action="ignore").astype(np.float64)
+        values = np.empty((len(self.frame), len(names)))
+        arrays = [column.to_numpy() for column in columns]
+        for at in range(0, len(values), ROWS):  # as pandas' own way takes the memory twice
+            for j, array in enumerate(arrays):
+                values[at : at + ROWS, j] = array[at : at + ROWS]
+        return values
+
     def cells(self, name: str) -> list[str]:
         """A column as text, "" where a cell is missing."""
         column = self.frame[name]
         return ["" if missing else str(cell) for cell, missing in zip(column, column.isna(), strict=True)]
 
 
-def read_table(path: Path, text: Sequence[str] = (), header: bool | None = None) -> Table:
+def read_table(
+    path: Path,
+    text: Sequence[str] = (),
+    header: bool | None = None,
+    *,
+    separator: str | None = None,
+    decimal: str | None = None,
+    encoding: str | None = None,
+    comment: str | None = None,
+) -> Table:
     """The table in a file.
 
     Args:
         text: columns to keep as they are written, such as ids.
-        header: whether the first row names the columns; found out where it is None.
+        header: whether the first row names the columns. This and what follows is found out where it is None.
+        separator: the sign between cells, or its name, such as "tab".
+        decimal: "." or ",".
+        encoding: as Python calls it, such as "cp1252".
+        comment: what lines begin with that are no rows; "" where all lines are.
 
     Raises:
-        ValueError: no table, with file and line.
+        ValueError: no table, with file and line; an option that cannot be used.
     """
-    import pandas
-
-    content, said = _decoded(path)
-    content, comments, named_above = _without_comments(content)
+    _check_options(decimal, encoding, comment)
+    given = {"header": header, "separator": separator, "decimal": decimal, "encoding": encoding, "comment": comment}
+    separator = None if separator is None else _sign(separator)
+    said: list[tuple[str, str]] = []
+    content, read_as = _decoded(path, encoding)
+    if read_as:
+        said.append((f"read as {read_as}", "encoding"))
+    content, comments, named_above = _without_comments(content, "#" if comment is None else comment)
     rows = _sample(content)
     if not rows:
         raise ValueError(f"expected a header row in {path}, got an empty file: write the columns' names first")
-    separator, decimal = _form(rows)
+    separator, decimal = _form(rows, separator, decimal)
     if separator != ",":
-        said.append(f"separated by {NAMES.get(separator, repr(separator))}")
+        said.append((f"separated by {NAMES.get(separator, repr(separator))}", "separator"))
     if decimal == ",":
-        said.append("decimal commas")
+        said.append(("decimal commas", "decimal"))
     sample = [_split(row, separator) for row in rows]
     first, names, skipped = sample[0], sample[0], 1
     above = _split(named_above, separator) if named_above else []
-    above[:1] = [each.lstrip("# ") or "#" for each in above[:1]]
+    above[:1] = [each.lstrip(f"{comment or '#'} ") or "#" for each in above[:1]]
     if header is None and len(above) == len(first) and _are_alike(first, sample[1:], decimal):
         names, skipped, comments = above, 0, comments - 1  # as numpy.savetxt writes them
     elif header is False or (header is None and _are_alike(first, sample[1:], decimal)):
         names, skipped = [f"column {j + 1}" for j in range(len(first))], 0
-        said.append(f"no header, so that the columns are called {names[0]!r} and so on")
+        said.append((f"no header, so that the columns are called {names[0]!r} and so on", "header"))
     if comments:
-        said.append(f"{comments} comment line{'s' if comments > 1 else ''} left out")
+        said.append((f"{_counted_as(comments, 'comment line')} left out", "comment"))
     names = [name.strip() for name in names]
-    counts, lines = _counted(content, separator)
-    _check_rows(path, counts, lines, len(first))
+    lines = _lines(path, content, separator, len(first))
     names, left_out = _named(path, names, sample[skipped:])
     if len(set(names)) < len(names):
         repeated = sorted({name for name in names if names.count(name) > 1})
         raise ValueError(f"expected distinct column names in the header of {path}, got {repeated} twice: rename them")
-    of_text = {name: str for j, name in enumerate(names) if name in text or (skipped == 0 and first[j] in text)}
-    try:
-        frame = pandas.read_csv(
-            io.StringIO(content),
-            sep=r"\s+" if separator == " " else separator,
-            decimal=decimal,
-            header=0 if skipped else None,
-            names=names,
-            index_col=False,
-            dtype=of_text,
-            na_values=[*MISSING, *(each.upper() for each in MISSING), *(each.capitalize() for each in MISSING), "NaN"],
-            keep_default_na=False,
-            skipinitialspace=True,
-            low_memory=False,
+    of_text = {name for j, name in enumerate(names) if name in text or (skipped == 0 and first[j] in text)}
+    blanks = _has_blanks(content, rows[skipped:])
+    frame = _frame(path, content, names, of_text, separator, decimal, header=skipped > 0, blanks=blanks)
+    _check_nameless(path, frame, left_out)
+    if left_out:
+        frame = frame.drop(columns=left_out)
+        said.append((f"{_counted_as(len(left_out), 'nameless column')} of row numbers or nothing left out", "drop"))
+    told = tuple((what, option) for what, option in said if given.get(option) is None)
+    return Table(path, frame, first if not skipped else None, told, lines[skipped:], decimal)
+
+
+NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars", " ": "blanks"}
+
+
+def _sign(separator: str) -> str:
+    """A separator by its name, "tab" or "tabs", as signs are hard to write in a shell; others as they are."""
+    signs = {name: sign for sign, plural in NAMES.items() for name in (plural, plural[:-1])}
+    sign = signs.get(separator, separator)
+    is_sign = len(sign) == 1 and sign.isascii() and (sign.isprintable() or sign == "\t")
+    if not is_sign or sign.isalnum() or sign in '"+-.':
+        raise ValueError(
+            "expected separator= (--data.separator) as one sign, or as comma, semicolon, tab, bar or blank, got "
+            f"{separator!r}: give what stands between cells"
         )
+    return sign
+
+
+def _check_options(decimal: str | None, encoding: str | None, comment: str | None) -> None:
+    if decimal not in (None, ".", ","):
+        raise ValueError(
+            f"expected decimal= (--data.decimal) to be '.' or ',', got {decimal!r}: give the mark before the decimals"
+        )
+    if comment and comment.split() != [comment]:
+        raise ValueError(
+            f"expected comment= (--data.comment) without blanks, or '' for no comments, got {comment!r}: give what "
+            "comment lines begin with, such as %"
+        )
+    try:
+        io.TextIOWrapper(io.BytesIO(), encoding)
+    except (LookupError, ValueError):
+        raise ValueError(
+            f"expected encoding= (--data.encoding) as Python calls one, such as utf-8, cp1252 or utf-16, got "
+            f"{encoding!r}: correct it"
+        ) from None
+
+
+def _counted_as(count: int, what: str) -> str:
+    return f"{count} {what}{'s' if count > 1 else ''}"
+
+
+def _frame(
+    path: Path,
+    content: bytes,
+    names: list[str],
+    of_text: set[str],
+    separator: str,
+    decimal: str,
+    *,
+    header: bool,
+    blanks: bool,
+) -> Any:
+    """The columns of numbers, and those of text: `of_text`, and where a cell is no number."""
+    import pandas
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", pandas.errors.DtypeWarning)  # pandas reads in parts, which `_column` joins
+            frame = pandas.read_csv(
+                io.BytesIO(content),
+                sep=r"\s+" if separator == " " else separator,
+                decimal=decimal,
+                header=0 if header else None,
+                names=names,
+                index_col=False,
+                dtype=dict.fromkeys(of_text, str),
+                na_values=ABSENT,
+                keep_default_na=False,
+                skipinitialspace=blanks,
+            )
     except (ValueError, OverflowError, csv.Error) as error:
         raise ValueError(
             f"expected a table in {path}, got something else ({first_line(error)}): export it anew as CSV"
         ) from error
-    for name in frame.columns:
-        frame[name] = as_column(frame[name], name in of_text, decimal)
-    _check_nameless(path, frame, left_out)
-    frame = frame.drop(columns=left_out)
-    if left_out:
-        said.append(
-            f"{len(left_out)} nameless column{'s' if len(left_out) > 1 else ''} of row numbers or nothing left out"
-        )
-    return Table(
-        path, frame, first if not skipped else None, tuple((each, "") for each in said), lambda: lines[skipped:]
-    )
+    for name, dtype in frame.dtypes.items():
+        if name in of_text or dtype.kind not in "fiu":
+            frame[name] = as_column(frame[name], name in of_text, decimal)
+    return frame
 
 
-NAMES = {"\t": "tabs", ";": "semicolons", "|": "bars", " ": "blanks"}
+def _has_blanks(content: bytes, rows: Sequence[str]) -> bool:
+    """Whether a cell may begin with a blank, which pandas skips in a quarter more time.
+
+    Args:
+        rows: the first ones below the header, in which blanks are common.
+    """
+    begin = max(0, content.find(rows[0].encode())) if rows and b'"' not in content else 0
+    return content.find(b" ", begin) >= 0
 
 
 def is_missing(cell: str) -> bool:
     return cell.strip().lower() in MISSING
 
 
-def _decoded(path: Path) -> tuple[str, list[str]]:
-    """The text of a file, and how it was read, where that is not as UTF-8."""
+ENCODINGS = (  # what the file begins with, how it is read then, and what is said of it
+    (b"\xef\xbb\xbf", "utf-8", ""),
+    (b"\xff\xfe", "utf-16", "UTF-16"),
+    (b"\xfe\xff", "utf-16", "UTF-16"),
+    (b"", "utf-8", ""),
+    (b"", "cp1252", "Windows-1252"),
+    (b"", "latin-1", "Latin-1"),
+)
+
+
+def _decoded(path: Path, encoding: str | None) -> tuple[bytes, str]:
+    """The text of a file in UTF-8, which is what pandas takes, and as what it was read, where that is not UTF-8."""
     try:
         data = path.read_bytes()
         if data[:2] == b"\x1f\x8b":
@@ -156,52 +270,78 @@ def _decoded(path: Path) -> tuple[str, list[str]]:
         raise ValueError(
             f"expected a table in {path}, got a broken archive ({first_line(error)}): pack it anew"
         ) from error
-    for mark, encoding in ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16")):
+    content, read_as = _in_utf8(data) if encoding is None else (_from_encoding(path, data, encoding), "")
+    if b"\x00" in content:
+        raise ValueError(f"expected text in {path}, got a file of bytes: export it as CSV")
+    return _with_line_feeds(content) if b"\r" in content else content, read_as
+
+
+def _with_line_feeds(content: bytes) -> bytes:
+    """Lines ended as in Unix, where they are as in Windows or, long ago, by a return alone."""
+    data = np.frombuffer(content, dtype=np.uint8)
+    if data[-1] != RETURN and (data[np.flatnonzero(data == RETURN) + 1] == BREAK).all():
+        return content.replace(b"\r", b"")  # three times as fast as to look for two bytes
+    return content.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+
+
+def _from_encoding(path: Path, data: bytes, encoding: str) -> bytes:
+    try:
+        return data.decode(encoding).removeprefix("\ufeff").encode()
+    except UnicodeError as error:
+        raise ValueError(
+            f"expected text in {path} as encoding={encoding!r} (--data.encoding) has it, got something else "
+            f"({first_line(error)}): name another, or leave it out"
+        ) from error
+
+
+def _in_utf8(data: bytes) -> tuple[bytes, str]:
+    if data.isascii():
+        return data, ""
+    for mark, encoding, read_as in ENCODINGS:
         if data.startswith(mark):
             try:
-                return _lines(data.decode(encoding)), [] if encoding == "utf-8-sig" else ["read as UTF-16"]
+                if mark or not read_as:
+                    text = data.decode(encoding)
+                    return text.encode() if read_as else data.removeprefix(mark), read_as
+                parts = (data[at : at + CHUNK] for at in range(0, len(data), CHUNK))  # as most of them are ASCII
+                return b"".join(part if part.isascii() else part.decode(encoding).encode() for part in parts), read_as
             except UnicodeDecodeError:
-                break
-    if b"\x00" in data:
-        raise ValueError(f"expected text in {path}, got a file of bytes: export it as CSV")
-    for encoding in ("utf-8", "cp1252"):
-        try:
-            return _lines(data.decode(encoding)), [] if encoding == "utf-8" else ["read as Windows-1252"]
-        except UnicodeDecodeError:
-            pass
-    return _lines(data.decode("latin-1")), ["read as Latin-1"]
+                continue
+    raise AssertionError("Latin-1 reads all bytes")
 
 
-def _lines(text: str) -> str:
-    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+def _without_comments(content: bytes, mark: str) -> tuple[bytes, int, str]:
+    """The text with blank lines in the place of those that begin with the mark, their number, and what the last one
+    before the first row says."""
+    sign = mark.encode()
+    begins, at = [], content.find(sign) if mark else -1
+    while at >= 0:
+        if at == 0 or content[at - 1] == BREAK:
+            begins.append(at)
+        at = content.find(sign, at + 1)
+    if not begins:
+        return content, 0, ""
+    view, kept, end, above, said = memoryview(content), [], 0, True, ""
+    for begin in begins:
+        kept.append(view[end:begin])
+        above = above and not content[end:begin].strip()
+        end = content.find(b"\n", begin)
+        end = len(content) if end < 0 else end
+        said = content[begin:end].decode() if above else said
+    return b"".join([*kept, view[end:]]), len(begins), said
 
 
-def _without_comments(text: str) -> tuple[str, int, str]:
-    """The text with blank lines in the place of those that begin with #, their number, and what the last one before the
-    first row says."""
-    if "#" not in text or (not text.startswith("#") and "\n#" not in text):
-        return text, 0, ""
-    lines = text.split("\n")
-    at = [i for i, line in enumerate(lines) if line.startswith("#")]
-    begin = next((i for i, line in enumerate(lines) if line.strip() and not line.startswith("#")), len(lines))
-    before = [i for i in at if i < begin]
-    said = lines[before[-1]] if before else ""
-    for i in at:
-        lines[i] = ""
-    return "\n".join(lines), len(at), said
-
-
-def _sample(text: str) -> list[str]:
+def _sample(content: bytes) -> list[str]:
     """The first lines that are not blank, those of a quoted cell together."""
     found: list[str] = []
     start = 0
-    while start < len(text) and len(found) < SAMPLE:
-        end = text.find("\n", start)
-        end = len(text) if end < 0 else end
-        while text.count('"', start, end) % 2 and end < len(text):
-            following = text.find("\n", end + 1)
-            end = len(text) if following < 0 else following
-        line = text[start:end]
+    while start < len(content) and len(found) < SAMPLE:
+        end = content.find(b"\n", start)
+        end = len(content) if end < 0 else end
+        while content.count(b'"', start, end) % 2 and end < len(content):
+            following = content.find(b"\n", end + 1)
+            end = len(content) if following < 0 else following
+        line = content[start:end].decode()
         if line.strip():
             found.append(line)
         start = end + 1
@@ -218,29 +358,36 @@ def _split(line: str, separator: str) -> list[str]:
     return [cell.strip() for cell in row]
 
 
-def _form(rows: Sequence[str]) -> tuple[str, str]:
-    """Separator and decimal mark: those by which all rows have as many cells, and most of them are numbers."""
+def _form(rows: Sequence[str], given: str | None, mark: str | None) -> tuple[str, str]:
+    """Separator and decimal mark, where they are not given: those by which all rows have as many cells, and most of
+    them are numbers."""
     found = []
-    for order, separator in enumerate((*SEPARATORS, " ")):
-        sample = [_split(row, separator) for row in rows]
-        width = len(sample[0])
-        if width < 2 or any(len(row) != width for row in sample):
+    for order, separator in enumerate((*SEPARATORS, " ") if given is None else (given,)):
+        width = len(_split(rows[0], separator))
+        sample = [_split(row, separator) for row in rows] if width > 1 else []
+        if not sample or any(len(row) != width for row in sample):
             continue
         below = [cell for row in sample[1:] or sample for cell in row]
-        for decimal in (".", ","):
-            if decimal == "," and not any(DECIMAL_COMMA.fullmatch(cell) for cell in below):
+        for decimal in (".", ",") if mark is None else (mark,):
+            if decimal == "," and mark is None and not any(DECIMAL_COMMA.fullmatch(cell) for cell in below):
                 continue
             known = sum(_kind(cell, decimal) != "word" for cell in below) / max(1, len(below))
             found.append((known, decimal == ".", -order, separator, decimal))
     if found:
         _, _, _, separator, decimal = max(found)
         return separator, decimal
-    if len(rows) > 1 and all(DECIMAL_COMMA.fullmatch(row.strip()) for row in rows[1:]):  # one column
-        return ";", ","
+    may_be = given != "," and mark != "."
+    if may_be and len(rows) > 1 and all(DECIMAL_COMMA.fullmatch(row.strip()) for row in rows[1:]):  # one column
+        return given or ";", ","
+    if given is not None:
+        return given, mark or "."
     widths = {separator: [len(_split(row, separator)) for row in rows] for separator in SEPARATORS}
     commonest = {separator: statistics.mode(each) for separator, each in widths.items()}
-    ragged = [separator for separator in SEPARATORS if commonest[separator] > 1]  # the odd line is told afterwards
-    return max(ragged, key=lambda separator: widths[separator].count(commonest[separator]), default=","), "."
+    ragged = [separator for separator in SEPARATORS if commonest[separator] > 1 and separator != mark]
+    default = ";" if mark == "," else ","  # of one column; of ragged rows the odd line is told afterwards
+    return max(
+        ragged, key=lambda separator: widths[separator].count(commonest[separator]), default=default
+    ), mark or "."
 
 
 def _reader(decimal: str) -> Callable[[str], float]:
@@ -286,33 +433,82 @@ def _are_alike(first: Sequence[str], rows: Sequence[Sequence[str]], decimal: str
     return True
 
 
-def _counted(text: str, separator: str) -> tuple[np.ndarray, np.ndarray]:
-    """How many cells each row has, and the line that it is on."""
-    if separator == " " or '"' in text:
+def _counted(content: bytes, separator: str) -> tuple[np.ndarray, np.ndarray]:
+    """How many cells each row has, and the line that it ends on."""
+    data, quoted = np.frombuffer(content, dtype=np.uint8), separator != " " and b'"' in content
+    counts, ends, last = [np.zeros(1, dtype=np.uint32)], [], [np.empty(0, dtype=bool)]
+    inside, before = False, True
+    for at in range(0, len(data), CHUNK):
+        some = data[at : at + CHUNK]
+        breaks = some == BREAK
         if separator == " ":
-            rows = [(len(line.split()), i) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+            blank = breaks | (some == BLANK) | (some == TAB)
+            marks = ~blank & np.append(before, blank[:-1])  # where cells begin
+            before = blank[-1]
         else:
-            reader = csv.reader(io.StringIO(text), delimiter=separator, skipinitialspace=True)
-            try:
-                rows = [(len(row), reader.line_num) for row in reader if row and (len(row) > 1 or row[0].strip())]
-            except csv.Error:
-                return np.empty(0, dtype=int), np.empty(0, dtype=int)
-        return np.array([n for n, _ in rows], dtype=int), np.array([line for _, line in rows], dtype=int)
-    data = np.frombuffer(text.encode("utf-8") + b"\n", dtype=np.uint8)
-    ends = np.flatnonzero(data == 10)
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    counts = np.add.reduceat(data == ord(separator), starts, dtype=np.int64) + 1
-    blank = data <= 32 if separator != "\t" else (data == 10) | (data == 32)
-    there = np.add.reduceat(~blank, starts, dtype=np.int64) > 0
-    return counts[there], np.flatnonzero(there) + 1
+            marks = some == ord(separator)
+        if quoted:
+            within = _within_quotes(data, at, separator, inside)
+            if within is None:
+                return _counted_slowly(content, separator)
+            last.append(~within[breaks])
+            breaks, marks, inside = breaks & ~within, marks & ~within, within[-1]
+        ends.append(np.flatnonzero(breaks))
+        found = np.add.reduceat(marks.view(np.uint8), np.append(0, ends[-1]), dtype=np.uint32)
+        ends[-1] += at
+        counts[-1][-1] += found[0]  # the row that the last part ends in
+        counts += [found[1:]] if len(found) > 1 else []
+    if inside:
+        return _counted_slowly(content, separator)
+    cells = np.concatenate(counts).astype(int) + (separator != " ")
+    lines = np.flatnonzero(np.append(np.concatenate(last), True)) + 1 if quoted else np.arange(1, len(cells) + 1)
+    there = cells > 0 if separator == " " else ~_are_blank(content, np.concatenate([*ends, [len(data)]]), cells == 1)
+    return cells[there], lines[there]
 
 
-def _check_rows(path: Path, counts: np.ndarray, lines: np.ndarray, width: int) -> None:
+def _within_quotes(data: np.ndarray, at: int, separator: str, inside: bool) -> np.ndarray | None:
+    """Which bytes of a part are of a quoted cell; None where a quote does not begin or end one."""
+    are_quotes = data[at : at + CHUNK] == QUOTE
+    quotes = np.flatnonzero(are_quotes)
+    if not len(quotes):
+        return np.full(len(are_quotes), inside)
+    before = data[np.maximum(at + quotes[int(inside) :: 2] - 1, 0)]
+    after = data[np.minimum(at + quotes[int(not inside) :: 2] + 1, len(data) - 1)]
+    for each in (before, after):  # another quote is one that is doubled
+        if not ((each == ord(separator)) | (each == BREAK) | (each == QUOTE)).all():
+            return None
+    return ((np.cumsum(are_quotes, dtype=np.uint8) + np.uint8(inside)) & 1).astype(bool)
+
+
+def _counted_slowly(content: bytes, separator: str) -> tuple[np.ndarray, np.ndarray]:
+    reader = csv.reader(io.StringIO(content.decode()), delimiter=separator, skipinitialspace=True)
+    try:
+        rows = [(len(row), reader.line_num) for row in reader if row and (len(row) > 1 or row[0].strip())]
+    except csv.Error:  # a cell too long for the csv module: pandas tells what it is
+        return np.empty(0, dtype=int), np.arange(1, content.count(b"\n") + 2)
+    counts, lines = np.array(rows, dtype=int).reshape(-1, 2).T
+    return counts, lines
+
+
+def _are_blank(content: bytes, ends: np.ndarray, may_be: np.ndarray) -> np.ndarray:
+    """Which rows are blank, of those that may be."""
+    blank, rows = np.zeros(len(may_be), dtype=bool), np.flatnonzero(may_be)
+    starts = np.append(0, ends[:-1] + 1)
+    signs = np.frombuffer(content + b"\n", dtype=np.uint8)[starts[rows]] if len(rows) > 1 else np.zeros(len(rows))
+    for row in rows[signs <= BLANK]:  # few, as most rows begin with a sign
+        blank[row] = not content[starts[row] : ends[row]].strip()
+    return blank
+
+
+def _lines(path: Path, content: bytes, separator: str, width: int) -> np.ndarray:
+    """(rows,), the line that each row is on, once all are found to have so many cells."""
+    counts, lines = _counted(content, separator)
     wrong = np.flatnonzero(counts != width)
     if len(wrong):
         raise ValueError(
             f"expected {width} cells in line {lines[wrong[0]]} of {path}, got {counts[wrong[0]]}: mend that line"
         )
+    return lines
 
 
 def _named(path: Path, names: list[str], sample: Sequence[Sequence[str]]) -> tuple[list[str], list[str]]:
@@ -337,7 +533,7 @@ def _check_nameless(path: Path, frame: Any, names: Sequence[str]) -> None:
     """Raises ValueError where a nameless column holds something after the rows that its form was told by."""
     for name in names:
         cells = frame[name]
-        counts = cells.dtype.kind == "f" and bool((cells.diff().iloc[1:] == 1).all())
+        counts = cells.dtype.kind in "fiu" and bool((cells.diff().iloc[1:] == 1).all())
         if not (counts or bool(cells.isna().all())):
             raise ValueError(f"expected a name for every column of {path}, got none for {name}: name it in the header")
 
@@ -347,13 +543,16 @@ def as_column(column: Any, as_text: bool, decimal: str) -> Any:
     import pandas
 
     if column.dtype == bool:
-        return column.astype(str) if as_text else column.astype(np.float64)
-    if column.dtype.kind in "iuf" and not as_text:
         return column.astype(np.float64)
-    cells = [None if gap else str(cell).strip() for cell, gap in zip(column, column.isna(), strict=True)]
-    cells = [None if cell is None or is_missing(cell) else cell for cell in cells]
+    cells = [None if gap else _tidy(cell) for cell, gap in zip(column.tolist(), column.isna(), strict=True)]
+    cells = [None if isinstance(cell, str) and is_missing(cell) else cell for cell in cells]
     words, given = {"true": 1.0, "false": 0.0}, [cell for cell in cells if cell is not None]
-    value = words.__getitem__ if given and all(cell.lower() in words for cell in given) else _reader(decimal)
-    numbers = [np.nan if cell is None else value(cell.lower()) for cell in cells]
+    value = words.__getitem__ if given and all(str(cell).lower() in words for cell in given) else _reader(decimal)
+    numbers = [np.nan if cell is None else value(cell.lower()) if isinstance(cell, str) else cell for cell in cells]
     is_text = as_text or any(math.isnan(each) and cell is not None for cell, each in zip(cells, numbers, strict=True))
     return pandas.Series(cells if is_text else numbers, index=column.index, dtype=object if is_text else np.float64)
+
+
+def _tidy(cell: Any) -> str | float:
+    """Text without blanks around it, or the number that pandas found in a part of the file without text."""
+    return float(cell) if type(cell) in (int, float) else str(cell).strip()
