@@ -22,6 +22,7 @@ __all__ = ["load_again", "load_dataset", "read"]
 
 Binarize = Literal["none", "static", "dynamic"]
 CHUNK = 10_000  # rows that are looked at together
+PART = 2_000  # likewise, where they are to stay in the processor's cache
 OF_BITS = (255, 65535)  # the divisors of pictures whose bits are known
 
 
@@ -190,7 +191,8 @@ def load_again(schema: Schema) -> Dataset:
     arguments = dict(schema.source)
     seed, parts = arguments.get("seed", 0), ("train", "valid", "test")
     counted = None if source.lengths is None else _counted(source)
-    sums = _checksums(schema, source, counted)
+    everything = torch.arange(len(source.x))
+    _, sums = _split(schema, source, everything, counted, "all", 0)
     if len(sums) == sum(map(len, schema.checksums.values())):
         rows = _division(source, arguments.get("split"), seed, schema.name)
         now = [sums[each.numpy()] for each in rows]
@@ -388,7 +390,7 @@ def _learned(
     divisor: float | None,
 ) -> Schema:
     """What the training rows tell of the data, without checksums."""
-    training, of_sequences = source.x[rows], source.lengths is not None
+    training, of_sequences = source.x.index_select(0, rows), source.lengths is not None
     guessed, values = _scaling(source, training)
     divisor, values = (guessed, values) if divisor is None else (divisor, Choice(f"x/{divisor:g}", ""))
     if binarize != "none":
@@ -449,11 +451,11 @@ def _split(
     None when batches are drawn."""
     sums = np.empty(len(rows), dtype=np.uint64)
     x = torch.empty((len(rows), *source.x.shape[1:]), dtype=torch.float32)
-    for begin in range(0, len(rows), CHUNK):  # as memory counts
-        some = rows[begin : begin + CHUNK]
-        own = None if counted is None else counted[some]
-        sums[begin : begin + CHUNK] = _checksums(schema, source, own, some)
-        x[begin : begin + CHUNK] = _converted(schema, source, source.x[some])
+    for begin in range(0, len(rows), PART):
+        some = rows[begin : begin + PART]
+        raw = source.x.index_select(0, some)
+        x[begin : begin + PART] = made = _converted(schema, source, raw)
+        sums[begin : begin + PART] = _checksums(source, made if schema.scale is None else raw, counted, some)
     if schema.binarize != "none":
         x = _intensities(x, schema.name)
         x = x if seed is None else bernoulli(x, seed)
@@ -485,28 +487,28 @@ def _converted(schema: Schema, source: Source, x: Tensor) -> Tensor:
     return x.float() / 255 if schema.divisor in OF_BITS and source.eight_bit else schema.convert(x)
 
 
-def _checksums(schema: Schema, source: Source, counted: Tensor | None, rows: Tensor | None = None) -> np.ndarray:
-    """`row_checksums` of these rows, of all by default: before they are standardised, or made 0 or 1."""
-    x = source.x if rows is None else source.x[rows]
-    x = _converted(schema, source, x) if schema.scale is None else x
+def _checksums(source: Source, x: Tensor, counted: Tensor | None, rows: Tensor) -> np.ndarray:
+    """`row_checksums` of x (B, ...), the values of these rows before they are standardised, or made 0 or 1."""
     if source.lengths is None or counted is None:
         return row_checksums(x)
-    every = slice(None) if rows is None else rows
-    lengths, u = source.lengths[every], None if source.inputs is None else source.inputs[every]
-    x = x.where(counted, torch.nan) if source.mask is not None else x
+    lengths, u = source.lengths[rows], None if source.inputs is None else source.inputs[rows]
+    x = x.where(counted[rows], torch.nan) if source.mask is not None else x
     x = x.where((torch.arange(x.shape[1]) < lengths[:, None])[..., None], 0.0)
     return row_checksums(x, lengths[:, None], *([] if u is None else [u]))
 
 
 def _has_gaps(x: Tensor) -> bool:
-    return any(bool(some.isnan().any()) for some in x.split(CHUNK))
+    parts = (some for some in x.split(CHUNK) if some.sum().isnan())  # a sum is told in less time
+    return any(bool(some.isnan().any()) for some in parts)
 
 
 def _kinds_of(training: Tensor) -> list[Kind]:
     """What each column of rows (N, D) holds: 0 and 1 alone, whole numbers from 0 on, or others."""
     whole = torch.ones(training.shape[1], dtype=torch.bool)
     binary = whole.clone()
-    for some in training.split(CHUNK):
+    for some in training.split(PART):
+        if not whole.any():
+            break
         gaps = some.isnan()
         whole &= (((some >= 0) & (some == some.round())) | gaps).all(0)
         binary &= ((some == 0) | (some == 1) | gaps).all(0)
@@ -582,7 +584,7 @@ def _is_real_table(train: Tensor, columns: Sequence[str] | None, kinds: Mapping[
     if all(bool(((some >= 0) & (some <= 1) | some.isnan()).all()) for some in train.split(CHUNK)):
         return "real" in kinds.values()
     counts = there = torch.zeros(train.shape[1], dtype=torch.int64)
-    for some in train.split(CHUNK):
+    for some in train.split(PART):
         counts = counts + ((some >= 0) & (some == some.round())).sum(0)
         there = there + (~some.isnan()).sum(0)
         if bool((there - counts > 0.01 * len(train)).any()):  # too many for a column that is asked about
@@ -662,7 +664,7 @@ def _are_whole(x: Tensor) -> bool:
 
 def _standardisation(train: Tensor, columns: tuple[str, ...] | None, name: str) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (1/N) of the training rows of a table, (D,) each, float64."""
-    pieces = train.split(CHUNK)
+    pieces = train.split(PART)
     count = sum((~some.isnan()).sum(0) for some in pieces)
     location = sum(some.double().nansum(0) for some in pieces) / count
     scale = (sum((some - location).square().nansum(0) for some in pieces) / count).sqrt()

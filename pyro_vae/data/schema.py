@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,6 +25,19 @@ KINDS = ("real", "count", "binary")
 VERSION = 1
 CELLS = 1_000_000  # that are looked at together
 PARTS = ("train", "valid", "test")
+
+
+@functools.cache
+def _versions() -> Mapping[str, str]:
+    return {"python": platform.python_version(), **dict(_installed(("pyro_vae", "pyro-ppl", "torch", "pandas")))}
+
+
+def _installed(packages: Iterable[str]) -> Iterable[tuple[str, str]]:
+    for package in packages:
+        try:
+            yield package, metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
 
 
 class SchemaWarning(UserWarning):
@@ -89,7 +103,7 @@ class Schema:
     summary: str = ""
     choices: tuple[Choice, ...] = ()
     checksums: Mapping[str, np.ndarray] = field(default_factory=dict)
-    versions: Mapping[str, str] = field(default_factory=lambda: _versions())
+    versions: Mapping[str, str] = field(default_factory=_versions)
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{part} {len(rows):,}" for part, rows in self.checksums.items())
@@ -289,15 +303,3 @@ def _mixed(numbers: np.ndarray) -> np.ndarray:
     numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return numbers ^ (numbers >> np.uint64(31))
-
-
-def _versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **dict(_installed(("pyro_vae", "pyro-ppl", "torch", "pandas")))}
-
-
-def _installed(packages: Iterable[str]) -> Iterable[tuple[str, str]]:
-    for package in packages:
-        try:
-            yield package, metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
