@@ -23,6 +23,7 @@ __all__ = [
     "atomic",
     "begun_run",
     "changed_config",
+    "check_new_run",
     "discard_run",
     "load",
     "load_config",
@@ -237,10 +238,8 @@ def locked(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def new_run(out: Path | str | None, overwrite: bool = False) -> Path:
-    """Make a run's directory: `out`, or the next number under ``runs`` with the link ``runs/latest`` to it.
-
-    One in which a training was killed before it had saved anything counts as new.
+def check_new_run(out: Path | str | None, overwrite: bool = False) -> None:
+    """Whether `new_run` can make a directory, as far as it can be told before.
 
     Raises:
         FileExistsError: `out` holds something and `overwrite` is False, or ``runs/latest`` is no link.
@@ -251,12 +250,27 @@ def new_run(out: Path | str | None, overwrite: bool = False) -> Path:
             raise FileExistsError(f"expected a new or empty directory, got the file {path}: name another")
         if path.exists() and not overwrite and not _is_new(path):
             raise FileExistsError(f"expected a new or empty directory, got {path}: name another, or overwrite=True")
+        return
+    latest = Path("runs", "latest")
+    if latest.exists() and not latest.is_symlink():
+        raise FileExistsError(f"expected {latest} to be a link to the newest run, got a file or folder: rename it")
+
+
+def new_run(out: Path | str | None, overwrite: bool = False) -> Path:
+    """Make a run's directory: `out`, or the next number under ``runs`` with the link ``runs/latest`` to it.
+
+    One in which a training was killed before it had saved anything counts as new.
+
+    Raises:
+        FileExistsError: `out` holds something and `overwrite` is False, or ``runs/latest`` is no link.
+    """
+    check_new_run(out, overwrite)
+    if out is not None:
+        path = Path(out)
         path.mkdir(parents=True, exist_ok=True)
         return path
     runs = Path("runs")
     latest = runs / "latest"
-    if latest.exists() and not latest.is_symlink():
-        raise FileExistsError(f"expected {latest} to be a link to the newest run, got a file or folder: rename it")
     runs.mkdir(exist_ok=True)
     number = max((int(child.name) for child in runs.iterdir() if child.name.isdigit()), default=0) + 1
     while True:

@@ -269,6 +269,9 @@ OUT = {
 }
 
 
+COUNTS = ("num", "num_samples", "num_steps", "num_data", "num_gradients", "annealing", "batch_size", "steps")
+
+
 class Stop(Exception):
     """Ends the command with a line on stderr and an exit code."""
 
@@ -431,6 +434,9 @@ def _called(command: str, function: Callable[..., int], run: Path, options: Opti
         _check_ending(Path(tree.get("out") or OUT[command]), (".json",) if command == "evaluate" else (".npz", ".csv"))
     tables = {"data": data, "estimators": tree.pop("estimators", {})}
     arguments = check(function, tree, "")
+    for name, value in arguments.items():
+        if name in COUNTS and value is not None and value < 1:
+            raise ValueError(f"expected --{name} >= 1, got {value}: give a positive number")
     return function(run, **{name: tables[name] for name in tables if name in names}, **arguments)
 
 
@@ -439,6 +445,7 @@ def _called(command: str, function: Callable[..., int], run: Path, options: Opti
 
 def _fit(options: Options) -> int:
     from . import training
+    from .checkpoint import check_new_run
     from .data import load_dataset
     from .defaults import batch_size_for, programs_for
     from .evaluation import evaluate
@@ -460,6 +467,8 @@ def _fit(options: Options) -> int:
         raise ValueError(f"expected --evaluate.num_samples >= 1, got {num_samples}: give a positive number")
     device = training.select_device(settings.get("device") or "auto")
 
+    if resume is None:
+        check_new_run(settings.get("out"), settings.get("overwrite", False))
     if device.type == "cpu":
         from .compiled import keep_freed_memory
 
@@ -683,10 +692,6 @@ def _sample(
     from .prediction import global_sites, global_values, sample
 
     _check_out(out, overwrite)
-    if num < 1:
-        raise ValueError(f"expected --num >= 1, got {num}: give a positive number")
-    if num_steps is not None and num_steps < 1:
-        raise ValueError(f"expected --num_steps >= 1, got {num_steps}: give a positive number")
     loaded = _load(run, device)
     with _notes():
         schema = loaded.schema

@@ -504,6 +504,8 @@ def _in_words(annotation: Any) -> str:
     parts = [part for part in get_args(annotation) if part is not Ellipsis]
     if get_origin(annotation) in (list, tuple, Sequence, Iterable):
         return f"a list, each {_in_words(parts[0])}" if parts else "a list"
+    if get_origin(parts[0] if parts else None) is Literal:  # null is no choice, but that none is made
+        return _in_words(parts[0])
     if parts:
         return " or ".join(dict.fromkeys(map(_in_words, parts)))
     return getattr(annotation, "__name__", str(annotation))

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import inspect
 import json
 import math
 import signal
@@ -116,10 +117,24 @@ class Run:
         Warns:
             SchemaWarning: the file has changed since.
         """
-        source = self.config.get("data")
-        if not source:
+        if self._schema is not None:
+            return load_again(self._schema)
+        source = self._source()
+        if source is None:
             raise ValueError(f"expected a data set's name in {self.path / 'config.toml'}, found none: pass the data")
-        return load_dataset(**source) if self._schema is None else load_again(self._schema)
+        return load_dataset(**source)
+
+    def _source(self) -> dict[str, Any] | None:
+        """The arguments of `load_dataset` in a configuration, which may come from anywhere."""
+        source = self.config.get("data")
+        if source is None:
+            return None
+        where = self.path / "config.toml"
+        if not isinstance(source, Mapping) or "name_or_path" not in source:
+            raise ValueError(f"expected a table [data] with name_or_path in {where}, got {source!r}: correct it")
+        if unknown := source.keys() - inspect.signature(load_dataset).parameters.keys():
+            raise ValueError(f"expected options of data in {where}, got {min(unknown)!r}: leave it out")
+        return dict(source)
 
     def read(self, data: Any, **options: Any) -> Split:
         """`pyro_vae.data.read`: other data in the units of this run, such as a file or a pandas frame."""
@@ -131,8 +146,7 @@ class Run:
     def schema(self) -> Schema | None:
         """The record of the data. Of a run by an earlier version, which has none, it is learned from the file that the
         run was trained on, with a warning, or None where there is no such file."""
-        source = self.config.get("data")
-        if self._schema is None and source:
+        if self._schema is None and (source := self._source()) is not None:
             self._schema = load_dataset(**source).schema
             warnings.warn(
                 f"{self.path} has no schema.json, as it is of an earlier version: its units are read from "

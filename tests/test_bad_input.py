@@ -102,7 +102,9 @@ def of_before(run):
     """A run as earlier versions wrote it, whose configuration is in config.toml alone."""
     for path in (run / "model.safetensors", run / "checkpoints" / "last.safetensors"):
         state = checkpoint.load(path)
-        checkpoint.save({name: value for name, value in state.items() if name not in ("config", "epochs")}, path)
+        checkpoint.save(
+            {name: value for name, value in state.items() if name not in ("config", "epochs", "schema")}, path
+        )
 
 
 def wider(path):
@@ -604,12 +606,12 @@ CASES = {
     ),
     "run with an unknown key of the data": (
         f"evaluate {RUN}",
-        r"got --data.nosuch: see",
+        r"expected options of data in .*config.toml, got 'nosuch': leave it out",
         lambda trained: rewrite(trained, lambda table: table["data"].update(nosuch=1)),
     ),
     "run whose data are a number": (
         f"evaluate {RUN}",
-        r"a table \[data\] with name_or_path in .*, got 3: correct",
+        r"a table \[data\] with name_or_path in .*, got 3: correct it",
         lambda trained: rewrite(trained, lambda table: table.update(data=3)),
     ),
     "resume with a list of arguments": (

@@ -59,6 +59,15 @@ def test_the_page_on_sequences_runs(tmp_path, monkeypatch, recorded):
     assert names["by_guide"].shape == names["by_particles"].shape == (3,)
 
 
+def test_the_page_on_data_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "docs"}
+    exec("\n".join(blocks("docs/data.md")), names)
+    assert names["codes"].mean.shape[0] == 1 and list(names["table"].columns) == ["id", "log_prob", "rank"]
+    torch.testing.assert_close(names["run"].schema.restore(names["people"].x), torch.tensor([[1.62, 61.0]]))
+    assert (tmp_path / "samples.csv").read_text().startswith("height,weight\n")
+
+
 @pytest.mark.usefixtures("float64")
 def test_the_worked_example_of_a_prior(monkeypatch, recorded, tmp_path):
     code, row, *_ = blocks("CONTRIBUTING.md")

@@ -167,7 +167,8 @@ def test_the_scores_are_those_of_evaluate(report):
 
 
 def test_names_from_outside_are_text_not_markup(table):
-    evil = dataclasses.replace(table.dataset, name="<script>alert(1)</script>", description="a & b")
+    schema = dataclasses.replace(table.dataset.schema, summary="a & b")
+    evil = dataclasses.replace(table.dataset, name="<script>alert(1)</script>", schema=schema)
     page = Page(write_report(table.run, evil, progress=False, evaluation=table.scores))
     assert "script" not in {tag for tag, _ in page.tags}
     assert page.text["h1"] == ["What the VAE learned from <script>alert(1)</script>"]

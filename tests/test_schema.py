@@ -495,6 +495,22 @@ def test_scores_as_a_table(on_a_table, tmp_path):
     assert len(pandas.read_csv(tmp_path / "all.csv")) == 100
 
 
+def test_found_files(tmp_path, capsys):
+    """What files of others had: ids that are words, columns that were dropped, a packed file, few dates with slashes."""
+    x = rows(60)
+    days = pandas.date_range("2012-01-01", periods=60).strftime("%Y/%m/%d")
+    path = written(tmp_path / "t.csv.gz", x, who=[f"w{i}" for i in range(60)], word=["a", "b"] * 30, day=days)
+    options = ["--data.id", "who", "--data.drop", "word,day", "--epochs", "1", "--evaluate.num_samples", "2"]
+    assert main(["fit", "--data", str(path), *options, "--out", str(tmp_path / "run")]) == 0
+    assert "data     t: 60 rows of 3 columns" in capsys.readouterr().out
+    assert main(["scores", str(tmp_path / "run"), "--out", str(tmp_path / "scores.csv"), "--num_samples", "2"]) == 0
+    assert "note" not in capsys.readouterr().err  # its own file has the columns that it had
+    assert set(pandas.read_csv(tmp_path / "scores.csv")["id"]) == set(load_run(tmp_path / "run").dataset().test.ids)
+    series = load_dataset(path, time="day", drop=["word", "who"], window=5)
+    five = pandas.read_csv(path)[:5]
+    assert read(series.schema, five.drop(columns=["word", "who"])).times[0, 4] == np.datetime64("2012-01-05")
+
+
 def test_saved_tables(on_a_table, tmp_path):
     run, dataset, _ = on_a_table
     path = tmp_path / "x.csv"

@@ -165,7 +165,7 @@ def test_days_without_a_row(tmp_path):
     rows = [[day, value] for i, (day, value) in enumerate(zip(days, range(60), strict=True)) if i not in absent]
     path = write(tmp_path / "beds.csv", ["day", "beds"], rows)
     closed = load_dataset(path, time="day", window=5)
-    assert closed.description.endswith(", 2 gaps in 'day' closed up (data.every makes absent times missing steps)")
+    assert closed.description.endswith(", 2 gaps in 'day' closed up, as absent times are no missing steps")
     assert "mask" not in closed.train.kwargs
     dataset = load_dataset(path, time="day", window=5, every="D")
     assert dataset.description.endswith(", 3 times without a row")

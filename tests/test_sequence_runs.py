@@ -289,8 +289,8 @@ def test_draws_with_inputs(here, driven):
         ),
         ("fit --model DeepMarkovModel", "expected another model for digits"),
         ("fit --data beds.csv --data.time day", "neither"),
-        ("forecast runs/latest --overwrite --num_steps 0", "expected num_steps >= 1, got 0"),
-        ("forecast runs/latest --overwrite --num_samples 0", "expected num_samples >= 1, got 0"),
+        ("forecast runs/latest --overwrite --num_steps 0", "expected --num_steps >= 1, got 0"),
+        ("forecast runs/latest --overwrite --num_samples 0", "expected --num_samples >= 1, got 0"),
         (
             "forecast runs/latest --overwrite --inputs beds.csv",
             "expected no inputs= (--inputs) for a model without inputs",

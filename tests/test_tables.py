@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
+from datetime import datetime, timedelta
 
 import numpy as np
 import pandas
@@ -451,6 +452,17 @@ def test_a_word_is_told_beside_decimal_commas(tmp_path):
     path = table(tmp_path, joined([*COMMAS, ("oops", "1,5")], ";"))
     with pytest.raises(ValueError, match="numbers in column 'x' of .*, got 'oops' in line 32"):
         load_dataset(path)
+
+
+@pytest.mark.parametrize("form", ["%Y/%m/%d", "%b %d %Y", "%d %B %Y", "%d.%m.%Y", "%m/%d/%Y", "%Y/%m/%d %H:%M"])
+def test_dates_that_can_be_read_in_one_way(form, tmp_path):
+    days = [datetime(2001, 1, 28) + timedelta(days=t) for t in range(40)]
+    rows = [(day.strftime(form), str(t)) for t, day in enumerate(days)]
+    data = load_dataset(table(tmp_path, joined(rows, header="day,v")), time="day", window=4)
+    assert data.train.times.ravel().tolist() == days[:32]
+    ambiguous = [(datetime(2001, 1 + t // 12, 1 + t % 12).strftime("%d/%m/%Y"), str(t)) for t in range(40)]
+    with pytest.raises(ValueError, match="expected numbers or ISO dates in column 'day' .* write them as 2006-09-26"):
+        load_dataset(table(tmp_path, joined(ambiguous, header="day,v")), time="day", window=4)
 
 
 def test_times_in_several_columns_and_compact_dates(tmp_path):

@@ -322,7 +322,7 @@ def _read(schema: Schema, data: Any, options: Mapping[str, Any]) -> tuple[str, S
             SchemaWarning,
             stacklevel=4,
         )
-    if source.extra:
+    if source.extra and not same:
         warnings.warn(
             f"columns of {name} that the model does not know are left out: {_listed(source.extra)}",
             SchemaWarning,
@@ -677,9 +677,11 @@ def _standardisation(train: Tensor, columns: tuple[str, ...] | None, name: str) 
         )
     constant = (scale <= rounding).nonzero().flatten().tolist()
     if constant:
+        also = f" (also {', '.join(column_name(j, columns) for j in constant[1:])})" if constant[1:] else ""
+        mend = f"drop= (--data.drop {','.join(columns[j] for j in constant)})" if columns else "drop it"
         raise ValueError(
             f"expected every column of {name} to vary, column {column_name(constant[0], columns)} is constant "
-            f"({location[constant[0]]:g}) in the training split, up to rounding: drop it"
+            f"({location[constant[0]]:g}) in the training split, up to rounding{also}: {mend}"
         )
     return location, scale
 

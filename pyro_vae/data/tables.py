@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..checkpoint import atomic
-from .containers import Split, tensor_of
+from .containers import Split
 from .schema import Schema
 
 __all__ = ["save_table"]
@@ -62,8 +63,7 @@ def save_table(
     if path.exists() and not overwrite:
         raise FileExistsError(f"expected a new file, got {str(path)!r}, which exists: name another, or overwrite=True")
     schema = data.schema if schema is None and data is not None else schema
-    tensors = {name: tensor_of(array) for name, array in arrays.items()}
-    made = {name: np.asarray(each.detach().cpu()) for name, each in tensors.items()}
+    made = {name: np.asarray(a.detach().cpu() if torch.is_tensor(a) else a) for name, a in arrays.items()}
     content = _content(path.suffix, made, data, schema, times, num_before)
     with atomic(path) as temporary:
         temporary.write_bytes(content)

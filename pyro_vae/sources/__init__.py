@@ -143,4 +143,5 @@ def find(
         raise ValueError(f"expected data in {path}, got an empty file: write it again")
     else:
         source = readers[suffix](path)
-    return path.name if path.is_dir() else path.stem, checked(source, path, least)
+    name = path.name if path.is_dir() else path.stem
+    return name.removesuffix(".csv").removesuffix(".tsv") if suffix == ".csv" else name, checked(source, path, least)

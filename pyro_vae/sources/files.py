@@ -348,7 +348,7 @@ def _in_time(table: Table, x: np.ndarray, features: Sequence[str], ids: np.ndarr
             told.append(Choice(f"{absent:,} time{'s' if absent > 1 else ''} without a row", ""))
     elif count := late(at):
         gaps = f"{count:,} gap{'s' if count > 1 else ''}"
-        told.append(Choice(f"{gaps} in {time!r} closed up (data.every makes absent times missing steps)", "data.every"))
+        told.append(Choice(f"{gaps} in {time!r} closed up, as absent times are no missing steps", "data.every D"))
     if window is not None:
         parts = [part[begin : begin + window] for part in parts for begin in range(0, len(part), window)]
         at = [each[begin : begin + window] for each in at for begin in range(0, len(each), window)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -28,6 +29,8 @@ def read_times(path: Path | str, column: str, cells: Sequence[str]) -> np.ndarra
     try:
         dates = [datetime.fromisoformat(cell.strip()) for cell in cells]
     except ValueError as error:
+        if (found := _in_words(cells)) is not None:
+            return found
         raise ValueError(
             f"expected numbers or ISO dates in column {column!r} of {path}, got others ({first_line(error)}): write "
             "them as 2006-09-26 or 2006-09-26 12:00"
@@ -37,6 +40,23 @@ def read_times(path: Path | str, column: str, cells: Sequence[str]) -> np.ndarra
         raise ValueError(f"expected a zone at all times or at none in column {column!r} of {path}, got both: mend them")
     plain = [date.astimezone(UTC).replace(tzinfo=None) if date.tzinfo else date for date in dates]
     return np.array(plain, dtype="datetime64[us]")
+
+
+def _in_words(cells: Sequence[str]) -> np.ndarray | None:
+    """Dates that can be read in one way alone: 2006/09/26, Sep 26 2006, or 26.09.2006 among days after the twelfth."""
+    import pandas
+
+    words, found = [cell.strip() for cell in cells], {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the day comes first
+        guess = pandas.tseries.api.guess_datetime_format
+        forms = {guess(words[0], dayfirst=first) for first in (False, True)} if words else set()
+    for form in forms - {None}:
+        if form.startswith("%Y") and "%d" in form and form.index("%d") < form.index("%m"):
+            continue  # as nobody writes
+        with contextlib.suppress(ValueError, TypeError):
+            found[form] = pandas.to_datetime(words, format=form).to_numpy("datetime64[us]")
+    return next(iter(found.values())) if len(found) == 1 else None
 
 
 def _compact(cells: Sequence[str]) -> np.ndarray | None:
