@@ -51,6 +51,7 @@ from .data import (
     as_data,
     columns_of,
     joined,
+    like_columns,
     load_again,
     load_dataset,
     read,
@@ -285,6 +286,7 @@ def fit(
     _check_caller(model, guide, loss)
     with _surroundings(seed, select_device(device)) as place, _interruptions() as interrupted:
         data = _of_its_own(as_data(train, model, guide)).to(place)
+        valid = like_columns(train, valid)
         held_out = None if valid is None else _of_its_own(as_data(valid, model, guide)).to(place)
         loss = _loss(loss)
         optimizer = functools.partial(torch.optim.Adam, lr=1e-3, fused=True) if optimizer is None else optimizer
@@ -387,9 +389,12 @@ def load_run(path: Path | str, *, model: Any = None, guide: Any = None, device: 
 
 
 def _schema(data: Data, held_out: Data | None, columns: Sequence[str] | None) -> Schema:
-    """The record that a split has, or one of tensors."""
-    if isinstance(data, Split) and data.schema is not None:
-        return data.schema
+    """The record that a split has, of what is trained on and validated on in fact; or one of tensors."""
+    if isinstance(data, Split) and data.schema is not None and data.checksums is not None:
+        valid = getattr(held_out, "checksums", None)
+        valid = data.checksums[:0] if valid is None else valid
+        test = data.schema.others(data.checksums, valid)
+        return dataclasses.replace(data.schema, checksums={"train": data.checksums, "valid": valid, "test": test})
     parts = {"train": data.args} | ({} if held_out is None else {"valid": held_out.args})
     return Schema.of_tensors(parts, columns)
 

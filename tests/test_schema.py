@@ -14,7 +14,7 @@ from PIL import Image
 
 from pyro_vae import checkpoint, defaults_for, fit, load_dataset, load_run
 from pyro_vae.cli import main
-from pyro_vae.data import Schema, SchemaWarning, load_again, read, rows_of, save_table
+from pyro_vae.data import Schema, SchemaWarning, joined, load_again, read, rows_of, save_table
 from pyro_vae.data.schema import row_checksums
 from pyro_vae.guides import AmortizedGuide
 from pyro_vae.models import VAE, LinearVAE, likelihoods
@@ -299,6 +299,48 @@ def test_the_file_has_changed(tmp_path, capsys):
     assert "expected rows of the test split" in capsys.readouterr().err
 
 
+def test_splits_of_the_user_s_own(tmp_path, capsys):
+    """What is trained on is recorded as such, whatever split it was of."""
+    path = written(tmp_path / "t.csv", rows(100))
+    dataset = load_dataset(path)
+    model = LinearVAE((3,), 1)
+    train = rows_of(joined([dataset.train, dataset.valid]), list(range(0, 90, 2)))
+    fit(model, AmortizedGuide(model, MLP((8,))), train, epochs=1, out=tmp_path / "run", progress=False)
+    run = load_run(tmp_path / "run")
+    assert {part: len(sums) for part, sums in run.schema.checksums.items()} == {"train": 45, "valid": 0, "test": 55}
+    part = run.read(path)
+    assert set(part.ids[part.parts == "train"]) == set(train.ids)
+    own, warned = said(run.dataset)
+    assert warned == [] and set(own.train.ids) == set(train.ids)
+    assert (len(own.valid), len(own.test)) == (7, 48)  # the file's own validation rows, as none were told
+    assert (
+        main(["evaluate", str(run.path), "--num_samples", "2"]) == 0
+        and "test split: 48 data" in capsys.readouterr().out
+    )
+    fit(
+        model, AmortizedGuide(model, MLP((8,))), joined([dataset.train, dataset.test]), valid=dataset.valid,
+        epochs=1, out=tmp_path / "all", progress=False,
+    )  # fmt: skip
+    assert main(["evaluate", str(tmp_path / "all"), "--num_samples", "2"]) == 2
+    assert "expected rows that the run was not trained on" in capsys.readouterr().err
+
+
+def test_validation_frames_are_matched_by_name(tmp_path):
+    frame = pandas.DataFrame(rows(40) / SCALE, columns=NAMES)
+    bounds = []
+    for valid in (frame[:10], frame[["c", "a", "b"]][:10].assign(more=1.0)):
+        torch.manual_seed(0)
+        model = LinearVAE((3,), 1)
+        run = fit(
+            model, AmortizedGuide(model, MLP((4,))), frame[10:], valid=valid, epochs=1, out=tmp_path / str(len(bounds)),
+            progress=False,
+        )  # fmt: skip
+        bounds.append(run.history[0]["valid"])
+    assert bounds[0] == bounds[1]
+    with pytest.raises(ValueError, match="expected the columns of the training, a, b, c, in the validation frame, got"):
+        fit(model, AmortizedGuide(model), frame, valid=frame[["a", "b"]], epochs=1, out=tmp_path / "none")
+
+
 def test_rows_of_the_training_are_no_test_rows(on_a_table, tmp_path, capsys):
     run, dataset, path = on_a_table
     some = np.concatenate([rows(100)[dataset.train.ids.astype(int)[:20]], rows(7, seed=9)])
@@ -496,7 +538,7 @@ def test_scores_as_a_table(on_a_table, tmp_path):
 
 
 def test_found_files(tmp_path, capsys):
-    """What files of others had: ids that are words, columns that were dropped, a packed file, few dates with slashes."""
+    """What files of others had: words as ids, columns that were dropped, a packed file, few dates with slashes."""
     x = rows(60)
     days = pandas.date_range("2012-01-01", periods=60).strftime("%Y/%m/%d")
     path = written(tmp_path / "t.csv.gz", x, who=[f"w{i}" for i in range(60)], word=["a", "b"] * 30, day=days)

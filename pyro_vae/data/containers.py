@@ -20,7 +20,18 @@ from ..sources import is_frame, kind_of
 from ..sources.times import padded
 from .schema import Choice, Schema
 
-__all__ = ["Data", "Dataset", "Split", "as_data", "bernoulli", "columns_of", "joined", "rows_of", "tensor_of"]
+__all__ = [
+    "Data",
+    "Dataset",
+    "Split",
+    "as_data",
+    "bernoulli",
+    "columns_of",
+    "joined",
+    "like_columns",
+    "rows_of",
+    "tensor_of",
+]
 
 NUM_BUCKETS = 4  # of lengths of sequences: each is a compiled step
 
@@ -203,6 +214,7 @@ class Split(Data):
         times: (N, T), numbers or dates (datetime64) of the steps of a `.csv` of sequences, or None.
         parts: (N,), of data that were read for a run: the split that each datum was in at its training, "test" of those
             that it has not seen; else None.
+        checksums: (N,), of the rows, by which a run knows what it was trained on.
     """
 
     name: str = "train"
@@ -212,6 +224,7 @@ class Split(Data):
     latents: Tensor | None = None
     times: np.ndarray | None = None
     parts: np.ndarray | None = None
+    checksums: np.ndarray | None = None
 
     @property
     def source(self) -> dict[str, Any] | None:
@@ -370,6 +383,8 @@ def joined(splits: Sequence[Split]) -> Split:
         ids=np.concatenate(known("ids")) if known("ids") else None,
         latents=together(known("latents")) if known("latents") else None,
         times=np.concatenate([padded(times, T) for times in known("times")]) if known("times") else None,
+        parts=None,
+        checksums=np.concatenate(known("checksums")) if known("checksums") else None,
         binarize=None,
         name="all",
     )
@@ -394,6 +409,7 @@ def rows_of(split: Split, rows: list[int]) -> Split:
         latents=None if split.latents is None else split.latents[rows],
         times=None if split.times is None else split.times[rows],
         parts=None if split.parts is None else split.parts[rows],
+        checksums=None if split.checksums is None else split.checksums[rows],
     )
 
 
@@ -426,6 +442,23 @@ def columns_of(data: Any) -> tuple[str, ...] | None:
     """The names of the columns of a pandas frame, alone or first in a tuple."""
     first = data[0] if isinstance(data, tuple) and data else data
     return tuple(str(name) for name in first.columns) if is_frame(first) else None
+
+
+def like_columns(train: Any, other: Any) -> Any:
+    """A frame with the columns of the one that is trained on, by their names; all else as it is.
+
+    Raises:
+        ValueError: columns that are missing.
+    """
+    names = columns_of(train)
+    if names is None or not is_frame(train) or not is_frame(other):
+        return other
+    if absent := [name for name in train.columns if name not in other.columns]:
+        raise ValueError(
+            f"expected the columns of the training, {', '.join(names)}, in the validation frame, got none called "
+            f"{', '.join(map(repr, absent))}: add them"
+        )
+    return other[list(train.columns)]
 
 
 def tensor_of(value: Any) -> Any:

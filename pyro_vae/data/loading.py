@@ -192,7 +192,9 @@ def load_again(schema: Schema) -> Dataset:
     seed, parts = arguments.get("seed", 0), ("train", "valid", "test")
     counted = None if source.lengths is None else _counted(source)
     everything = torch.arange(len(source.x))
-    _, sums = _split(schema, source, everything, counted, "all", 0)
+    sums = _split(schema, source, everything, counted, "all", 0).checksums
+    assert sums is not None
+    rows: list[Tensor] = []
     if len(sums) == sum(map(len, schema.checksums.values())):
         rows = _division(source, arguments.get("split"), seed, schema.name)
         now = [sums[each.numpy()] for each in rows]
@@ -202,14 +204,21 @@ def load_again(schema: Schema) -> Dataset:
     new, gone = int((found == "").sum()), sum(map(len, schema.checksums.values())) - int((found != "").sum())
     found[found == ""] = "test"
     where = arguments["name_or_path"]
+    if rows and not len(schema.checksums["valid"]):  # as the user divided the data otherwise
+        found[rows[1].numpy()] = np.where(found[rows[1].numpy()] == "test", "valid", found[rows[1].numpy()])
     for part in parts:
+        if not (found == part).any() and part == "test" and not new and not gone:
+            raise ValueError(
+                f"expected rows that the run was not trained on in {where}, got none: name other data (--data)"
+            )
         if not (found == part).any():
             raise ValueError(
                 f"expected rows of the {part} split in {where}, which has changed since the training, got none: put "
                 "the file back, or name other data (--data)"
             )
-    told = f"{_rows(new)} new, and count{'s' * (new == 1)} as test rows; {_rows(gone)} gone"
-    warnings.warn(f"{where} has changed since the training: {told}", SchemaWarning, stacklevel=3)
+    if new or gone:
+        told = f"{_rows(new)} new, and count{'s' * (new == 1)} as test rows; {_rows(gone)} gone"
+        warnings.warn(f"{where} has changed since the training: {told}", SchemaWarning, stacklevel=3)
     rows = [_as_recorded(schema.checksums[part], sums, np.flatnonzero(found == part)) for part in parts]
     return _dataset(schema, source, rows, seed)
 
@@ -267,8 +276,9 @@ def read(schema: Schema, data: Any, **options: Any) -> Split:
     counted = None if source.lengths is None else _counted(source)
     seed = dict(schema.source or {}).get("seed", 0)
     everything = torch.arange(len(source.x))
-    whole, sums = _split(schema, source, everything, counted, "all", 3 * seed + 2 if schema.binarize == "static" else 2)
-    parts = schema.parts_of(sums)
+    whole = _split(schema, source, everything, counted, "all", 3 * seed + 2 if schema.binarize == "static" else 2)
+    assert whole.checksums is not None
+    parts = schema.parts_of(whole.checksums)
     if source.sizes is not None:
         own = np.repeat(("train", "valid", "test"), source.sizes)[np.argsort(source.order.numpy())]
         parts = np.where(parts == "", own, parts)
@@ -439,14 +449,13 @@ def _dataset(schema: Schema, source: Source, rows: Sequence[Tensor], seed: int) 
     for name, own, drawn in zip(("train", "valid", "test"), rows, seeds, strict=True):
         parts[name] = _split(schema, source, own, counted, name, drawn)
     if not schema.checksums:
-        schema = replace(schema, checksums={name: sums for name, (_, sums) in parts.items()})
-    splits = {name: replace(split, schema=schema) for name, (split, _) in parts.items()}
+        sums = {name: split.checksums for name, split in parts.items() if split.checksums is not None}
+        schema = replace(schema, checksums=sums)
+    splits = {name: replace(split, schema=schema) for name, split in parts.items()}
     return Dataset(schema.name, **splits, event_shape=torch.Size(schema.event_shape), schema=schema)
 
 
-def _split(
-    schema: Schema, source: Source, rows: Tensor, counted: Tensor | None, name: str, seed: int | None
-) -> tuple[Split, np.ndarray]:
+def _split(schema: Schema, source: Source, rows: Tensor, counted: Tensor | None, name: str, seed: int | None) -> Split:
     """These rows in the units of the schema, and their checksums. Intensities are made 0 or 1 by `seed`, or where it is
     None when batches are drawn."""
     sums = np.empty(len(rows), dtype=np.uint64)
@@ -475,9 +484,10 @@ def _split(
         binarize="dynamic" if schema.binarize != "none" and seed is None else None,
         ids=rows.numpy() if source.ids is None else source.ids[rows.numpy()],
         schema=schema,
+        checksums=sums,
         **of_steps,
     )
-    return split, sums
+    return split
 
 
 def _converted(schema: Schema, source: Source, x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import platform
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -263,6 +264,20 @@ class Schema:
         named = None if columns is None else tuple(Column(name, "real") for name in columns)
         sums = {part: row_checksums(*tensors) for part, tensors in splits.items()}
         return cls("tensors", tuple(x.shape[1:]), named, checksums=sums)
+
+    def others(self, train: np.ndarray, valid: np.ndarray) -> np.ndarray:
+        """The checksums of the rows that are left when these are taken away: of rows that are alike as many are."""
+        taken = Counter([*train.tolist(), *valid.tolist()])
+        left: list[int] = []
+        for part in PARTS:
+            kept = []
+            for row in self.checksums.get(part, np.empty(0, np.uint64)).tolist():
+                if taken[row]:
+                    taken[row] -= 1
+                else:
+                    kept.append(row)
+            left = kept + left  # the test rows first
+        return np.array(left, dtype=np.uint64)
 
     def parts_of(self, checksums: np.ndarray) -> np.ndarray:
         """(N,), the split that each row was in, "" for rows that are new. Of rows that are alike as many count as
