@@ -87,6 +87,7 @@ data:
                        year,quarter: times in several columns; --data.inputs COLUMN,COLUMN act on the latents;
                        with --data.every D (h, MS, 2, ...) absent times are steps without values
   --data.size 32|32x24 resize the images of a folder    --data.max_gb N   what a file may take in memory (2)
+  --data.array X, --data.channels last       which array of a .npz, and where its channels are
   --data.download      fetch a named data set          --data.root DIR   where the named data sets are
   --data.split [0.8,0.1,0.1], --data.seed N  another division into train, valid and test
 
@@ -103,8 +104,7 @@ what is trained (--model.help, --guide.help, ... list the classes and their opti
 training:
   --epochs N (200)     passes over the data            --batch_size N (100)
   --patience N (30)    stop after N epochs without a better validation bound, keep the best; null: never
-  --clip_norm X        clip the gradient's norm        --seed N (0)
-  --device D (auto)    auto is CUDA where there is one
+  --clip_norm X        clip the gradient's norm        --seed N (0), --device D (auto: CUDA if there is one)
   --compile true|false the step as one compiled graph, or eager; by default compiled from 5,000 steps on
   --evaluate.num_samples N   draws per datum for the test scores (1000; on large data fewer, 50 or more)
   --out DIR            the run's directory (runs/0001 and so on); --overwrite to write into a full one

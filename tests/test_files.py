@@ -86,6 +86,27 @@ def test_cameras_that_were_turned(orientation, tmp_path):
     assert ("turned as EXIF tells" in data.description) == (orientation != 1)
 
 
+def test_which_array_and_where_its_channels_are(tmp_path):
+    """What is found out can be told: also of the very pictures that look otherwise."""
+    wide = RNG.random((12, 6, 5, 3)).astype(np.float32)
+    np.savez(tmp_path / "two.npz", x=wide[..., 0], other=wide)
+    named = load_dataset(tmp_path / "two.npz", array="other", channels="last")
+    assert torch.equal(in_order(named), torch.from_numpy(wide).movedim(-1, 1)) and "last" not in named.description
+    first = load_dataset(tmp_path / "two.npz", array="other", channels="first")
+    assert torch.equal(in_order(first), torch.from_numpy(wide))
+    assert load_dataset(**named.train.source).event_shape == (3, 6, 5)
+    small = RNG.random((12, 4, 4, 2))
+    assert load_dataset(small, channels="last").event_shape == (2, 4, 4)
+    for options, message in (
+        ({"array": "z"}, r"expected array= \(--data.array\) as one of \['x', 'other'\]"),
+        ({"channels": "middle"}, "expected channels= .* to be 'first' or 'last', got 'middle'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_dataset(tmp_path / "two.npz", **options)
+    with pytest.raises(ValueError, match="expected a .npz file for array="):
+        load_dataset("digits", array="x")
+
+
 def test_pictures_of_16_bits(tmp_path):
     deep = RNG.integers(0, 65536, (12, 6, 5), dtype=np.uint16)
     folder = tmp_path / "im"

@@ -243,6 +243,31 @@ def test_bernoulli_and_continuous_bernoulli_baselines():
     assert independent_baseline(model, binary).value == pytest.approx(exact, abs=1e-9)
 
 
+def test_baselines_of_counts():
+    """Each column's own negative binomial or Poisson, by SciPy's density and optimiser."""
+    generator = np.random.default_rng(0)
+    x = np.stack([generator.negative_binomial(n, 0.3, 90) for n in (1, 4, 40)], 1)
+    data = dataset_of(torch.from_numpy(x).float())
+    train, test = (split.x.double().numpy() for split in (data.train, data.test))
+    mean = (train.sum(0) + train.mean()) / (len(train) + 1)
+    exact = 0.0
+    for d, m in enumerate(mean):
+
+        def log_prob(log_n, values, m=m):
+            n = math.exp(log_n)
+            return scipy.stats.nbinom.logpmf(values, n, n / (n + m))
+
+        found = scipy.optimize.minimize_scalar(
+            lambda log_n, d=d, log_prob=log_prob: -log_prob(log_n, train[:, d]).sum(), bounds=(-5, 15), method="bounded"
+        )
+        exact += log_prob(found.x, test[:, d]).mean()
+    model = VAE((3,), 2, likelihood=likelihoods.NegativeBinomial())
+    assert independent_baseline(model, data).value == pytest.approx(exact, abs=1e-4)
+    poisson = scipy.stats.poisson.logpmf(test, mean).sum(1).mean()
+    model = VAE((3,), 2, likelihood=likelihoods.Poisson())
+    assert independent_baseline(model, data).value == pytest.approx(poisson, rel=1e-9)
+
+
 def test_a_model_worse_than_the_baseline_is_told_so(digits):
     for value, told in ((-1000.0, True), (-10.0, False)):
         scores = dataclasses.replace(digits.scores, log_evidence=Estimate(value, 1.0))

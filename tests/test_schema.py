@@ -86,6 +86,8 @@ def test_the_record_in_full(tmp_path):
     assert again.to_json() == schema.to_json() and again.columns == schema.columns
     assert all(np.array_equal(again.checksums[part], schema.checksums[part]) for part in schema.checksums)
     assert Schema.from_state(schema.state_dict(), "here").to_json() == schema.to_json()
+    assert schema.scale.tolist() == [each["scale"] for each in table["columns"]]  # in double precision
+    assert schema.location.tolist() == [each["location"] for each in table["columns"]]
 
 
 def test_foreign_and_later_records(tmp_path):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..sources import NAMED, SIXTEEN_BIT, Choice, Columns, Source, column_name, find, is_table
+from ..sources import NAMED, SIXTEEN_BIT, Arrays, Choice, Columns, Source, column_name, find, is_table
 from .containers import Dataset, Split, bernoulli
 from .schema import KINDS, Column, Kind, Schema, SchemaWarning, row_checksums
 
@@ -50,6 +50,8 @@ def load_dataset(
     comment: str | None = None,
     divisor: float | None = None,
     size: int | str | Sequence[int] | None = None,
+    channels: Literal["first", "last"] | None = None,
+    array: str | None = None,
     max_gb: float = 2.0,
     seed: int = 0,
 ) -> Dataset:
@@ -113,6 +115,8 @@ def load_dataset(
         comment: what its lines begin with that are no rows, such as "%"; "" where every line is a row, also one that
             begins with "#".
         size: of the images of a folder, which are resized to it: 32, "32x24", or (32, 24) for height and width.
+        channels: "first" or "last", where an array of pictures has them; by default it is found out, and told.
+        array: which one of a `.npz` holds the data.
         max_gb: what a file may take in memory, as far as it announces it; more is refused.
         seed: of the split's permutation and of static binarisation, and of nothing else.
 
@@ -144,6 +148,8 @@ def load_dataset(
         raise ValueError(f"expected max_gb > 0, got {max_gb}: give the gigabytes that data may take")
     if divisor is not None and not 0 < divisor < math.inf:
         raise ValueError(f"expected divisor > 0, got {divisor}: give what intensities are divided by, or 1")
+    if channels not in (None, "first", "last"):
+        raise ValueError(f"expected channels= (--data.channels) to be 'first' or 'last', got {channels!r}: choose one")
     kinds = _kinds(kind)
     form: dict[str, Any] = {
         "header": header,
@@ -153,7 +159,8 @@ def load_dataset(
         "comment": comment,
     }
     named_columns = Columns(label, id, time, tuple(inputs), window, every, tuple(columns), tuple(drop), **form)
-    name, source = find(name_or_path, root, download, named_columns, _height_and_width(size), max_gb)
+    arrays = Arrays(_height_and_width(size), channels, array, max_gb)
+    name, source = find(name_or_path, root, download, named_columns, arrays)
     known = isinstance(name_or_path, str) and name_or_path in NAMED
     arguments: dict[str, Any] | None = None
     if isinstance(name_or_path, str | os.PathLike):
@@ -163,7 +170,12 @@ def load_dataset(
         named |= {"window": window, "every": every, "max_gb": None if max_gb == 2 else max_gb}
         named |= {"columns": list(columns) or None, "drop": list(drop) or None, **form}
         named |= {"kind": [f"{column}={what}" for column, what in kinds.items()] or None}
-        named |= {"standardize": None if standardize else False, "divisor": divisor}
+        named |= {
+            "standardize": None if standardize else False,
+            "divisor": divisor,
+            "channels": channels,
+            "array": array,
+        }
         named |= {"size": size if size is None or isinstance(size, int | str) else list(size)}
         arguments |= {key: value for key, value in named.items() if value is not None}
         arguments |= {"root": _absolute(root)} if root else {}
@@ -236,7 +248,18 @@ def _as_recorded(recorded: np.ndarray, sums: np.ndarray, rows: np.ndarray) -> Te
     return torch.from_numpy(rows[np.argsort(at, kind="stable")])
 
 
-READING = ("label", "id", "time", "inputs", "window", "every", "size", "root")  # what other files have alike
+READING = (
+    "label",
+    "id",
+    "time",
+    "inputs",
+    "window",
+    "every",
+    "size",
+    "channels",
+    "array",
+    "root",
+)  # what other files have alike
 FORM = ("header", "separator", "decimal", "encoding", "comment")  # how a table is written
 OPTIONS = ("download", "max_gb", *FORM)
 
@@ -303,12 +326,16 @@ def _read(schema: Schema, data: Any, options: Mapping[str, Any]) -> tuple[str, S
     of_table = not is_path or is_table(data)
     if not of_table:
         columns = Columns()
-    size, max_gb = _height_and_width(asked.get("size")), asked.get("max_gb", 2.0)
+    arrays = Arrays(_height_and_width(asked.get("size")), asked.get("channels"), None, asked.get("max_gb", 2.0))
     if is_path and not Path(data).expanduser().is_dir():
-        size = None
+        arrays = arrays._replace(size=None)
+    if is_path and Path(data).suffix.lower() == ".npz":
+        arrays = arrays._replace(array=asked.get("array"))
+    if of_table or (is_path and Path(data).expanduser().is_dir()) or data in NAMED:
+        arrays = arrays._replace(channels=None)
     root, download = asked.get("root"), asked.get("download", False)
     try:
-        name, source = find(data, root, download, columns, size, max_gb, least=1)
+        name, source = find(data, root, download, columns, arrays, least=1)
     except FileNotFoundError as error:
         if not same:
             raise

@@ -125,12 +125,15 @@ class Schema:
     @cached_property
     def location(self) -> Tensor | None:
         """(D,), float64; None where values are not standardised."""
-        return None if self._as_they_are else torch.tensor([c.location for c in self.columns or ()]).double()
+        return None if self._as_they_are else self._of_columns("location")
 
     @cached_property
     def scale(self) -> Tensor | None:
         """(D,), float64; None where values are not standardised."""
-        return None if self._as_they_are else torch.tensor([c.scale for c in self.columns or ()]).double()
+        return None if self._as_they_are else self._of_columns("scale")
+
+    def _of_columns(self, name: str) -> Tensor:
+        return torch.tensor([getattr(column, name) for column in self.columns or ()], dtype=torch.float64)
 
     @property
     def _as_they_are(self) -> bool:

@@ -12,6 +12,7 @@ from pyro import poutine
 from torch import Tensor
 
 from ..data import Dataset
+from ..distributions.discrete import NegativeBinomial, Poisson
 from ..evaluation import Estimate, Evaluation, isolated, of_steps
 from ..log_weights import samples
 from .charts import counted
@@ -60,9 +61,9 @@ def independent_baseline(model: Callable, dataset: Dataset) -> Estimate | None:
     Every pixel or column stands on its own: ``p(x) = prod_d f(x_d; theta_d)``, f of the model's family
     p(x|z), with theta_d fitted to the training data and to one more datum, the overall average, so that no
     value that training lacks is impossible. With m and v for averages over all d, ``m_d = (sum_n x_nd + m) /
-    (N + 1)`` is the mean of a Bernoulli, Binomial, continuous Bernoulli (its logits within +-15.9, as in
-    float32) or normal, and ``(sum_n (x_nd - m_d)^2 + v) / (N + 1)`` the normal's variance. None for other
-    families.
+    (N + 1)`` is the mean of a Bernoulli, Binomial, Poisson, negative binomial, continuous Bernoulli (its logits
+    within +-15.9, as in float32) or normal, and ``(sum_n (x_nd - m_d)^2 + v) / (N + 1)`` the normal's variance; a
+    negative binomial's count of failures is the most likely one between e^-5 and e^15. None for other families.
 
     Example:
         >>> from pyro_vae import load_dataset
@@ -88,6 +89,10 @@ def independent_baseline(model: Callable, dataset: Dataset) -> Estimate | None:
             squares = (train - mean).square()
             variance = (squares.nansum(0) + squares.nanmean()) / count
             fitted = torch.distributions.Normal(mean, variance.sqrt())
+        case "Poisson":
+            fitted = Poisson(mean.log())
+        case "NegativeBinomial":
+            fitted = NegativeBinomial(mean.log(), _log_total_count(train, mean.log()))
         case _:
             return None
     there = dataset.test.counted.cpu() & ~test.isnan()
@@ -106,6 +111,24 @@ def _continuous_bernoulli_logits(mean: Tensor) -> Tensor:
         middle = (low + high) / 2
         expected = torch.where(middle.abs() > 1e-3, -1 / torch.expm1(-middle) - 1 / middle, 0.5 + middle / 12)
         low, high = torch.where(expected < mean, middle, low), torch.where(expected < mean, high, middle)
+    return (low + high) / 2
+
+
+def _log_total_count(train: Tensor, log_mean: Tensor) -> Tensor:
+    """ln n_d at which the training rows are most probable, given their means: by golden sections, as ln p rises and
+    falls once."""
+    low, high = torch.full_like(log_mean, -5.0), torch.full_like(log_mean, 15.0)
+
+    def total(log_count: Tensor) -> Tensor:
+        parts = [NegativeBinomial(log_mean, log_count).log_prob(rows.nan_to_num()) for rows in train.split(10_000)]
+        gaps = [rows.isnan() for rows in train.split(10_000)]
+        return torch.stack([torch.where(gap, 0.0, part).sum(0) for part, gap in zip(parts, gaps, strict=True)]).sum(0)
+
+    share = (math.sqrt(5) - 1) / 2
+    for _ in range(40):
+        left, right = high - share * (high - low), low + share * (high - low)
+        rises = total(left) < total(right)
+        low, high = torch.where(rises, left, low), torch.where(rises, high, right)
     return (low + high) / 2
 
 

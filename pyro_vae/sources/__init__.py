@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .base import Choice, Columns, Source, column_name, kind_of
+from .base import Arrays, Choice, Columns, Source, column_name, kind_of
 from .files import (
     OF_STEPS,
     SIXTEEN_BIT,
@@ -33,6 +33,7 @@ from .sequences import polyphonic, simulated, sp500
 __all__ = [
     "NAMED",
     "SIXTEEN_BIT",
+    "Arrays",
     "Choice",
     "Columns",
     "Source",
@@ -94,16 +95,16 @@ def find(
     root: str | os.PathLike[str] | None,
     download: bool,
     columns: Columns,
-    size: tuple[int, int] | None = None,
-    max_gb: float = 2.0,
+    arrays: Arrays,
     least: int = 10,
 ) -> tuple[str, Source]:
     """The name and the raw contents of a source, of at least so many rows."""
+    size, channels, _, max_gb = arrays
     if is_frame(name_or_path):
         return "frame", checked(of_table(of_frame(name_or_path), columns), "the frame", least)
     if isinstance(name_or_path, np.ndarray | torch.Tensor):
         array = np.asarray(name_or_path.detach().cpu() if torch.is_tensor(name_or_path) else name_or_path)
-        return "array", checked(of_array(array, "the array"), "the array", least)
+        return "array", checked(of_array(array, "the array"), "the array", least, channels)
     if not isinstance(name_or_path, str | os.PathLike):
         raise ValueError(f"expected a data set's name or a path, got {kind_of(name_or_path)}: pass one of {_names()}")
     text = os.fspath(name_or_path)
@@ -113,8 +114,10 @@ def find(
             raise ValueError(
                 f"expected a .csv file for {option}={column!r}, got {text!r}: leave {option}= (--data.{option}) out"
             )
-    if size is not None and text in NAMED:
-        raise ValueError(f"expected a folder of images for size= (--data.size), got {text!r}: leave it out")
+    pictures = {"size": "a folder of images", "channels": "an array of pictures", "array": "a .npz file"}
+    for option, wanted in pictures.items():
+        if getattr(arrays, option) is not None and text in NAMED:
+            raise ValueError(f"expected {wanted} for {option}= (--data.{option}), got {text!r}: leave it out")
     if text in NAMED:
         root = Path(root or os.environ.get("PYRO_VAE_DATA") or "~/.cache/pyro_vae").expanduser()
         return text, NAMED[text](root, download)
@@ -125,13 +128,15 @@ def find(
         raise (FileNotFoundError if path.suffix or len(path.parts) > 1 else ValueError)(message)
     readers: dict[str, Callable[[Path], Source]] = {
         ".npy": partial(read_npy, max_gb=max_gb),
-        ".npz": partial(read_npz, max_gb=max_gb),
+        ".npz": partial(read_npz, arrays=arrays),
         ".pt": partial(read_pt, max_gb=max_gb),
         ".csv": partial(read_csv, columns=columns),
     }
     suffix = ".csv" if is_table(path) else path.suffix.lower()
-    if size is not None and not path.is_dir():
-        raise ValueError(f"expected a folder of images for size= (--data.size), got {text!r}: leave it out")
+    fits = {"size": path.is_dir(), "channels": suffix in (".npy", ".npz", ".pt"), "array": suffix == ".npz"}
+    for option, wanted in pictures.items():
+        if getattr(arrays, option) is not None and not fits[option]:
+            raise ValueError(f"expected {wanted} for {option}= (--data.{option}), got {text!r}: leave it out")
     if path.is_dir():
         source = read_images(path, size, max_gb)
     elif suffix not in readers:
@@ -144,4 +149,5 @@ def find(
     else:
         source = readers[suffix](path)
     name = path.name if path.is_dir() else path.stem
-    return name.removesuffix(".csv").removesuffix(".tsv") if suffix == ".csv" else name, checked(source, path, least)
+    name = name.removesuffix(".csv").removesuffix(".tsv") if suffix == ".csv" else name
+    return name, checked(source, path, least, channels)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "Arrays",
     "Choice",
     "Columns",
     "Source",
@@ -51,6 +52,22 @@ class Columns(NamedTuple):
     comment: str | None = None
     expected: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
+
+
+class Arrays(NamedTuple):
+    """How pictures and arrays are to be read, as far as that is not found out.
+
+    Args:
+        size: height and width that the images of a folder are resized to.
+        channels: "first" or "last", of arrays of pictures.
+        array: which one of a .npz.
+        max_gb: what a file may take in memory.
+    """
+
+    size: tuple[int, int] | None = None
+    channels: str | None = None
+    array: str | None = None
+    max_gb: float = 2.0
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base import Choice, Columns, Source, column_name, first_line, kind_of, number
+from .base import Arrays, Choice, Columns, Source, column_name, first_line, kind_of, number
 from .tables import Table, is_missing, read_table
 from .times import late, on_grid, padded, read_times, written
 
@@ -81,13 +81,14 @@ def of_array(array: np.ndarray, path: Path | str, labels: Tensor | None = None, 
     return Source(_from_numpy(array, path), labels, classes=classes)
 
 
-def read_npz(path: Path, max_gb: float) -> Source:
+def read_npz(path: Path, arrays: Arrays) -> Source:
+    max_gb = arrays.max_gb
     if not zipfile.is_zipfile(path):
         raise ValueError(f"expected arrays in {path}, got a foreign or truncated file: write it with numpy.savez")
     try:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as archive:
             names = list(archive.files)
-            data, label = _names_in(names, path)
+            data, label = _names_in(names, path, arrays.array)
             of_steps = [each for each in OF_STEPS if each in names]
             wanted = [name for name in (data, label, *of_steps) if name is not None]
             sizes = {info.filename.removesuffix(".npy"): info.file_size for info in archive.zip.infolist()}
@@ -95,31 +96,34 @@ def read_npz(path: Path, max_gb: float) -> Source:
                 _check_size(path, f"the array {name}", sizes[name], max_gb)
                 with archive.zip.open(f"{name}.npy" if f"{name}.npy" in archive.zip.namelist() else name) as file:
                     _check_size(path, f"the array {name}", _announced(file, path), max_gb)
-            arrays = {name: archive[name] for name in wanted}
+            read = {name: archive[name] for name in wanted}
     except Exception as error:
         if isinstance(error, ValueError) and str(error).startswith("expected"):
             raise
         raise _unreadable(path, error) from error
-    labels, classes = _labels(arrays[label], path) if label is not None else (None, None)
+    labels, classes = _labels(read[label], path) if label is not None else (None, None)
     if of_steps:
-        source = _sequences(_from_numpy(arrays[data], path), labels, classes, arrays, path)
+        source = _sequences(_from_numpy(read[data], path), labels, classes, read, path)
     else:
-        source = of_array(arrays[data], path, labels, classes)
+        source = of_array(read[data], path, labels, classes)
     unused = [name for name in names if name not in wanted]
-    told = [Choice(f"{data} read", "")] if data != "x" and len(names) > 1 else []
+    guessed = data != "x" and len(names) > 1 and arrays.array is None
+    told = [Choice(f"{data} read", "data.array NAME")] if guessed else []
     told += [Choice(f"{', '.join(unused)} not used", "")] if unused else []
     return replace(source, choices=tuple(told))
 
 
-def _names_in(names: Sequence[str], path: Path) -> tuple[str, str | None]:
+def _names_in(names: Sequence[str], path: Path, given: str | None) -> tuple[str, str | None]:
     """Which array of a .npz are the data, and which the labels."""
+    if given is not None and given not in names:
+        raise ValueError(f"expected array= (--data.array) as one of {names} of {path}, got {given!r}: correct it")
     labels = {"x": ("labels", "y"), "X": ("y", "labels"), "x_train": ("y_train",), "data": ("labels", "target", "y")}
     others = [name for name in names if name not in ("labels", "y", "target", *OF_STEPS)]
-    data = next((name for name in labels if name in names), others[0] if len(others) == 1 else None)
+    data = given or next((name for name in labels if name in names), others[0] if len(others) == 1 else None)
     if data is None:
         raise ValueError(
             f"expected an array x (or {', '.join([*labels][1:])}), or one array only, in {path}, got {others}: name "
-            "the data x"
+            "the data x, or say which by array= (--data.array)"
         )
     return data, next((name for name in labels.get(data, ("labels", "y")) if name in names), None)
 
@@ -609,7 +613,7 @@ def _labels(labels: np.ndarray, where: Path | str) -> tuple[Tensor, tuple[str, .
     return torch.from_numpy(labels.astype(np.int64 if whole else np.float32)), None
 
 
-def checked(source: Source, where: Path | str, least: int = 10) -> Source:
+def checked(source: Source, where: Path | str, least: int = 10, channels: str | None = None) -> Source:
     """The user's own data as a table (N, D), images (N, C, H, W) or sequences (N, T, D), or an error."""
     x = source.x
     if source.lengths is not None:
@@ -622,8 +626,11 @@ def checked(source: Source, where: Path | str, least: int = 10) -> Source:
     if x.ndim == 3:
         x = x[:, None]
     choices = source.choices
-    if x.ndim == 4 and x.shape[3] in (1, 3, 4) and min(x.shape[1:3]) > 4:
-        x, choices = x.movedim(3, 1).contiguous(), (Choice("channels last in the file", "data.channels"), *choices)
+    seem_last = x.ndim == 4 and x.shape[3] in (1, 3, 4) and min(x.shape[1:3]) > 4
+    if x.ndim == 4 and (channels == "last" or (channels is None and seem_last)):
+        x = x.movedim(3, 1).contiguous()
+        told = [] if channels else [Choice("channels last in the file", "data.channels first")]
+        choices = (*told, *choices)
     if len(x) < least:
         why = ", to split them" if least > 1 else ""
         raise ValueError(f"expected at least {least} row{'s'[: least - 1]} in {where}{why}, got {len(x)}: add data")
