@@ -478,9 +478,14 @@ def _fit(options: Options) -> int:
     assert dataset.schema is not None
     found = [choice for choice in dataset.schema.choices if choice.option]
     said = [dataset.schema.summary, *(choice.what for choice in dataset.schema.choices if not choice.option)]
-    print(f"data     {dataset.name}: {', '.join(said)}")
+    print(f"data     {dataset.name}: {', '.join(said)}", flush=True)
     for choice in found:
-        print(f"         {choice.what} (--{choice.option})")
+        if choice.option.startswith(
+            "data.kind"
+        ):  # what decides the likelihood is told where output is thrown away, too
+            print(f"note     {choice.what}, taken for counts (--{choice.option})", file=sys.stderr, flush=True)
+        else:
+            print(f"         {choice.what} (--{choice.option})")
     sizes = ", ".join(f"{split.name} {len(split):,}" for split in (dataset.train, dataset.valid, dataset.test))
     print(f"         {sizes}")
     settings.setdefault("batch_size", batch_size_for(dataset))

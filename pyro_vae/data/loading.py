@@ -595,7 +595,8 @@ def _scaling(source: Source, training: Tensor) -> tuple[float, Choice]:
         return 65535.0 if source.values == SIXTEEN_BIT else 1.0, Choice(source.values, "")
     if _are_whole(training):
         option = "data.kind NAME=real" if source.columns else ""
-        what = "binary values" if low >= 0 and high <= 1 else f"whole numbers {low:.0f} to {high:.0f}"
+        counts = ", taken for counts" if option and low >= 0 else ""
+        what = "binary values" if low >= 0 and high <= 1 else f"whole numbers {low:.0f} to {high:.0f}{counts}"
         return 1.0, Choice(what, option)
     return 1.0, Choice("values in [0, 1]" if low >= 0 and high <= 1 else "real values", "")
 
