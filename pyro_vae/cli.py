@@ -480,10 +480,8 @@ def _fit(options: Options) -> int:
     said = [dataset.schema.summary, *(choice.what for choice in dataset.schema.choices if not choice.option)]
     print(f"data     {dataset.name}: {', '.join(said)}", flush=True)
     for choice in found:
-        if choice.option.startswith(
-            "data.kind"
-        ):  # what decides the likelihood is told where output is thrown away, too
-            print(f"note     {choice.what}, taken for counts (--{choice.option})", file=sys.stderr, flush=True)
+        if choice.option.startswith("data.kind"):  # the likelihood hangs on it: told where output is thrown away, too
+            print(f"note     {choice.what} (--{choice.option})", file=sys.stderr, flush=True)
         else:
             print(f"         {choice.what} (--{choice.option})")
     sizes = ", ".join(f"{split.name} {len(split):,}" for split in (dataset.train, dataset.valid, dataset.test))
