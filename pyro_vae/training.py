@@ -168,8 +168,20 @@ class Run:
         return data
 
     def evaluate(self, data: Any, **options: Any) -> Evaluation:
-        """`pyro_vae.evaluate` of this pair."""
-        return evaluate(self.model, self.guide, self._given(data), **options)
+        """`pyro_vae.evaluate` of this pair.
+
+        Warns:
+            SchemaWarning: rows of a file or frame are among those that the run was trained on.
+        """
+        given = self._given(data)
+        if given is not data and (seen := int((given.parts != "test").sum())):
+            warnings.warn(
+                f"{seen:,} of {len(given):,} rows are of the training or validation split, and scored with the others: "
+                'split = run.read(data), then split.parts == "test" tells which are not',
+                SchemaWarning,
+                stacklevel=2,
+            )
+        return evaluate(self.model, self.guide, given, **options)
 
     def sample(self, num_samples: int, **options: Any) -> Tensor:
         """`pyro_vae.prediction.sample` of this model, given values of its global sites, if any.
@@ -497,9 +509,9 @@ class _State:
     def resume(self, patience: int | None) -> None:
         state = checkpoint.load(self.folder / "last.safetensors")
         if state["data"] != self.data:
-            raise ValueError(
-                f"expected the data that the run was trained on, {state['data']}, got {self.data}: name them"
-            )
+            then, now = (f"{each['rows']:,} rows of shapes {each['shapes']}" for each in (state["data"], self.data))
+            came = now if now != then else "as many with other values"
+            raise ValueError(f"expected the data that the run was trained on, {then}, got {came}: name those")
         if state["position"] and state["order"] != self.order:
             raise ValueError(
                 f"expected {state['order']}, as the run stopped inside an epoch, got {self.order}: keep to those"

@@ -349,6 +349,9 @@ def test_rows_of_the_training_are_no_test_rows(on_a_table, tmp_path, capsys):
     other = written(tmp_path / "other.csv", some)
     part = run.read(other)
     assert part.parts.tolist() == ["train"] * 20 + ["test"] * 7
+    with pytest.warns(SchemaWarning, match="20 of 27 rows are of the training or validation split"):
+        run.evaluate(other, num_samples=2, progress=False)
+    assert said(run.evaluate, dataset.test, num_samples=2, progress=False)[1] == []
     out = tmp_path / "scores.json"
     assert main(["evaluate", str(run.path), "--data", str(other), "--num_samples", "5", "--out", str(out)]) == 0
     told = capsys.readouterr()
