@@ -491,7 +491,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert written["annealed"].keys() == {"value", "standard_error"}
     assert f"annealed  {written['annealed']['value']:.2f} ± " in capsys.readouterr().out
     assert main([*line, "0"]) == 2
-    assert "expected annealing >= 1 temperatures, got 0" in capsys.readouterr().err
+    assert "expected --annealing >= 1, got 0" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------ too few temperatures

@@ -408,7 +408,7 @@ CASES = {
     ),
     "resume other data": (
         f"fit --resume {RUN} --data.split [0.6,0.2,0.2]",
-        r"expected the data.*'rows': 1297.*, got.*: ",
+        r"expected the data.*, 1,297 rows of shapes .*, got 1,079 rows .*: name those",
         keep,
     ),
     "resume a truncated checkpoint": (
