@@ -536,13 +536,18 @@ def _fit(options: Options) -> int:
 
 def _data_to_fit(source: Table, resume: Path | None) -> Dataset:
     """The data set of a configuration; of a run that goes on, its own rows in their units and splits."""
+    from dataclasses import replace
+
     from .checkpoint import load
     from .data import Schema, load_again, load_dataset
 
     path = resume / "checkpoints" / "last.safetensors" if resume is not None else None
     state = load(path) if path is not None else {}
-    if "schema" in state and source == (state["schema"]["table"].get("source") or {}):
-        return load_again(Schema.from_state(state["schema"], str(path)))
+    if "schema" in state:
+        schema = Schema.from_state(state["schema"], str(path))
+        moved = {**schema.source, "name_or_path": source["name_or_path"]}
+        if source == moved:  # also where the file lies elsewhere
+            return load_again(replace(schema, source=moved))
     return load_dataset(**source)
 
 
@@ -587,6 +592,8 @@ def _configuration(options: Options) -> tuple[Table, Path | None]:
             resume = resume.parent / os.readlink(resume)
         files.append(flat(recorded_config(resume, resume / "checkpoints" / "last.safetensors")))
         begun_run(resume)
+        if not any(path.split(".")[0] == "data" for path, _ in (*files[-1], *options)):
+            raise ValueError(f"expected data for {resume}, which was trained on data without a path: add --data PATH")
     own = [(path, value) for path, value in options if path not in ("config", "resume", "print_config")]
     own.sort(key=lambda option: option[0].count("."))
     given = [*(option for file in files for option in file), *own]
@@ -709,7 +716,7 @@ def _sample(
     elif num_steps is not None:
         raise ValueError(f"expected --num_steps for a run on sequences, got {run}, which is none: leave it out")
     if shared := global_sites(loaded.model, **steps):
-        if schema is None or schema.source is None:
+        if schema is None or "name_or_path" not in schema.source:
             raise ValueError(
                 f"expected data for {run}, whose global sites {shared} are drawn by them: train it on a file"
             )
@@ -858,7 +865,8 @@ def _scores(
     _check_out(out, overwrite)
     loaded = _load(run, device)
     part = _part(loaded, data, split)
-    found = scores(loaded.model, loaded.guide, part, num_samples=num_samples, seed=seed)
+    with _notes():
+        found = scores(loaded.model, loaded.guide, part, num_samples=num_samples, seed=seed)
     save_table(out, {"id": found.ids, "log_prob": found.log_prob, "rank": found.rank}, overwrite=True)
     print(f"wrote    {out}")
     print(f"         {found}")
@@ -993,7 +1001,7 @@ def _load(run: Path, device: str) -> Run:
 def _own(run: Run) -> Dataset:
     """The data set that the run was trained on."""
     if run.config.get("data") is None:
-        raise ValueError(f"expected data that {run.path} was trained on, got tensors without a source: add --data PATH")
+        raise ValueError(f"expected data that {run.path} was trained on, got data without a path: add --data PATH")
     with _notes():
         return run.dataset()
 
@@ -1034,7 +1042,7 @@ def _other(run: Run, options: Table) -> Split:
         schema = run.schema
         if schema is None:
             raise ValueError(f"expected a run that knows the units of its data, got {run.path}: it is an earlier one's")
-        own = (schema.source or {}).get("name_or_path")
+        own = schema.source.get("name_or_path")
         options = {"name_or_path": own} | options
         name = options.pop("name_or_path")
         if name is None:

@@ -96,7 +96,7 @@ def forecast(
         raise ValueError(
             f"expected no inputs= (--inputs) for a model without inputs, got {str(inputs)!r}: leave it out"
         )
-    source = split.source or {}
+    source = split.roles
     num_before, every = split.kwargs["lengths"].cpu(), source.get("every")
     series = _series(split) if "window" in source else [np.array([i]) for i in range(len(split))]
     if split.times is not None:
@@ -137,12 +137,13 @@ def forecast(
 def _series(split: Split) -> list[np.ndarray]:
     """The rows of each series that is cut into pieces: those of one id, or all."""
     ids = np.zeros(len(split), dtype=int) if split.ids is None or not _is_named(split) else split.ids
-    return [np.flatnonzero(ids == each) for each in dict.fromkeys(ids.tolist())]
+    found = [np.flatnonzero(ids == each) for each in dict.fromkeys(ids.tolist())]
+    return found if split.times is None else [rows[np.argsort(split.times[rows, 0], kind="stable")] for rows in found]
 
 
 def _is_named(split: Split) -> bool:
     """Whether ids are those of a column, and do not count the pieces."""
-    return "id" in (split.source or {})
+    return "id" in (split.roles)
 
 
 def _ends(split: Split, series: list[np.ndarray], num_steps: int) -> Split:
@@ -182,7 +183,7 @@ def _last(split: Split) -> np.ndarray:
 
 def _to_come(inputs: Any, split: Split, every: str | None) -> tuple[list[int], Tensor, np.ndarray | None]:
     """Which sequences there are inputs for, these (N, H, C), and their times (N, H), if they are known."""
-    source, given = split.source or {}, tensor_of(inputs)
+    source, given = split.roles, tensor_of(inputs)
     path = "inputs" if isinstance(given, Tensor) else Path(inputs)
     if isinstance(path, str) or split.times is None:
         u = given if isinstance(path, str) else read_npy(path).x

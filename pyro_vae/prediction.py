@@ -10,6 +10,7 @@ Data are in the units that the model sees: for the original units of a standardi
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -379,9 +380,10 @@ class Scores:
 
     @cached_property
     def rank(self) -> Tensor:
-        """(N,), 1 for the least probable datum, 2 for the next, up to N."""
+        """(N,), 1 for the least probable datum, 2 for the next, up to N; those without a finite score come first."""
         rank = torch.empty(len(self.log_prob), dtype=torch.long)
-        rank[self.log_prob.argsort(stable=True)] = torch.arange(1, len(rank) + 1)
+        order = self.log_prob.nan_to_num(-math.inf, math.inf, -math.inf).argsort(stable=True)
+        rank[order] = torch.arange(1, len(rank) + 1)
         return rank
 
     def to_frame(self) -> Any:
@@ -417,6 +419,13 @@ def scores(model: Callable, guide: Callable, data: Any, *, num_samples: int = 10
     evaluation = evaluate(model, guide, data, num_samples=num_samples, seed=seed, progress=False)
     log_prob = evaluation.per_datum["log_predictive" if evaluation.global_sites else "log_evidence"]
     ids = getattr(data, "ids", None)
+    if lost := int((~log_prob.isfinite()).sum()):
+        warnings.warn(
+            f"{lost:,} of {len(data):,} data have no finite score, as they are far from what was trained on: they have "
+            "the first ranks",
+            UserWarning,
+            stacklevel=2,
+        )
     return Scores(log_prob.detach().cpu(), np.arange(len(data)) if ids is None else ids)
 
 

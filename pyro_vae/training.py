@@ -55,6 +55,7 @@ from .data import (
     load_again,
     load_dataset,
     read,
+    spans_of,
 )
 from .estimators import ConstrainedELBO, Estimator
 from .evaluation import Evaluation, check_support, evaluate, evaluating, of_the_library
@@ -406,7 +407,12 @@ def _schema(data: Data, held_out: Data | None, columns: Sequence[str] | None) ->
         valid = getattr(held_out, "checksums", None)
         valid = data.checksums[:0] if valid is None else valid
         test = data.schema.others(data.checksums, valid)
-        return dataclasses.replace(data.schema, checksums={"train": data.checksums, "valid": valid, "test": test})
+        sums = {"train": data.checksums, "valid": valid, "test": test}
+        own = {"train": spans_of(data), "valid": spans_of(held_out) if isinstance(held_out, Split) else []}
+        known = {span for spans in own.values() for span in spans}
+        left = [span for part in ("test", "valid", "train") for span in data.schema.spans.get(part, [])]
+        spans = {**own, "test": [span for span in left if span not in known]}
+        return dataclasses.replace(data.schema, checksums=sums, spans=spans if any(spans.values()) else {})
     parts = {"train": data.args} | ({} if held_out is None else {"valid": held_out.args})
     return Schema.of_tensors(parts, columns)
 
@@ -509,9 +515,9 @@ class _State:
     def resume(self, patience: int | None) -> None:
         state = checkpoint.load(self.folder / "last.safetensors")
         if state["data"] != self.data:
-            then, now = (f"{each['rows']:,} rows of shapes {each['shapes']}" for each in (state["data"], self.data))
-            came = now if now != then else "as many with other values"
-            raise ValueError(f"expected the data that the run was trained on, {then}, got {came}: name those")
+            wanted, came = (f"{each['rows']:,} rows of shapes {each['shapes']}" for each in (state["data"], self.data))
+            came = came if came != wanted else "as many with other values"
+            raise ValueError(f"expected the data that the run was trained on, {wanted}, got {came}: name those")
         if state["position"] and state["order"] != self.order:
             raise ValueError(
                 f"expected {state['order']}, as the run stopped inside an epoch, got {self.order}: keep to those"
@@ -537,7 +543,13 @@ class _State:
         self.started -= self.run.history[-1]["seconds"] if self.run.history else 0.0
         self.written = -1
         if "schema" in state:  # units never change
-            self.run.schema = Schema.from_state(state["schema"], str(self.folder / "last.safetensors"))
+            recorded = Schema.from_state(state["schema"], str(self.folder / "last.safetensors"))
+            if "name_or_path" in self.schema.source and self.schema.columns != recorded.columns:
+                raise ValueError(
+                    f"expected data in the units that the run was trained in, got those of {self.schema.name}, which "
+                    "differ: name the data of the training"
+                )
+            self.run.schema = recorded
         self._write_schema()
 
     def step(self, index: Tensor, scale: LatentScale | None) -> None:

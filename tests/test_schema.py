@@ -1,5 +1,6 @@
 """The record of a run: units, columns and splits are those of the training, whatever becomes of the file."""
 
+import dataclasses
 import json
 import warnings
 from collections import Counter
@@ -16,8 +17,8 @@ from pyro_vae import checkpoint, defaults_for, fit, load_dataset, load_run
 from pyro_vae.cli import main
 from pyro_vae.data import Schema, SchemaWarning, joined, load_again, read, rows_of, save_table
 from pyro_vae.data.schema import row_checksums
-from pyro_vae.guides import AmortizedGuide
-from pyro_vae.models import VAE, LinearVAE, likelihoods
+from pyro_vae.guides import AmortizedGuide, StateSpaceGuide
+from pyro_vae.models import VAE, DeepMarkovModel, LinearVAE, likelihoods
 from pyro_vae.nn import MLP
 
 RNG = np.random.default_rng(0)
@@ -515,7 +516,7 @@ def test_data_sets_of_frames_and_arrays(tmp_path):
     for each in (frame, frame.set_index("who", drop=False), frame.astype({"kind": "category"})):
         of_frame = load_dataset(each, label="kind", id="who")
         assert torch.equal(of_frame.train.x, of_file.train.x) and (of_frame.test.ids == of_file.test.ids).all()
-        assert of_frame.schema.columns == of_file.schema.columns and of_frame.schema.source is None
+        assert of_frame.schema.columns == of_file.schema.columns and of_frame.train.source is None
         assert torch.equal(of_frame.test.labels, of_file.test.labels)
     assert load_dataset(frame.set_index("who"), label="kind").train.ids[0].startswith("w")
     assert torch.equal(load_dataset(x).train.x, of_file.train.x)
@@ -583,3 +584,172 @@ def test_defaults_are_the_command_line_s(tmp_path, monkeypatch):
     assert run.config == shell.config and run.schema.to_json() == shell.schema.to_json()
     assert run.history[1]["valid"] == shell.history[1]["valid"]
     assert [c for c in run.schema.choices if c.option.startswith("model.likelihood")]
+
+
+# ------------------------------------------------------------ what others broke
+
+
+def series_run(folder, path, **options):
+    dataset = load_dataset(path, **options)
+    model = DeepMarkovModel((1,), 2, 4, likelihood=likelihoods.Normal())
+    guide = StateSpaceGuide(model)
+    run = fit(model, guide, dataset.train, valid=dataset.valid, epochs=1, batch_size=4, out=folder, progress=False)
+    return load_run(run.path), dataset
+
+
+def stations(lengths):
+    return pandas.DataFrame(
+        [(s, t, 100.0 * k + t) for k, (s, T) in enumerate(lengths.items()) for t in range(T)], columns=["st", "t", "v"]
+    )
+
+
+def test_pieces_of_series_with_absent_times_keep_their_id(tmp_path):
+    """Pieces that begin with an absent time are of their own series, in any kind of source."""
+    frame = stations(dict.fromkeys("abc", 40))
+    frame = frame[~((frame["st"] == "a") & frame["t"].isin([10, 30]))]
+    frame.to_csv(tmp_path / "w.csv", index=False)
+    for data in (tmp_path / "w.csv", frame):
+        dataset = load_dataset(data, id="st", time="t", window=10, every=1)
+        for split in (dataset.train, dataset.valid, dataset.test):
+            values = dataset.restore(split.x.double())[..., 0] // 100
+            owner = torch.tensor(["abc".index(name) for name in split.ids])[:, None].expand(values.shape)
+            there = split.counted[..., 0]
+            assert torch.equal(values[there].long(), owner[there])
+
+
+def test_forecasts_go_on_whatever_was_corrected(tmp_path):
+    """A cell of long ago, a day more, a series alone: each goes on from its own last time, and keeps its split."""
+    frame = stations({"a": 41, "b": 44, "c": 52})
+    path = tmp_path / "s.csv"
+    frame.to_csv(path, index=False)
+    run, dataset = series_run(tmp_path / "run", path, id="st", time="t", window=6)
+    frame.loc[5, "v"] = 7.75
+    more = pandas.concat([frame, pandas.DataFrame({"st": ["a"], "t": [41], "v": [41.0]})])
+    more.to_csv(path, index=False)
+    own, warned = said(run.forecast, num_steps=1, num_samples=3)
+    other = run.forecast(path, num_steps=1, num_samples=3)
+    assert len(warned) == 1 and "0 rows are new" in warned[0] and "2 rows are changed, and keep the split" in warned[0]
+    for found in (own, other):
+        assert dict(zip(found.split.ids, found.times[:, 0], strict=True)) == {"a": 42.0, "b": 44.0, "c": 52.0}
+    now = said(run.dataset)[0]
+    assert len(now.train) == len(dataset.train) and sorted(now.train.ids) == sorted(dataset.train.ids)
+    one = frame[frame["st"] == "b"].drop(columns="st")
+    alone, _ = series_run(tmp_path / "alone", one.assign(v=one["v"]).reset_index(drop=True), time="t", window=4)
+    three = alone.read(more, id="st")
+    found = alone.forecast(three, num_steps=1, num_samples=3)
+    assert sorted(found.times[:, 0]) == [42.0, 44.0, 52.0]
+
+
+def test_series_that_have_grown_keep_their_split(tmp_path, capsys):
+    lengths = {f"h{i}": 6 + i for i in range(14)}
+    path = tmp_path / "s.csv"
+    stations(lengths).to_csv(path, index=False)
+    run, dataset = series_run(tmp_path / "run", path, id="st", time="t")
+    stations({name: T + 1 for name, T in lengths.items()}).to_csv(path, index=False)
+    now, warned = said(run.dataset)
+    assert "14 rows are changed, and keep the split" in warned[0] and len(warned) == 1
+    for part in ("train", "valid", "test"):
+        assert set(getattr(now, part).ids) == set(getattr(dataset, part).ids)
+        assert (run.read(path).parts == part).sum() == len(getattr(dataset, part))
+    assert main(["evaluate", str(run.path), "--data", str(path), "--num_samples", "2"]) == 0
+    assert "1 datum" in capsys.readouterr().out
+    assert Schema.from_json(run.schema.to_json()).spans == run.schema.spans
+
+
+def test_ids_and_labels_of_frames_are_as_written(tmp_path):
+    x = rows(40)
+    frame = pandas.DataFrame(x, columns=NAMES).assign(who=2**53 + np.arange(40), kind=[3, 5] * 20)
+    for who in (frame["who"], frame["who"].astype("Int64"), frame["who"].astype(str)):
+        dataset = load_dataset(frame.assign(who=who), id="who", label="kind")
+        assert set(dataset.train.ids) <= {str(2**53 + i) for i in range(40)}
+    path = written(tmp_path / "t.csv", x, kind=["3", "5", "x", "5"] * 10)
+    schema = load_dataset(path, label="kind").schema
+    assert schema.classes == ("3", "5", "x")
+    only = read(schema, frame[["a", "b", "c", "kind"]])
+    assert only.labels.tolist() == [0, 1] * 20 and only.schema.classes == schema.classes
+    run = fit(
+        **defaults_for(load_dataset(frame, id="who", label="kind")) | {"epochs": 1},
+        out=tmp_path / "run",
+        progress=False,
+    )
+    again = load_run(run.path).scores(frame, num_samples=2)
+    assert again.ids.tolist() == [str(2**53 + i) for i in range(40)]
+    assert main(["fit", "--resume", str(run.path), "--epochs", "2"]) == 2
+
+
+def test_masked_and_foreign_arrays():
+    masked = np.ma.masked_greater((rows(40) - LOCATION) / SCALE, 1.0)
+    masked.data[masked.mask] = 999.0
+    dataset = load_dataset(masked)
+    assert float(dataset.restore(dataset.train.x.double()).nan_to_num().max()) < 7 and dataset.schema.missing
+    model = VAE((3,), latent_dim=1, likelihood=likelihoods.Missing(likelihoods.Normal()))
+    guide = AmortizedGuide(model)
+    x = rows(4)
+    frozen = x.copy()
+    frozen.flags.writeable = False
+    from pyro_vae.prediction import encode
+
+    for other in (x.astype(">f8"), x.astype(np.longdouble), frozen, np.asfortranarray(x)):
+        assert torch.equal(encode(guide, other).mean, encode(guide, x).mean)
+    assert load_dataset(np.concatenate([frozen] * 5)).train.x.shape == (16, 3)
+
+
+def test_the_farthest_rank_first(on_a_table):
+    run, _, _ = on_a_table
+    far = np.array([0.0, 10.0, 1e3, 1e6, 1e9, 1e30])[:, None] * SCALE + LOCATION
+    found, warned = None, []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = run.scores(pandas.DataFrame(far, columns=NAMES), num_samples=5)
+    warned = [str(each.message) for each in caught]
+    lost = (~found.log_prob.isfinite()).numpy()
+    assert found.rank[0] == 6 and found.rank[1] == 5 and set(found.rank[lost].tolist()) == set(range(1, lost.sum() + 1))
+    assert bool(lost.any()) == any("have no finite score" in each for each in warned)
+
+
+def test_a_run_goes_on_in_its_units_alone(on_a_table, tmp_path, capsys):
+    run, dataset, path = on_a_table
+    other = tmp_path / "other.csv"
+    frame = pandas.read_csv(path)
+    frame[NAMES] = frame[NAMES] * 1000 + 5
+    frame.to_csv(other, index=False)
+    with pytest.raises(ValueError, match="expected the data that the run was trained on|expected data in the units"):
+        scaled = load_dataset(other, label="kind")
+        fit(run.model.train(), run.guide.train(), scaled.train, valid=scaled.valid, epochs=4, resume=run.path)
+    run.model.eval(), run.guide.eval()
+    moved = tmp_path / "moved.csv"
+    moved.write_text(path.read_text())
+    assert torch.equal(
+        load_again(dataclasses.replace(run.schema, source={**run.schema.source, "name_or_path": str(moved)})).train.x,
+        dataset.train.x,
+    )
+
+
+def test_further_copies_and_close_rows(tmp_path):
+    x = np.column_stack([1.7e9 + np.arange(60) + 0.25, rows(60)[:, 0]])
+    path = written(tmp_path / "t.csv", x, ["t", "a"])
+    dataset = load_dataset(path)
+    close = pandas.DataFrame(x + [0.5, 0.0], columns=["t", "a"])
+    assert (read(dataset.schema, close).parts == "test").all()
+    copied = pandas.DataFrame(np.concatenate([x, x[dataset.train.ids.astype(int)[:1]]]), columns=["t", "a"])
+    copied.to_csv(path, index=False)
+    now, warned = said(load_again, dataset.schema)
+    assert len(now.train) == 49 and len(now.test) == 6 and warned == []
+    numbered = pandas.DataFrame(rows(30))
+    numbered.to_csv(tmp_path / "n.csv", index=False)
+    assert len(load_dataset(tmp_path / "n.csv").train) == 24 and load_dataset(tmp_path / "n.csv").columns == (
+        "0",
+        "1",
+        "2",
+    )
+
+
+def test_grey_pictures_among_coloured_ones(tmp_path):
+    for i in range(12):
+        Image.fromarray(RNG.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(tmp_path / f"{i:02d}.png")
+    schema = load_dataset(tmp_path).schema
+    (tmp_path / "grey").mkdir()
+    grey = RNG.integers(0, 256, (8, 8), dtype=np.uint8)
+    Image.fromarray(grey).save(tmp_path / "grey" / "one.png")
+    found = read(schema, tmp_path / "grey").x
+    assert torch.equal(found[0], torch.from_numpy(grey).float().expand(3, 8, 8) / 255)

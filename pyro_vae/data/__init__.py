@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from .containers import Data, Dataset, Split, as_data, columns_of, joined, like_columns, rows_of, tensor_of
+from .containers import Data, Dataset, Split, as_data, columns_of, joined, like_columns, rows_of, spans_of, tensor_of
 from .loading import load_again, load_dataset, read
 from .schema import Choice, Column, Schema, SchemaWarning
 from .tables import save_table
@@ -28,5 +28,6 @@ __all__ = [
     "read",
     "rows_of",
     "save_table",
+    "spans_of",
     "tensor_of",
 ]

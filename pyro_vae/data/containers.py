@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..sources import is_frame, kind_of
 from ..sources.times import padded
-from .schema import Choice, Schema
+from .schema import Choice, Schema, Span
 
 __all__ = [
     "Data",
@@ -30,6 +30,7 @@ __all__ = [
     "joined",
     "like_columns",
     "rows_of",
+    "spans_of",
     "tensor_of",
 ]
 
@@ -229,8 +230,12 @@ class Split(Data):
     @property
     def source(self) -> dict[str, Any] | None:
         """The arguments of `load_dataset` that are not defaults, with absolute paths: it can be called again."""
-        source = None if self.schema is None else self.schema.source
-        return None if source is None else dict(source)
+        return self.roles if "name_or_path" in self.roles else None
+
+    @property
+    def roles(self) -> dict[str, Any]:
+        """The options of `load_dataset` that the data were read with, such as the columns of ids and times."""
+        return {} if self.schema is None else dict(self.schema.source)
 
     @property
     def x(self) -> Tensor:
@@ -393,7 +398,8 @@ def joined(splits: Sequence[Split]) -> Split:
     ids = whole.ids
     with contextlib.suppress(ValueError):  # "9" before "10"
         ids = ids.astype(float)
-    return rows_of(whole, np.argsort(ids, kind="stable").tolist())
+    begins = np.zeros(len(ids)) if whole.times is None else whole.times[:, 0]  # of pieces of one series
+    return rows_of(whole, np.lexsort((begins, ids)).tolist())
 
 
 def rows_of(split: Split, rows: list[int]) -> Split:
@@ -438,10 +444,25 @@ def as_data(data: Any, *programs: Any) -> Data:
     return data.in_dtype(*dtypes) if len(dtypes) == 1 else data
 
 
+def spans_of(split: Split) -> list[Span]:
+    """The id of each sequence, and its first and last time; of data without times none."""
+    if split.times is None:
+        return []
+    names = split.ids if "id" in split.roles and split.ids is not None else [""] * len(split)
+    times = split.times.astype("datetime64[us]").astype(np.int64) if split.times.dtype.kind == "M" else split.times
+    ends = times[np.arange(len(split)), split.kwargs["lengths"].cpu().numpy() - 1]
+    return [(str(name), a, b) for name, a, b in zip(names, times[:, 0].tolist(), ends.tolist(), strict=True)]
+
+
 def columns_of(data: Any) -> tuple[str, ...] | None:
     """The names of the columns of a pandas frame, alone or first in a tuple."""
     first = data[0] if isinstance(data, tuple) and data else data
-    return tuple(str(name) for name in first.columns) if is_frame(first) else None
+    if not is_frame(first):
+        return None
+    names = tuple(str(name) for name in first.columns)
+    if len({*names}) < len(names):
+        raise ValueError(f"expected distinct column names in the frame, got {list(names)}: rename them")
+    return names
 
 
 def like_columns(train: Any, other: Any) -> Any:
@@ -478,7 +499,11 @@ def tensor_of(value: Any) -> Any:
                 f"expected numbers in every column of the frame, got others in {', '.join(map(repr, words[:10]))}: "
                 "drop them, or let load_dataset(frame, label=...) read it"
             )
+    if isinstance(value, np.ma.MaskedArray):
+        value = np.ma.filled(value.astype(np.float64), np.nan)
     array = value if isinstance(value, np.ndarray) else value.to_numpy(dtype=np.float64, na_value=np.nan)
+    array = array.astype(np.float64) if array.dtype.kind == "f" and array.dtype.itemsize > 8 else array
+    array = array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
     if array.dtype.kind not in "biufc":
         raise ValueError(f"expected an array of numbers, got dtype {array.dtype}: convert with array.astype('float32')")
     wide = array.dtype in (np.uint16, np.uint32, np.uint64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..sources import NAMED, SIXTEEN_BIT, Arrays, Choice, Columns, Source, column_name, find, is_table
-from .containers import Dataset, Split, bernoulli
+from .containers import Dataset, Split, bernoulli, spans_of
 from .schema import KINDS, Column, Kind, Schema, SchemaWarning, row_checksums
 
 __all__ = ["load_again", "load_dataset", "read"]
@@ -162,25 +163,25 @@ def load_dataset(
     arrays = Arrays(_height_and_width(size), channels, array, max_gb)
     name, source = find(name_or_path, root, download, named_columns, arrays)
     known = isinstance(name_or_path, str) and name_or_path in NAMED
-    arguments: dict[str, Any] | None = None
+    arguments: dict[str, Any] = {}
     if isinstance(name_or_path, str | os.PathLike):
         arguments = {"name_or_path": name_or_path if known else _absolute(name_or_path)}
-        arguments |= {"binarize": binarize} if binarize != "none" else {}
-        named: dict[str, Any] = {"label": label, "id": id, "time": time, "inputs": list(inputs) or None}
-        named |= {"window": window, "every": every, "max_gb": None if max_gb == 2 else max_gb}
-        named |= {"columns": list(columns) or None, "drop": list(drop) or None, **form}
-        named |= {"kind": [f"{column}={what}" for column, what in kinds.items()] or None}
-        named |= {
-            "standardize": None if standardize else False,
-            "divisor": divisor,
-            "channels": channels,
-            "array": array,
-        }
-        named |= {"size": size if size is None or isinstance(size, int | str) else list(size)}
-        arguments |= {key: value for key, value in named.items() if value is not None}
-        arguments |= {"root": _absolute(root)} if root else {}
-        arguments |= {"split": list(split)} if split else {}
-        arguments |= {"seed": seed} if seed else {}
+    arguments |= {"binarize": binarize} if binarize != "none" else {}
+    named: dict[str, Any] = {"label": label, "id": id, "time": time, "inputs": list(inputs) or None}
+    named |= {"window": window, "every": every, "max_gb": None if max_gb == 2 else max_gb}
+    named |= {"columns": list(columns) or None, "drop": list(drop) or None, **form}
+    named |= {"kind": [f"{column}={what}" for column, what in kinds.items()] or None}
+    named |= {
+        "standardize": None if standardize else False,
+        "divisor": divisor,
+        "channels": channels,
+        "array": array,
+    }
+    named |= {"size": size if size is None or isinstance(size, int | str) else list(size)}
+    arguments |= {key: value for key, value in named.items() if value is not None}
+    arguments |= {"root": _absolute(root)} if root else {}
+    arguments |= {"split": list(split)} if split else {}
+    arguments |= {"seed": seed} if seed else {}
     gaps = _of_kinds(source, kinds, name)
     rows = _division(source, split, seed, name)
     schema = _learned(name, source, rows[0], kinds, standardize, binarize, divisor)
@@ -197,14 +198,15 @@ def load_again(schema: Schema) -> Dataset:
     Warns:
         SchemaWarning: the file has changed.
     """
-    if schema.source is None:
+    if "name_or_path" not in schema.source:
         raise ValueError(f"expected data that can be loaded again, got {schema.name} without a source: pass the data")
     _, source = _read(schema, schema.source["name_or_path"], {})
     arguments = dict(schema.source)
     seed, parts = arguments.get("seed", 0), ("train", "valid", "test")
     counted = None if source.lengths is None else _counted(source)
     everything = torch.arange(len(source.x))
-    sums = _split(schema, source, everything, counted, "all", 0).checksums
+    whole = _split(schema, source, everything, counted, "all", 0)
+    sums = whole.checksums
     assert sums is not None
     rows: list[Tensor] = []
     if len(sums) == sum(map(len, schema.checksums.values())):
@@ -212,8 +214,11 @@ def load_again(schema: Schema) -> Dataset:
         now = [sums[each.numpy()] for each in rows]
         if all(np.array_equal(each, schema.checksums[part]) for part, each in zip(parts, now, strict=True)):
             return _dataset(schema, source, rows, seed)
-    found = schema.parts_of(sums)
-    new, gone = int((found == "").sum()), sum(map(len, schema.checksums.values())) - int((found != "").sum())
+    same = schema.parts_of(sums)
+    found = schema.parts_of_spans(same, spans_of(whole))
+    changed = int((found != same).sum())
+    recorded = Counter(row for part in parts for row in schema.checksums[part].tolist())
+    new, gone = int((found == "").sum()), sum((recorded - Counter(sums.tolist())).values()) - changed
     found[found == ""] = "test"
     where = arguments["name_or_path"]
     if rows and not len(schema.checksums["valid"]):  # as the user divided the data otherwise
@@ -228,8 +233,9 @@ def load_again(schema: Schema) -> Dataset:
                 f"expected rows of the {part} split in {where}, which has changed since the training, got none: put "
                 "the file back, or name other data (--data)"
             )
-    if new or gone:
-        told = f"{_rows(new)} new, and count{'s' * (new == 1)} as test rows; {_rows(gone)} gone"
+    if new or gone or changed:
+        told = f"{_rows(new)} new, and count{'s' * (new == 1)} as test rows; {_rows(max(0, gone))} gone"
+        told += f"; {_rows(changed)} changed, and keep{'s' * (changed == 1)} the split" if changed else ""
         warnings.warn(f"{where} has changed since the training: {told}", SchemaWarning, stacklevel=3)
     rows = [_as_recorded(schema.checksums[part], sums, np.flatnonzero(found == part)) for part in parts]
     return _dataset(schema, source, rows, seed)
@@ -297,21 +303,23 @@ def read(schema: Schema, data: Any, **options: Any) -> Split:
         )
     name, source = _read(schema, data, options)
     counted = None if source.lengths is None else _counted(source)
-    seed = dict(schema.source or {}).get("seed", 0)
+    seed = schema.source.get("seed", 0)
     everything = torch.arange(len(source.x))
     whole = _split(schema, source, everything, counted, "all", 3 * seed + 2 if schema.binarize == "static" else 2)
     assert whole.checksums is not None
-    parts = schema.parts_of(whole.checksums)
+    parts = schema.parts_of_spans(schema.parts_of(whole.checksums), spans_of(whole))
     if source.sizes is not None:
         own = np.repeat(("train", "valid", "test"), source.sizes)[np.argsort(source.order.numpy())]
         parts = np.where(parts == "", own, parts)
     parts[parts == ""] = "test"
-    return replace(whole, schema=replace(schema, name=name, classes=source.classes), parts=parts)
+    given = {key: value for key, value in options.items() if value is not None}
+    roles = {key: value for key, value in {**schema.source, **given}.items() if key in READING}
+    return replace(whole, schema=replace(schema, name=name, classes=source.classes, source=roles), parts=parts)
 
 
 def _read(schema: Schema, data: Any, options: Mapping[str, Any]) -> tuple[str, Source]:
     """The name and contents of a source whose columns are those of a schema, with what the schema allows it to hold."""
-    before = dict(schema.source or {})
+    before = dict(schema.source)
     is_path = isinstance(data, str | os.PathLike)
     same = is_path and before.get("name_or_path") in (data, _absolute(data))
     kept = {key: before[key] for key in (before if same else READING) if key in before}
@@ -372,6 +380,9 @@ def _check_like(schema: Schema, source: Source, name: str) -> None:
     """The shape of one datum, and what its values are measured in."""
     shape, of_sequences = tuple(source.x.shape[1:]), source.lengths is not None
     shape = shape[1:] if of_sequences else shape
+    if source.eight_bit and len(shape) == 3 and shape == (1, *schema.event_shape[1:]):
+        source.x = source.x.expand(-1, schema.event_shape[0], -1, -1)  # grey pictures among coloured ones
+        shape = tuple(source.x.shape[1:])
     if shape != tuple(schema.event_shape) or of_sequences != schema.sequences:
         wanted = f"{tuple(schema.event_shape)}{f' ({_listed(schema.names)})' if schema.names else ''}"
         came = f"{shape}{f' ({_listed(source.columns)})' if source.columns else ''}"
@@ -397,11 +408,14 @@ def _check_like(schema: Schema, source: Source, name: str) -> None:
 
 def _classes_like(schema: Schema, source: Source) -> Source:
     """Labels by the classes of the training, with those that are new after them."""
-    if source.classes is None or source.labels is None or schema.classes is None:
-        return replace(source, classes=source.classes if source.labels is not None else schema.classes)
-    classes = (*schema.classes, *(each for each in source.classes if each not in schema.classes))
-    codes = torch.tensor([classes.index(each) for each in source.classes])
-    return replace(source, labels=codes[source.labels], classes=classes)
+    if source.labels is None or schema.classes is None:
+        return replace(source, classes=schema.classes if source.labels is None else source.classes)
+    own, codes = source.classes, source.labels
+    if own is None:  # as all that are there are numbers
+        values, codes = source.labels.unique(return_inverse=True)
+        own = tuple(f"{value:g}" for value in values.tolist())
+    classes = (*schema.classes, *(each for each in own if each not in schema.classes))
+    return replace(source, labels=torch.tensor([classes.index(each) for each in own])[codes], classes=classes)
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -477,7 +491,8 @@ def _dataset(schema: Schema, source: Source, rows: Sequence[Tensor], seed: int) 
         parts[name] = _split(schema, source, own, counted, name, drawn)
     if not schema.checksums:
         sums = {name: split.checksums for name, split in parts.items() if split.checksums is not None}
-        schema = replace(schema, checksums=sums)
+        spans = {name: spans_of(split) for name, split in parts.items()}
+        schema = replace(schema, checksums=sums, spans=spans if any(spans.values()) else {})
     splits = {name: replace(split, schema=schema) for name, split in parts.items()}
     return Dataset(schema.name, **splits, event_shape=torch.Size(schema.event_shape), schema=schema)
 
@@ -711,7 +726,7 @@ def _standardisation(train: Tensor, columns: tuple[str, ...] | None, name: str) 
     if unseen:
         raise ValueError(
             f"expected values in every column of {name}, column {column_name(unseen[0], columns)} has none in the "
-            "training split: drop it"
+            f"training split: {f'drop= (--data.drop {columns[unseen[0]]})' if columns else 'drop it'}"
         )
     constant = (scale <= rounding).nonzero().flatten().tolist()
     if constant:

@@ -26,6 +26,7 @@ KINDS = ("real", "count", "binary")
 VERSION = 1
 CELLS = 1_000_000  # that are looked at together
 PARTS = ("train", "valid", "test")
+Span = tuple[str, float, float]  # an id, and the first and last time
 
 
 @functools.cache
@@ -75,11 +76,13 @@ class Schema:
         missing: whether some values are missing.
         binarize: how intensities are made 0 or 1.
         classes: what the labels 0, 1, ... stand for, or None.
-        source: the arguments of `load_dataset` that lead to the data again, or None: columns of labels, ids, times and
-            inputs among them.
+        source: the arguments of `load_dataset` that the data were read with, columns of labels, ids, times and inputs
+            among them, and `name_or_path` where they lead to the data again.
         summary: how many data of which kind there are.
         choices: what was found out of the data, and chosen by it.
         checksums: of the rows of each split, uint64, in the split's order.
+        spans: of sequences with times, the id, first and last time of each, by which they are known when they have
+            grown or changed; dates in microseconds since 1970.
         versions: of the packages that wrote it.
 
     Example:
@@ -100,10 +103,11 @@ class Schema:
     missing: bool = False
     binarize: str = "none"
     classes: tuple[str, ...] | None = None
-    source: Mapping[str, Any] | None = None
+    source: Mapping[str, Any] = field(default_factory=dict)
     summary: str = ""
     choices: tuple[Choice, ...] = ()
     checksums: Mapping[str, np.ndarray] = field(default_factory=dict)
+    spans: Mapping[str, list[Span]] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=_versions)
 
     def __repr__(self) -> str:
@@ -157,7 +161,7 @@ class Schema:
 
     def to_table(self) -> dict[str, Any]:
         """Numbers, strings, lists and tables, as ``schema.json`` has them; checksums as hexadecimal numbers."""
-        source = dict(self.source or {})
+        source = dict(self.source)
         return {
             "version": VERSION,
             "name": self.name,
@@ -167,9 +171,10 @@ class Schema:
             **{name: getattr(self, name) for name in ("divisor", "sequences", "num_steps", "missing", "binarize")},
             "classes": self.classes and list(self.classes),
             **{name: source.get(name) for name in ("label", "id", "time", "inputs", "window", "every")},
-            "source": self.source and source,
+            "source": source,
             "choices": [vars(choice) for choice in self.choices],
             "versions": dict(self.versions),
+            "spans": {part: [list(span) for span in spans] for part, spans in self.spans.items()},
             "checksums": {part: [f"{row:016x}" for row in rows.tolist()] for part, rows in self.checksums.items()},
         }
 
@@ -200,6 +205,7 @@ class Schema:
                     part: np.array([int(row, 16) for row in rows], dtype=np.uint64)
                     for part, rows in table["checksums"].items()
                 },
+                spans={part: [(i, a, b) for i, a, b in spans] for part, spans in table["spans"].items()},
                 versions=table["versions"],
             )
             for column in schema.columns or ():
@@ -298,18 +304,33 @@ class Schema:
         ends = np.cumsum([train, valid, test], axis=0)
         return np.select([copy < end for end in ends], PARTS, further)
 
+    def parts_of_spans(self, found: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
+        """`parts_of` sequences, where those that have grown or changed are known by the id and the time that they begin
+        at: of the recorded ones of that id, the last that begins no later and has not ended."""
+        recorded: dict[str, list[tuple[float, float, str]]] = {}
+        for part, its in self.spans.items():
+            for name, begin, end in its:
+                recorded.setdefault(name, []).append((begin, end, part))
+        parts = found.copy()
+        for i in np.flatnonzero(found == "").tolist() if spans else ():
+            name, begin, _ = spans[i]
+            open_then = [each for each in recorded.get(name, []) if each[0] <= begin <= each[1]]
+            parts[i] = max(open_then)[2] if open_then else ""
+        return parts
+
 
 def row_checksums(*tensors: Tensor) -> np.ndarray:
-    """(N,), uint64, of the rows of tensors (N, ...) taken together: as float32, NaN alike, zeros at the end as none."""
+    """(N,), uint64, of the rows of tensors (N, ...) taken together: as float64, NaN alike, zeros at the end as none."""
     found = np.zeros(len(tensors[0]), dtype=np.uint64)
     for place, tensor in enumerate(tensors):
         flat = tensor.detach().cpu().reshape(len(tensor), -1)
         keys = _mixed(np.arange(1, flat.shape[1] + 1, dtype=np.uint64) + np.uint64(place << 48)) | np.uint64(1)
         some = max(1, CELLS // max(1, flat.shape[1]))
         for begin in range(0, len(flat), some):
-            values = flat[begin : begin + some].float().numpy() + np.float32(0.0)  # -0.0 is 0.0
-            bits = values.view(np.uint32).astype(np.uint64)
-            bits[np.isnan(values)] = 0x7FC00000
+            values = flat[begin : begin + some].double().numpy() + 0.0  # -0.0 is 0.0
+            bits = values.view(np.uint64)
+            bits[np.isnan(values)] = 0x7FF8000000000000
+            bits = bits ^ (bits >> np.uint64(32))
             cells = bits * np.uint64(0x9E3779B97F4A7C15)
             cells ^= cells >> np.uint64(32)
             found[begin : begin + some] += (cells * keys).sum(1, dtype=np.uint64)

@@ -116,7 +116,7 @@ def _by_step(
     rows = {name: np.broadcast_to(values[:, None], (N, T))[there] for name, values in of_each.items()}
     rows["step"] = steps[there]
     if times is not None:
-        name = str((schema.source or {}).get("time", "time")) if schema is not None else "time"
+        name = str(schema.source.get("time", "time")) if schema is not None else "time"
         while name in rows:
             name = f"time_{name}"
         rows[name] = times[there]
@@ -128,7 +128,7 @@ def _csv(named: Mapping[str, np.ndarray], arrays: Mapping[str, np.ndarray], sche
 
     columns_of: dict[str, Any] = {}
     if schema is not None:
-        columns_of = {"x": schema.names, "u": (schema.source or {}).get("inputs")}
+        columns_of = {"x": schema.names, "u": schema.source.get("inputs")}
     columns = dict(named)
     for name, array in arrays.items():
         flat = array.reshape(len(array), -1)

@@ -101,9 +101,13 @@ def find(
     """The name and the raw contents of a source, of at least so many rows."""
     size, channels, _, max_gb = arrays
     if is_frame(name_or_path):
-        return "frame", checked(of_table(of_frame(name_or_path), columns), "the frame", least)
+        times = [] if columns.time is None else columns.time.split(",")
+        table = of_frame(name_or_path, [columns.label, columns.id, *map(str.strip, times)])
+        return "frame", checked(of_table(table, columns), "the frame", least)
     if isinstance(name_or_path, np.ndarray | torch.Tensor):
-        array = np.asarray(name_or_path.detach().cpu() if torch.is_tensor(name_or_path) else name_or_path)
+        array = name_or_path.detach().cpu().numpy() if torch.is_tensor(name_or_path) else name_or_path
+        if isinstance(array, np.ma.MaskedArray):
+            array = np.ma.filled(array.astype(np.float64), np.nan)
         return "array", checked(of_array(array, "the array"), "the array", least, channels)
     if not isinstance(name_or_path, str | os.PathLike):
         raise ValueError(f"expected a data set's name or a path, got {kind_of(name_or_path)}: pass one of {_names()}")

@@ -198,11 +198,14 @@ def read_csv(path: Path, columns: Columns) -> Source:
     headers = [columns.header]
     if columns.expected and columns.header is None:
         headers += [True, False]  # where there are few rows, or names that are numbers, the names tell
+    first: Table | None = None
     for header in headers:
         table = _table(path, columns._replace(header=header), text)
         if all(table.named(name) for name in columns.expected):
-            break
-    return of_table(table, columns)
+            return of_table(table, columns)
+        first = first or table
+    assert first is not None
+    return of_table(first, columns)  # which says what is missing
 
 
 def of_table(table: Table, columns: Columns) -> Source:
@@ -344,6 +347,7 @@ def _in_time(table: Table, x: np.ndarray, features: Sequence[str], ids: np.ndarr
     times = read_times(table.path, time, written_times)
     parts = _in_order(table, times, written_times, ids)
     at = [times[part] for part in parts]
+    owners = None if ids is None else [ids[part[0]] for part in parts]
     told: list[Choice] = []
     if every is not None:
         filled = [_filled(table, times, part, ids, columns) for part in parts]
@@ -354,10 +358,13 @@ def _in_time(table: Table, x: np.ndarray, features: Sequence[str], ids: np.ndarr
         gaps = f"{count:,} gap{'s' if count > 1 else ''}"
         told.append(Choice(f"{gaps} in {time!r} closed up, as absent times are no missing steps", "data.every D"))
     if window is not None:
+        if owners is not None:
+            owners = [name for name, part in zip(owners, parts, strict=True) for _ in range(0, len(part), window)]
         parts = [part[begin : begin + window] for part in parts for begin in range(0, len(part), window)]
         at = [each[begin : begin + window] for each in at for begin in range(0, len(each), window)]
         earliest = sorted(range(len(at)), key=lambda i: at[i][0])  # of all series, as the split is in time
         parts, at = [parts[i] for i in earliest], [at[i] for i in earliest]
+        owners = None if owners is None else [owners[i] for i in earliest]
 
     def steps(values: np.ndarray, fill: float) -> Tensor:
         pieces = [torch.from_numpy(np.where((part < 0)[:, None], np.nan, values[part])) for part in parts]
@@ -367,7 +374,7 @@ def _in_time(table: Table, x: np.ndarray, features: Sequence[str], ids: np.ndarr
     mask = values.isfinite()
     return Source(
         values.where(mask, 0.0),
-        ids=None if ids is None else np.array([ids[part[0]] for part in parts]),
+        ids=None if owners is None else np.array(owners),
         columns=tuple(features),
         lengths=lengths,
         inputs=steps(_inputs(table, inputs), 0.0) if inputs else None,
@@ -592,6 +599,7 @@ def _from_numpy(array: np.ndarray, where: Path | str) -> Tensor:
         raise ValueError(f"expected numbers in {where}, got dtype {array.dtype}: convert with array.astype('float32')")
     if array.dtype in (np.dtype(bool), np.dtype(np.uint8)):
         return torch.from_numpy(np.ascontiguousarray(array, dtype=np.uint8))
+    array = array if array.flags.writeable else array.copy()
     narrow = array.dtype in (np.dtype(np.float32), np.dtype(np.float16))  # else double precision, for the scales' sake
     return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32 if narrow else np.float64))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,13 +18,18 @@ def is_frame(value: object) -> bool:
     return kind_of(value).startswith("pandas.") and type(value).__name__ == "DataFrame"
 
 
-def _column(column: Any) -> Any:
+def _column(column: Any, as_text: bool) -> Any:
+    if as_text:
+        import pandas
+
+        cells = [None if gap else str(cell) for cell, gap in zip(column, column.isna(), strict=True)]
+        return pandas.Series(cells, dtype=object)
     return column.astype(np.float64) if column.dtype.kind in "iuf" else as_column(column, False, ".")
 
 
-def of_frame(frame: Any) -> Table:
-    """A frame as a table in a file would be: numbers as float64, all else as text, and the index, where it is none of
-    pandas' own numbers, as ids.
+def of_frame(frame: Any, text: Sequence[str | None] = ()) -> Table:
+    """A frame as a table in a file would be: numbers as float64, all else and the columns of `text` as text, and the
+    index, where it is none of pandas' own numbers, as ids.
 
     Raises:
         ValueError: columns of one name.
@@ -35,7 +41,7 @@ def of_frame(frame: Any) -> Table:
         repeated = sorted({name for name in names if names.count(name) > 1})
         raise ValueError(f"expected distinct column names in the frame, got {repeated} twice: rename them")
     rows = frame.reset_index(drop=True)
-    columns = {name: _column(rows.iloc[:, j]) for j, name in enumerate(names)}
+    columns = {name: _column(rows.iloc[:, j], name in text) for j, name in enumerate(names)}
     table = Table("the frame", pandas.DataFrame(columns), None, (), np.arange(len(rows)), ".")
     if not isinstance(frame.index, pandas.RangeIndex):
         table.ids = np.array([str(each) for each in frame.index])

@@ -421,6 +421,9 @@ def _are_alike(first: Sequence[str], rows: Sequence[Sequence[str]], decimal: str
     kinds = [_kind(cell, decimal) for cell in first]
     if not {"number", "date"} & {*kinds} or not rows:
         return False
+    counted = len(first) > 1 and list(first) == [str(j) for j in range(len(first))]
+    if counted and any("." in cell for row in rows for cell in row):  # as pandas numbers columns
+        return False
     for j, (cell, kind) in enumerate(zip(first, kinds, strict=True)):
         below = [row[j] for row in rows if j < len(row)]
         of_column = [_kind(each, decimal) for each in below]
