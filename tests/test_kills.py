@@ -90,6 +90,29 @@ def epochs_of(path):
     return len(load_run(path).history)
 
 
+def test_a_run_that_is_written_over_is_the_old_or_the_new_one(host, tmp_path):
+    """The old one's weights, which a kill may leave, go before the new one goes on: its history is not theirs."""
+    host(train, tmp_path / "whole", False, False)
+    host(train, tmp_path / "old", False, False, epochs=1, seed=1)
+    overwrite = {"overwrite": True}
+    shutil.copytree(tmp_path / "old", tmp_path / "counted")
+    names = host.points(tmp_path, train, tmp_path / "counted", False, False, **overwrite)
+    begun, resumed = names.index("after last.safetensors"), names.index("step 1")
+    for at in range(resumed):
+        path = shutil.copytree(tmp_path / "old", tmp_path / f"killed-{at}")
+        host.kill(tmp_path, at, train, path, False, False, **overwrite)
+        if at < begun:
+            assert state(path) == state(tmp_path / "old"), names[at]
+            host(train, path, False, False, **overwrite)
+        else:
+            host.kill(tmp_path, "step 3", train, path, True, False)
+            assert host(state_of, path) == "resumable", names[at]
+            assert host(epochs_of, path) == 0, names[at]
+            host(train, path, True, False)
+        assert result(path) == result(tmp_path / "whole"), names[at]
+        assert files(path) == files(tmp_path / "whole"), names[at]
+
+
 # ------------------------------------------------------------ commands
 
 
