@@ -266,6 +266,7 @@ def new_run(out: Path | str | None, overwrite: bool = False) -> Path:
             break
         except FileExistsError:
             number += 1
+    _clear(latest)
     link = runs / f".latest.{os.getpid()}"
     link.unlink(missing_ok=True)
     link.symlink_to(path.name)

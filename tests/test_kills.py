@@ -13,7 +13,7 @@ from collections import Counter
 
 import kills
 import pytest
-from kills import command, contents, files, result, state_of, train
+from kills import command, contents, files, result, state_of, train, within
 
 from pyro_vae import load_run
 
@@ -111,6 +111,20 @@ def test_a_run_that_is_written_over_is_the_old_or_the_new_one(host, tmp_path):
             host(train, path, True, False)
         assert result(path) == result(tmp_path / "whole"), names[at]
         assert files(path) == files(tmp_path / "whole"), names[at]
+
+
+def test_the_newest_run_is_the_latest_after_a_kill(host, tmp_path):
+    (tmp_path / "counted").mkdir()
+    names = host.points(tmp_path, within, tmp_path / "counted", train, None, False, False)
+    for at in range(names.index("after latest") + 1):
+        folder = tmp_path / f"killed-{at}"
+        folder.mkdir()
+        host.kill(tmp_path, at, within, folder, train, None, False, False)
+        host.run(within, folder, train, None, False, False)
+        *older, newest = sorted(path.name for path in (folder / "runs").iterdir() if path.name != "latest")
+        assert newest in ("0001", "0002") and older in ([], ["0001"]), names[at]  # and nothing of a killed process
+        assert os.readlink(folder / "runs" / "latest") == newest, names[at]
+        assert result(folder / "runs" / "latest") == result(tmp_path / "counted" / "runs" / "0001"), names[at]
 
 
 # ------------------------------------------------------------ commands
