@@ -108,6 +108,11 @@ def soak(path, kind):
     return held
 
 
+def fill(path):
+    with checkpoint.temporary_folder(path) as folder:
+        (folder / "table.csv").write_text("half of it, and the other half")
+
+
 def within(folder, function, *arguments):
     os.chdir(folder)
     function(*arguments)

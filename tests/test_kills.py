@@ -184,6 +184,13 @@ def test_a_command_that_is_killed_changes_no_run(words, host, digits, tmp_path):
     assert name == "report" or ([*contents(out.parent).values()] == [whole])
 
 
+def test_a_folder_that_a_killed_comparison_was_filling_is_cleared(host, tmp_path):
+    host.kill(tmp_path, "half of table.csv", kills.fill, tmp_path / "comparison")
+    assert len(files(tmp_path)) == 2 and not (tmp_path / "comparison").exists()
+    assert host.run(kills.fill, tmp_path / "comparison")
+    assert files(tmp_path) == []
+
+
 # ------------------------------------------------------------ by hand
 
 
