@@ -32,6 +32,7 @@ __all__ = [
     "recorded_config",
     "save",
     "save_config",
+    "temporary_folder",
     "weights_of",
 ]
 
@@ -126,6 +127,19 @@ def atomic(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path` to fill, which vanishes in the end, as do those that killed processes have left."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    _clear(path)
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that had the same number in another container
+    temporary.mkdir()
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def append(text: str, path: Path) -> None:
     """Add lines to a file. An error names the file."""
     try:
@@ -138,14 +152,18 @@ def append(text: str, path: Path) -> None:
 
 
 def _clear(path: Path) -> None:
-    """Remove the temporary files of `path` whose processes have ended."""
+    """Remove the temporary files and folders of `path` whose processes have ended."""
     prefix = f".{path.name}."
     with os.scandir(path.parent) as entries:
         left = [entry.name for entry in entries if entry.name.startswith(prefix)]
     for name in left:
         number = name.removeprefix(prefix)
         if number.isdecimal() and not _is_alive(int(number)):
-            path.with_name(name).unlink(missing_ok=True)
+            temporary = path.with_name(name)
+            if temporary.is_dir() and not temporary.is_symlink():
+                shutil.rmtree(temporary, ignore_errors=True)
+            else:
+                temporary.unlink(missing_ok=True)
 
 
 def _is_alive(process: int) -> bool:
@@ -280,6 +298,7 @@ def new_run(out: Path | str | None, overwrite: bool = False) -> Path:
             break
         except FileExistsError:
             number += 1
+    _clear(latest)
     link = runs / f".latest.{os.getpid()}"
     link.unlink(missing_ok=True)
     link.symlink_to(path.name)

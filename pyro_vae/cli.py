@@ -10,7 +10,6 @@ import json
 import os
 import re
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -899,6 +898,7 @@ def _compare(
         raise FileExistsError(f"expected a new or empty folder, got {str(out)!r}: name another, or add --overwrite")
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"expected a folder at {str(out.parent)!r}, got none: make it, or name another --out")
+    from .checkpoint import temporary_folder
     from .comparison import compare_estimators
 
     loaded = _load(run, device)
@@ -922,13 +922,13 @@ def _compare(
         seed=seed,
     )
     print(comparison)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.absolute().parent) as folder:
-        comparison.to_csv(Path(folder, "comparison.csv"))
-        comparison.to_json(Path(folder, "comparison.json"))
+    with temporary_folder(out.absolute()) as folder:
+        comparison.to_csv(folder / "comparison.csv")
+        comparison.to_json(folder / "comparison.json")
         comparison.figures(folder)
         out.mkdir(exist_ok=True)
         print()
-        for path in sorted(Path(folder).iterdir()):
+        for path in sorted(folder.iterdir()):
             os.replace(path, out / path.name)
             print(f"wrote    {out / path.name}")
     return 0

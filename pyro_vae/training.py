@@ -465,11 +465,15 @@ class _State:
     def begin(self) -> None:
         self.folder.mkdir(exist_ok=True)
         checkpoint.save(self.state_dict(), self.folder / "last.safetensors")
-        for old in (self.folder / "best.safetensors", self.run.path / "model.safetensors"):
-            old.unlink(missing_ok=True)  # of a run that was here, which has gone on until now
+        self._forget_the_run_of_before()
         self.written = -1
         self._tell()
         self._write_schema()
+
+    def _forget_the_run_of_before(self) -> None:
+        """That was in this directory, and has gone on until the state of this one was there."""
+        for old in (self.folder / "best.safetensors", self.run.path / "model.safetensors"):
+            old.unlink(missing_ok=True)
 
     def state_dict(self) -> dict[str, Any]:
         counters = ("epoch", "position", "total", "best", "since_best", "best_weights", "data", "order")
@@ -529,6 +533,8 @@ class _State:
             group.update({key: value for key, value in now.items() if _plain(value) != then.get(key)})
         for name in ("epoch", "position", "total", "best", "since_best"):
             setattr(self, name, state[name])
+        if not (self.epoch or self.position):  # killed as it began, perhaps before the weights of another were gone
+            self._forget_the_run_of_before()
         self.best_weights = state.get("best_weights")
         before = self.folder / "best.safetensors"  # of a run by an earlier version
         if self.best_weights is None and before.exists():

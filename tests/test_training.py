@@ -3,11 +3,8 @@
 import functools
 import json
 import math
-import multiprocessing
 import os
-import random
 import signal
-import time
 from pathlib import Path
 
 import pyro
@@ -25,7 +22,7 @@ from pyro.infer import (
 from pyro.nn import PyroModule
 from torch.distributions import constraints
 
-from pyro_vae import evaluate, fit, load_run, training
+from pyro_vae import evaluate, fit, load_run
 from pyro_vae.estimators import DReG, WakeSleep
 from pyro_vae.estimators import ReweightedWakeSleep as OwnWakeSleep
 from pyro_vae.guides import AmortizedGuide
@@ -416,57 +413,3 @@ def test_resume_refuses_other_data_and_other_architectures(tmp_path):
     with pytest.raises(FileNotFoundError, match="expected a checkpoint at"):
         train(resume=tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()
-
-
-def victim(path, mode):
-    """A training of about a second that saves many times."""
-    training.SAVE_EVERY = 0.02
-    torch.set_num_threads(1)
-    x = BERNOULLI.data(20).repeat(20, 1, 1, 1)
-    where = {"resume": path} if mode == "resume" else {"out": path, "overwrite": True}
-    train(BERNOULLI.pair(), x, valid=x[:50], epochs=12, patience=11, **where)
-
-
-def run_victim(processes, path, mode, kill_after=None):
-    """Train in a process of its own; SIGKILL it seconds after it has saved something. True if it ended."""
-    checkpoint = path / "checkpoints" / "last.safetensors"
-    before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else None
-    process = processes.Process(target=victim, args=(path, mode))
-    process.start()
-    if kill_after is not None:
-        while process.is_alive() and (not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before):
-            time.sleep(0.005)
-        process.join(kill_after)
-        process.kill()
-    process.join()
-    assert process.exitcode in ((0, -signal.SIGKILL) if kill_after is not None else (0,))
-    return process.exitcode == 0
-
-
-def kill_and_compare(folder, kills, seed):
-    """Kill trainings at random moments, several times each, until there were so many kills; compare each one's end."""
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["cases", "pyro_vae.training", "pyro.infer"])
-    run_victim(processes, folder / "whole", "new")
-    expected = (folder / "whole" / "model.safetensors").read_bytes()
-    chance, done, rounds = random.Random(seed), 0, 0
-    while done < kills:
-        path, mode = folder / f"killed-{rounds}", "new"
-        rounds += 1
-        while not run_victim(processes, path, mode, chance.uniform(0.0, 0.5) if done < kills else None):
-            done, mode = done + 1, "resume"
-        assert (path / "model.safetensors").read_bytes() == expected, path
-        assert metrics(path) == metrics(folder / "whole"), path
-    return rounds
-
-
-def test_killed_runs_resume_to_the_same_bits(tmp_path):
-    """SIGKILL at random moments; weights and metrics equal the uninterrupted run's, byte for byte."""
-    assert kill_and_compare(tmp_path, kills=2, seed=0) >= 1
-
-
-@pytest.mark.slow
-def test_two_hundred_kills(tmp_path):
-    rounds = kill_and_compare(tmp_path, kills=200, seed=1)
-    assert rounds >= 20, "kills fell into too few trainings to say anything"
-    print(f"200 kills over {rounds} runs, all resumed to the same bytes")
