@@ -722,7 +722,7 @@ def _sample(
         steps["given"] = global_values(loaded.guide, _own(loaded).train)
         print(f"         at the guide's values of the global sites {', '.join(shared)}")
     x = sample(loaded.model, num, seed=seed, mean=mean, **steps)
-    arrays = {"x": x if schema is None else schema.restore(x)}
+    arrays = {"x": x if schema is None else schema.restore(x.double())}  # whose location may be large
     _save(out, arrays | ({"u": steps["u"]} if "u" in steps else {}), None, schema)
     return 0
 
@@ -779,12 +779,12 @@ def _forecast(
     levels = torch.tensor(LEVELS).double()
     moments = torch.empty(1 + len(LEVELS), N, H, D, dtype=torch.double)
     for i in range(N):
-        x = schema.restore(found.draws[:, i]).double()
+        x = schema.restore(found.draws[:, i].double())
         moments[:, i] = torch.cat([x.mean(0)[None], x.quantile(levels, dim=0)])
     names = ["x_mean", *(f"x_{round(100 * level)}%" for level in LEVELS)]
-    arrays = dict(zip(names, moments.float(), strict=True))  # no digits that nobody computed
+    arrays = dict(zip(names, moments, strict=True))
     if out.suffix == ".npz":
-        arrays["x_draws"] = schema.restore(found.draws)
+        arrays["x_draws"] = schema.restore(found.draws.double())
     _save(out, arrays, found.split, schema, times=found.times, num_before=found.num_before.numpy())
     of = f"the {part.name} split" if part.name != "all" else "the data"
     print(f"         {H} step{'s' if H > 1 else ''} after {N:,} sequence{'s' if N > 1 else ''} of {of}")
@@ -844,7 +844,7 @@ def _reconstruct(
     loaded = _load(run, device)
     part = _part(loaded, data, split)
     x = reconstruct(loaded.model, loaded.guide, part, num_samples=num_samples, seed=seed)
-    _save(out, {"x": x if part.schema is None else part.schema.restore(x)}, part, part.schema)
+    _save(out, {"x": x if part.schema is None else part.schema.restore(x.double())}, part, part.schema)
     return 0
 
 

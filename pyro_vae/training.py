@@ -149,7 +149,10 @@ class Run:
         """The record of the data. Of a run by an earlier version, which has none, it is learned from the file that the
         run was trained on, with a warning, or None where there is no such file."""
         if self._schema is None and (source := self._source()) is not None:
-            self._schema = load_dataset(**source).schema
+            try:
+                self._schema = load_dataset(**source).schema
+            except FileNotFoundError:
+                return None
             warnings.warn(
                 f"{self.path} has no schema.json, as it is of an earlier version: its units are read from "
                 f"{source['name_or_path']} anew",
@@ -299,6 +302,8 @@ def fit(
     _check_caller(model, guide, loss)
     with _surroundings(seed, select_device(device)) as place, _interruptions() as interrupted:
         data = _of_its_own(as_data(train, model, guide)).to(place)
+        if isinstance(train, Split) and train.schema is not None and is_frame(valid):
+            valid = read(train.schema, valid)  # frames are in original units
         valid = like_columns(train, valid)
         held_out = None if valid is None else _of_its_own(as_data(valid, model, guide)).to(place)
         loss = _loss(loss)
@@ -555,7 +560,8 @@ class _State:
                     f"expected data in the units that the run was trained in, got those of {self.schema.name}, which "
                     "differ: name the data of the training"
                 )
-            self.run.schema = recorded
+            source = self.schema.source if "name_or_path" in self.schema.source else recorded.source
+            self.run.schema = dataclasses.replace(recorded, source=source)
         self._write_schema()
 
     def step(self, index: Tensor, scale: LatentScale | None) -> None:

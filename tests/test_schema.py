@@ -656,6 +656,24 @@ def test_series_that_have_grown_keep_their_split(tmp_path, capsys):
     assert Schema.from_json(run.schema.to_json()).spans == run.schema.spans
 
 
+def test_units_far_from_zero(tmp_path):
+    """A location of a billion leaves the spread of what is written; validation frames are in original units."""
+    x = np.column_stack([1.7e9 + 10 * RNG.normal(size=60), RNG.normal(size=60)])
+    run, dataset = trained(tmp_path / "run", written(tmp_path / "t.csv", x, ["t", "a"]))
+    assert main(["sample", str(run.path), "--num", "200", "--out", str(tmp_path / "s.csv")]) == 0
+    assert 3 < pandas.read_csv(tmp_path / "s.csv")["t"].std() < 30
+    bounds = []
+    for valid in (dataset.valid, pandas.DataFrame(x[dataset.valid.ids.astype(int)], columns=["t", "a"])):
+        torch.manual_seed(0)
+        model = LinearVAE((2,), 1)
+        out = tmp_path / str(len(bounds))
+        again = fit(model, AmortizedGuide(model), dataset.train, valid=valid, epochs=1, out=out, progress=False)
+        bounds.append(again.history[0]["valid"])
+    assert bounds[0] == pytest.approx(bounds[1], rel=1e-6)
+    with pytest.raises(ValueError, match="expected finite|expected values that are finite in the units"):
+        run.read(pandas.DataFrame({"t": [1.7e9], "a": [3e38]}) * [1, 1e3])
+
+
 def test_ids_and_labels_of_frames_are_as_written(tmp_path):
     x = rows(40)
     frame = pandas.DataFrame(x, columns=NAMES).assign(who=2**53 + np.arange(40), kind=[3, 5] * 20)

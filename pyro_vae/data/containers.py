@@ -377,7 +377,7 @@ def joined(splits: Sequence[Split]) -> Split:
         values = [getattr(split, name) for split in splits]
         return [value for value in values if value is not None]
 
-    log_jacobians = [torch.as_tensor(split.log_jacobian).expand(len(split)) for split in splits]
+    log_jacobians = [torch.as_tensor(split.log_jacobian, dtype=torch.float64).expand(len(split)) for split in splits]
     same = all(not isinstance(split.log_jacobian, Tensor) for split in splits)
     whole = replace(
         splits[-1],

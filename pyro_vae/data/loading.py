@@ -306,6 +306,12 @@ def read(schema: Schema, data: Any, **options: Any) -> Split:
     seed = schema.source.get("seed", 0)
     everything = torch.arange(len(source.x))
     whole = _split(schema, source, everything, counted, "all", 3 * seed + 2 if schema.binarize == "static" else 2)
+    if bool(whole.x.isinf().any()):
+        row = int(whole.x.isinf().flatten(1).any(1).nonzero()[0])
+        raise ValueError(
+            f"expected values that are finite in the units of the training in {name}, got larger ones, the first in "
+            f"row {row} (from 0): drop it"
+        )
     assert whole.checksums is not None
     parts = schema.parts_of_spans(schema.parts_of(whole.checksums), spans_of(whole))
     if source.sizes is not None:
@@ -351,7 +357,7 @@ def _read(schema: Schema, data: Any, options: Mapping[str, Any]) -> tuple[str, S
             f"expected the data of the training at {data}, found none: put the file back, or name other data with "
             "their path (--data)"
         ) from error
-    _check_like(schema, source, name)
+    _check_like(schema, source, name, same)
     kinds = _kinds([each for each in before.get("kind", ()) if source.columns is not None])
     _of_kinds(source, kinds, name)
     if not schema.missing and not schema.sequences and source.x.is_floating_point() and bool(source.x.isnan().any()):
@@ -376,7 +382,7 @@ def _read(schema: Schema, data: Any, options: Mapping[str, Any]) -> tuple[str, S
     return name, _classes_like(schema, source)
 
 
-def _check_like(schema: Schema, source: Source, name: str) -> None:
+def _check_like(schema: Schema, source: Source, name: str, same: bool) -> None:
     """The shape of one datum, and what its values are measured in."""
     shape, of_sequences = tuple(source.x.shape[1:]), source.lengths is not None
     shape = shape[1:] if of_sequences else shape
@@ -391,6 +397,8 @@ def _check_like(schema: Schema, source: Source, name: str) -> None:
             f"expected data of shape {wanted}{per * schema.sequences}, as in the training, got "
             f"{came}{per * of_sequences} in {name}: name such data"
         )
+    if same:
+        return
     known = source.eight_bit or source.values == SIXTEEN_BIT
     if known and schema.divisor not in OF_BITS:
         raise ValueError(
@@ -445,7 +453,7 @@ def _learned(
     guessed, values = _scaling(source, training)
     divisor, values = (guessed, values) if divisor is None else (divisor, Choice(f"x/{divisor:g}", ""))
     if binarize != "none":
-        divisor *= source.peak
+        divisor *= source.peak if divisor == guessed else 1
         text = f"x/{source.peak}" if source.peak > 1 else values.what
         values = Choice(text + (" binarised once" if binarize == "static" else " binarised afresh"), "")
     columns = num_steps = None

@@ -229,6 +229,8 @@ class Schema:
         Raises:
             ValueError: foreign content, or a later version's.
         """
+        if not isinstance(state, Mapping) or not {"table", "checksums"} <= state.keys():
+            raise ValueError(f"expected the record of a data set in {where}, got something else: use another run")
         schema = cls.from_table(state["table"], where)
         return replace(
             schema, checksums={part: rows.numpy().view(np.uint64) for part, rows in state["checksums"].items()}
@@ -272,7 +274,8 @@ class Schema:
         x = splits["train"][0]
         named = None if columns is None else tuple(Column(name, "real") for name in columns)
         sums = {part: row_checksums(*tensors) for part, tensors in splits.items()}
-        return cls("tensors", tuple(x.shape[1:]), named, checksums=sums)
+        missing = x.is_floating_point() and bool(x.isnan().any())
+        return cls("tensors", tuple(x.shape[1:]), named, missing=missing, checksums=sums)
 
     def others(self, train: np.ndarray, valid: np.ndarray) -> np.ndarray:
         """The checksums of the rows that are left when these are taken away: of rows that are alike as many are."""
