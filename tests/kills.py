@@ -12,9 +12,9 @@ import gc
 import json
 import multiprocessing
 import os
+import select
 import signal
 import sys
-import time
 import traceback
 import warnings
 from pathlib import Path
@@ -250,8 +250,7 @@ def forked(function, arguments, options, folder=None, at=None, kill_after=None):
         finally:
             os._exit(status)
     os.close(begin)
-    if kill_after is not None:
-        time.sleep(kill_after)
+    if kill_after is not None and not select.select([end], [], [], kill_after)[0]:  # which it closes as it ends
         os.kill(process, signal.SIGKILL)
     with open(end, "rb") as pipe:
         names = pipe.read()
