@@ -291,7 +291,7 @@ class Victims:
 
 @pytest.mark.slow
 def test_three_hundred_kills(host, tmp_path):
-    """What it printed, on two cores beside other work (torch 2.15), with the library of commit 6cdd313:
+    """What it printed, on two cores beside other work (torch 2.14.1), with the library of commit 6cdd313:
 
     2026-12-01, 26 min: 300 kills, all came to the same bytes: fit() eager 18, fit() eager resumed 72, fit eager 42, fit
     eager resumed 18, fit() compiled 7, fit() compiled resumed 33, fit compiled 20, fit compiled resumed 37, fit and its
@@ -333,8 +333,8 @@ def test_three_hundred_kills(host, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["rows", "sequences"])
 def test_five_thousand_compiled_steps_keep_what_they_need(kind, tmp_path):
-    """What it printed (torch 2.15); memory comes and goes by some MB as states are saved, and 21,000 steps of rows that
-    were looked at every 2,100 had 926.6 MB at first and 925.9 MB at last:
+    """What it printed (torch 2.14.1); memory comes and goes by some MB as states are saved, and 21,000 steps of rows,
+    looked at every 2,100, had 926.6 MB at first and 925.9 MB at last:
 
     2026-12-01, rows: after 525 steps 933.8 MB, 2 threads, 14 files; after 5040 steps 935.3 MB, 2 threads, 14 files
     2026-12-01, sequences: after 512 steps 982.9 MB, 2 threads, 14 files; after 5024 steps 982.9 MB, 2 threads, 14 files
