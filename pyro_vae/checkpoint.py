@@ -129,7 +129,11 @@ def atomic(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def temporary_folder(path: Path) -> Iterator[Path]:
-    """A folder beside `path` to fill, which vanishes in the end, as do those that killed processes have left."""
+    """A folder to fill, which vanishes in the end, as do those that killed processes have left.
+
+    Args:
+        path: what the folder's files are for; the folder lies beside it.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     _clear(path)
     shutil.rmtree(temporary, ignore_errors=True)  # of a process that had the same number in another container
@@ -258,6 +262,10 @@ def locked(path: Path) -> Iterator[None]:
 
 def check_new_run(out: Path | str | None, overwrite: bool = False) -> None:
     """Whether `new_run` can make a directory, as far as it can be told before.
+
+    Args:
+        out: the directory, or None for the next number under ``runs``.
+        overwrite: whether it may hold something.
 
     Raises:
         FileExistsError: `out` holds something and `overwrite` is False, or ``runs/latest`` is no link.

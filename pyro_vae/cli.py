@@ -34,7 +34,9 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from .data import Dataset, Split
+    from torch import Tensor
+
+    from .data import Dataset, Schema, Split
     from .training import Run
 
 __all__ = ["main"]
@@ -555,9 +557,11 @@ def _notes() -> Iterator[None]:
     """What is said of data that are not quite those of the training goes to stderr, a line each."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        yield
-    for warning in said:
-        print(f"note     {warning.message}", file=sys.stderr, flush=True)
+        try:
+            yield
+        finally:
+            for warning in said:
+                print(f"note     {warning.message}", file=sys.stderr, flush=True)
 
 
 def _log_of_epochs() -> Callable[[Run], None]:
@@ -656,9 +660,7 @@ def _evaluate(
     from .annealing import AnnealingWarning
     from .evaluation import evaluate
 
-    _check_out(out, overwrite)
-    loaded = _load(run, device)
-    part = _part(loaded, data, split, "test")
+    loaded, part = _opened(run, device, data, split, out, overwrite, "test")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AnnealingWarning)  # what is printed says it
         scores = evaluate(loaded.model, loaded.guide, part, num_samples=num_samples, seed=seed, annealing=annealing)
@@ -722,7 +724,7 @@ def _sample(
         steps["given"] = global_values(loaded.guide, _own(loaded).train)
         print(f"         at the guide's values of the global sites {', '.join(shared)}")
     x = sample(loaded.model, num, seed=seed, mean=mean, **steps)
-    arrays = {"x": x if schema is None else schema.restore(x.double())}  # whose location may be large
+    arrays = {"x": _restored(schema, x)}
     _save(out, arrays | ({"u": steps["u"]} if "u" in steps else {}), None, schema)
     return 0
 
@@ -756,9 +758,7 @@ def _forecast(
     from .forecasting import forecast
     from .models import StateSpaceModel
 
-    _check_out(out, overwrite)
-    loaded = _load(run, device)
-    part = _part(loaded, data, split, "all")
+    loaded, part = _opened(run, device, data, split, out, overwrite, "all")
     if not isinstance(loaded.model, StateSpaceModel) or "lengths" not in part.kwargs:
         raise ValueError(
             f"expected a run of a StateSpaceModel on sequences, got {run} on {_named(part)}: train one, "
@@ -780,11 +780,11 @@ def _forecast(
     moments = torch.empty(1 + len(LEVELS), N, H, D, dtype=torch.double)
     for i in range(N):
         x = schema.restore(found.draws[:, i].double())
-        moments[:, i] = torch.cat([x.mean(0)[None], x.quantile(levels, dim=0)])
+        moments[:, i] = _rounded(schema, torch.cat([x.mean(0)[None], x.quantile(levels, dim=0)]))
     names = ["x_mean", *(f"x_{round(100 * level)}%" for level in LEVELS)]
     arrays = dict(zip(names, moments, strict=True))
     if out.suffix == ".npz":
-        arrays["x_draws"] = schema.restore(found.draws.double())
+        arrays["x_draws"] = _restored(schema, found.draws)
     _save(out, arrays, found.split, schema, times=found.times, num_before=found.num_before.numpy())
     of = f"the {part.name} split" if part.name != "all" else "the data"
     print(f"         {H} step{'s' if H > 1 else ''} after {N:,} sequence{'s' if N > 1 else ''} of {of}")
@@ -809,9 +809,7 @@ def _encode(
         raise ValueError(
             f"expected --out to end in .npz for the draws of --num_samples, got {str(out)!r}: name such a file"
         )
-    _check_out(out, overwrite)
-    loaded = _load(run, device)
-    part = _part(loaded, data, split)
+    loaded, part = _opened(run, device, data, split, out, overwrite)
     arrays: dict[str, Any] = {}
     codes = encodings(loaded.guide, part, num_samples=num_samples, seed=seed)
     shared = [site for site, code in codes.items() if code.is_global]
@@ -840,11 +838,9 @@ def _reconstruct(
 ) -> int:
     from .prediction import reconstruct
 
-    _check_out(out, overwrite)
-    loaded = _load(run, device)
-    part = _part(loaded, data, split)
+    loaded, part = _opened(run, device, data, split, out, overwrite)
     x = reconstruct(loaded.model, loaded.guide, part, num_samples=num_samples, seed=seed)
-    _save(out, {"x": x if part.schema is None else part.schema.restore(x.double())}, part, part.schema)
+    _save(out, {"x": _restored(part.schema, x)}, part, part.schema)
     return 0
 
 
@@ -861,9 +857,7 @@ def _scores(
     from .data import save_table
     from .prediction import scores
 
-    _check_out(out, overwrite)
-    loaded = _load(run, device)
-    part = _part(loaded, data, split)
+    loaded, part = _opened(run, device, data, split, out, overwrite)
     with _notes():
         found = scores(loaded.model, loaded.guide, part, num_samples=num_samples, seed=seed)
     save_table(out, {"id": found.ids, "log_prob": found.log_prob, "rank": found.rank}, overwrite=True)
@@ -998,6 +992,21 @@ def _load(run: Path, device: str) -> Run:
     return loaded
 
 
+def _opened(
+    run: Path,
+    device: str,
+    data: Table,
+    split: Part | None,
+    out: Path | None,
+    overwrite: bool,
+    usual: Part | None = None,
+) -> tuple[Run, Split]:
+    """A run and the data that a command on it is about, after the file to write has been looked at."""
+    _check_out(out, overwrite)
+    loaded = _load(run, device)
+    return loaded, _part(loaded, data, split, usual)
+
+
 def _own(run: Run) -> Dataset:
     """The data set that the run was trained on."""
     if run.config.get("data") is None:
@@ -1031,7 +1040,8 @@ def _part(run: Run, options: Table, split: Part | None, usual: Part | None = Non
         )
     if split is None and len(rows) < len(whole):
         left = f"{len(whole) - len(rows):,} of {len(whole):,} rows of {_named(whole)}"
-        print(f"note     {left} are rows of the training, and left out: --split all takes them", file=sys.stderr)
+        what = f"{left} are of the training or validation split, and left out"
+        print(f"note     {what}: --split all takes them", file=sys.stderr)
     return replace(rows_of(whole, rows.tolist()), name=wanted)
 
 
@@ -1109,6 +1119,21 @@ def _write(out: Path, content: bytes) -> None:
     with atomic(out) as temporary:
         temporary.write_bytes(content)
     print(f"wrote    {out}")
+
+
+def _restored(schema: Schema | None, x: Tensor) -> Tensor:
+    """Original units: in double precision, as a location may be far from zero."""
+    if schema is None or schema.scale is None:
+        return x
+    return _rounded(schema, schema.restore(x.double()))
+
+
+def _rounded(schema: Schema, x: Tensor) -> Tensor:
+    """No digits that nobody computed: seven of each column's scale."""
+    if schema.scale is None:
+        return x.float()
+    unit = 10.0 ** (6 - schema.scale.log10().floor())
+    return (x * unit).round() / unit
 
 
 def _save(out: Path, arrays: Mapping[str, Any], data: Split | None, schema: Any, **options: Any) -> None:

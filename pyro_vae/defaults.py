@@ -49,6 +49,7 @@ def defaults_for(dataset: Dataset, *, seed: int = 0) -> Table:
     splits, and how long to train.
 
     Args:
+        dataset: what is to be trained on.
         seed: of the initial weights, and of the training.
 
     Example:
@@ -67,12 +68,25 @@ def defaults_for(dataset: Dataset, *, seed: int = 0) -> Table:
 
 
 def batch_size_for(dataset: Dataset) -> int:
-    """As many data as a step takes."""
+    """As many data as a step takes.
+
+    Args:
+        dataset: what is to be trained on.
+    """
     return min(20 if dataset.sequences else 100, len(dataset.train))
 
 
 def programs_for(components: Table, dataset: Dataset, seed: int) -> tuple[Table, Choice]:
-    """`fit`'s objects, completed from the data and from one another; and why this likelihood."""
+    """`fit`'s objects, completed from the data and from one another; and why this likelihood.
+
+    Args:
+        components: class and arguments of each, as in a configuration; those of model and guide are completed in place.
+        dataset: what is to be trained on.
+        seed: of the initial weights.
+
+    Raises:
+        ValueError: components that do not fit the data, or one another.
+    """
     model, guide = components["model"], components["guide"]
     reason = Choice("as configured", "")
     for node in (model, guide):

@@ -86,6 +86,10 @@ def forecast(
         x = own.args[0]
         every_step = {} if "lengths" in own.kwargs else {"lengths": torch.full((len(x),), x.shape[1])}
         split = Split(own.args, own.kwargs | every_step)
+    if not hasattr(model, "forecast"):
+        raise ValueError(
+            f"expected a StateSpaceModel to forecast by, got {type(model).__name__}: train one on sequences"
+        )
     C = model.num_inputs
     if C and inputs is None:
         raise ValueError(

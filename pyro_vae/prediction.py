@@ -400,7 +400,13 @@ def scores(model: Callable, guide: Callable, data: Any, *, num_samples: int = 10
     """``log 1/K sum_k p(x, z_k) / q(z_k | x) <= log p(x)`` in nats, for each datum, with K = `num_samples` draws.
 
     Low scores mark anomalies: the `rank` of the least probable datum is 1. A split's standardisation is undone, as in
-    `evaluate`.
+    `evaluate`. Draws belong to places: the same datum in another place has another score, within its Monte Carlo error.
+
+    Args:
+        model, guide: Pyro programs.
+        data: what `fit` takes.
+        num_samples: K.
+        seed: of the draws.
 
     Raises:
         ValueError: data outside the likelihood's support, and as `evaluate`.

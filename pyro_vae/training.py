@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyro
 import tomli_w
 import torch
@@ -167,9 +168,11 @@ class Run:
 
     def _given(self, data: Any) -> Any:
         """What has names or a place is read in the units of the run."""
-        if isinstance(data, str | Path) or (is_frame(data) and self.schema is not None and self.schema.names):
+        if isinstance(data, str | Path):
             return self.read(data)
-        return data
+        if columns_of(data) is None or self.schema is None or self.schema.names is None:
+            return data
+        return (self.read(data[0]).observed, *data[1:]) if isinstance(data, tuple) else self.read(data)
 
     def evaluate(self, data: Any, **options: Any) -> Evaluation:
         """`pyro_vae.evaluate` of this pair.
@@ -178,7 +181,8 @@ class Run:
             SchemaWarning: rows of a file or frame are among those that the run was trained on.
         """
         given = self._given(data)
-        if given is not data and (seen := int((given.parts != "test").sum())):
+        parts = given.parts if isinstance(given, Split) and given is not data else None
+        if parts is not None and (seen := int((parts != "test").sum())):
             warnings.warn(
                 f"{seen:,} of {len(given):,} rows are of the training or validation split, and scored with the others: "
                 'split = run.read(data), then split.parts == "test" tells which are not',
@@ -456,6 +460,7 @@ class _State:
         self.best, self.since_best = -float("inf"), 0
         self.best_weights: dict[str, Any] | None = None
         self.saved = self.started = time.monotonic()
+        self.recorded = False  # whether the record of the data is in its file
         self.written = 0  # lines of the history, or -1 where there may be others
         tensors = (*data.args, *data.kwargs.values())
         self.data = {
@@ -473,7 +478,6 @@ class _State:
         self._forget_the_run_of_before()
         self.written = -1
         self._tell()
-        self._write_schema()
 
     def _forget_the_run_of_before(self) -> None:
         """That was in this directory, and has gone on until the state of this one was there."""
@@ -505,6 +509,8 @@ class _State:
         path = self.run.path / "config.toml"
         if not path.exists() or path.read_text(encoding="utf-8") != tomli_w.dumps(self.run.config):
             checkpoint.save_config(self.run.config, path)
+        if not self.recorded:
+            self._write_schema()
         self._write_history()
 
     @property
@@ -515,6 +521,7 @@ class _State:
     def _write_schema(self) -> None:
         with checkpoint.atomic(self.run.path / SCHEMA) as temporary:
             temporary.write_text(self.schema.to_json(), encoding="utf-8")
+        self.recorded = True
 
     def _weights(self) -> dict[str, Any]:
         """What a pair is loaded from, without the optimiser's state."""
@@ -561,8 +568,17 @@ class _State:
                     "differ: name the data of the training"
                 )
             source = self.schema.source if "name_or_path" in self.schema.source else recorded.source
-            self.run.schema = dataclasses.replace(recorded, source=source)
-        self._write_schema()
+            self.run.schema = dataclasses.replace(recorded, source=source, checksums=self._seen(recorded))
+
+    def _seen(self, recorded: Schema) -> dict[str, np.ndarray]:
+        """The recorded rows, those that a resumed training is validated on now among the validation rows."""
+        valid = recorded.checksums.get("valid", np.empty(0, np.uint64))
+        now = self.schema.checksums.get("valid", valid)
+        further = now[~np.isin(now, valid)]
+        if not len(further):
+            return dict(recorded.checksums)
+        valid, train = np.concatenate([valid, further]), recorded.checksums["train"]
+        return {"train": train, "valid": valid, "test": recorded.others(train, valid)}
 
     def step(self, index: Tensor, scale: LatentScale | None) -> None:
         args, kwargs = self.rows.trimmed_batch(index, self.generator)

@@ -342,7 +342,11 @@ class Dataset:
         return None if self.schema is None else self.schema.classes
 
     def with_choices(self, *choices: Choice) -> Dataset:
-        """The same data set, in whose record these choices stand too."""
+        """The same data set, in whose record further choices stand.
+
+        Args:
+            choices: what has been chosen by the data, such as the likelihood.
+        """
         assert self.schema is not None
         schema = replace(self.schema, choices=(*self.schema.choices, *choices))
         train, valid, test = (replace(split, schema=schema) for split in (self.train, self.valid, self.test))
@@ -445,7 +449,11 @@ def as_data(data: Any, *programs: Any) -> Data:
 
 
 def spans_of(split: Split) -> list[Span]:
-    """The id of each sequence, and its first and last time; of data without times none."""
+    """The id of each sequence, and its first and last time; of data without times none.
+
+    Args:
+        split: of sequences.
+    """
     if split.times is None:
         return []
     names = split.ids if "id" in split.roles and split.ids is not None else [""] * len(split)
@@ -455,7 +463,14 @@ def spans_of(split: Split) -> list[Span]:
 
 
 def columns_of(data: Any) -> tuple[str, ...] | None:
-    """The names of the columns of a pandas frame, alone or first in a tuple."""
+    """The names of the columns of a pandas frame, or None.
+
+    Args:
+        data: a frame, alone or first in a tuple; anything else has no names.
+
+    Raises:
+        ValueError: two columns of one name.
+    """
     first = data[0] if isinstance(data, tuple) and data else data
     if not is_frame(first):
         return None
@@ -468,11 +483,17 @@ def columns_of(data: Any) -> tuple[str, ...] | None:
 def like_columns(train: Any, other: Any) -> Any:
     """A frame with the columns of the one that is trained on, by their names; all else as it is.
 
+    Args:
+        train: what is trained on, a frame, or a tuple that begins with one.
+        other: what is to be like it.
+
     Raises:
         ValueError: columns that are missing.
     """
+    if isinstance(train, tuple) and isinstance(other, tuple) and train and other:
+        return (like_columns(train[0], other[0]), *other[1:])
     names = columns_of(train)
-    if names is None or not is_frame(train) or not is_frame(other):
+    if names is None or not is_frame(other):
         return other
     if absent := [name for name in train.columns if name not in other.columns]:
         raise ValueError(
@@ -485,13 +506,15 @@ def like_columns(train: Any, other: Any) -> Any:
 def tensor_of(value: Any) -> Any:
     """A NumPy array, or a pandas frame or series, as a tensor; all else as it is.
 
+    Args:
+        value: anything; what a mask hides becomes NaN.
+
     Raises:
         ValueError: columns or cells that are no numbers.
     """
-    if not isinstance(value, np.ndarray) and not is_frame(value):
-        if not (kind_of(value).startswith("pandas.") and type(value).__name__ == "Series"):
-            return value
-        value = value.to_frame()[value.name if value.name is not None else 0]
+    is_series = kind_of(value).startswith("pandas.") and type(value).__name__ == "Series"
+    if not (isinstance(value, np.ndarray) or is_frame(value) or is_series):
+        return value
     if is_frame(value):
         words = [str(name) for name, column in value.items() if column.dtype.kind not in "biuf"]
         if words:
@@ -501,6 +524,8 @@ def tensor_of(value: Any) -> Any:
             )
     if isinstance(value, np.ma.MaskedArray):
         value = np.ma.filled(value.astype(np.float64), np.nan)
+    if is_series and value.dtype.kind not in "biuf":
+        raise ValueError(f"expected a series of numbers, got {value.dtype}: convert it")
     array = value if isinstance(value, np.ndarray) else value.to_numpy(dtype=np.float64, na_value=np.nan)
     array = array.astype(np.float64) if array.dtype.kind == "f" and array.dtype.itemsize > 8 else array
     array = array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))

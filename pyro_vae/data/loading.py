@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import os
 import warnings
 from collections import Counter
@@ -15,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..sources import NAMED, SIXTEEN_BIT, Arrays, Choice, Columns, Source, column_name, find, is_table
+from ..sources import FORM, NAMED, SIXTEEN_BIT, Arrays, Choice, Columns, Source, column_name, find, is_frame, is_table
 from .containers import Dataset, Split, bernoulli, spans_of
-from .schema import KINDS, Column, Kind, Schema, SchemaWarning, row_checksums
+from .schema import KINDS, Column, Kind, Schema, SchemaWarning, Span, row_checksums
 
 __all__ = ["load_again", "load_dataset", "read"]
 
@@ -107,7 +108,8 @@ def load_dataset(
             "count" cells that are no whole number from 0 on become gaps, of a "binary" one those that are not 0 or 1;
             "real" values are standardised.
         standardize: False leaves real values as they are.
-        divisor: what values are divided by, such as 255; 1 leaves those as they are that seem intensities.
+        divisor: what values are divided by, such as 255; 1 leaves those as they are that seem intensities. Scores and
+            draws are of the quotients, as of pictures.
         header: whether the first row of a `.csv` names the columns; by default it is found out, and told, as is what
             the next four say.
         separator: what stands between the cells of a `.csv`: a sign, or comma, semicolon, tab, bar or blank.
@@ -144,6 +146,7 @@ def load_dataset(
     if split is not None:
         _check_fractions(split)
     every = None if every is None else str(every)
+    window = None if window is None else operator.index(window)
 
     if not max_gb > 0:
         raise ValueError(f"expected max_gb > 0, got {max_gb}: give the gigabytes that data may take")
@@ -192,6 +195,9 @@ def load_dataset(
 def load_again(schema: Schema) -> Dataset:
     """The data set that a run was trained on: its rows in their units and splits, also where the file has changed.
 
+    Args:
+        schema: the run's record, whose `source` names the data.
+
     Raises:
         ValueError: the data came from no file, or none of a split's rows are left. FileNotFoundError: the file is gone.
 
@@ -214,17 +220,14 @@ def load_again(schema: Schema) -> Dataset:
         now = [sums[each.numpy()] for each in rows]
         if all(np.array_equal(each, schema.checksums[part]) for part, each in zip(parts, now, strict=True)):
             return _dataset(schema, source, rows, seed)
-    same = schema.parts_of(sums)
-    found = schema.parts_of_spans(same, spans_of(whole))
-    changed = int((found != same).sum())
-    recorded = Counter(row for part in parts for row in schema.checksums[part].tolist())
-    new, gone = int((found == "").sum()), sum((recorded - Counter(sums.tolist())).values()) - changed
-    found[found == ""] = "test"
+    found, told = _followed(schema, sums, spans_of(whole))
     where = arguments["name_or_path"]
-    if rows and not len(schema.checksums["valid"]):  # as the user divided the data otherwise
-        found[rows[1].numpy()] = np.where(found[rows[1].numpy()] == "test", "valid", found[rows[1].numpy()])
+    if not len(schema.checksums["valid"]):  # as the user divided the data otherwise
+        unseen = np.flatnonzero(found == "test")
+        own = rows[1].numpy() if rows else unseen[: len(unseen) // 2]
+        found[own] = np.where(found[own] == "test", "valid", found[own])
     for part in parts:
-        if not (found == part).any() and part == "test" and not new and not gone:
+        if not (found == part).any() and not told and part == "test":
             raise ValueError(
                 f"expected rows that the run was not trained on in {where}, got none: name other data (--data)"
             )
@@ -233,12 +236,40 @@ def load_again(schema: Schema) -> Dataset:
                 f"expected rows of the {part} split in {where}, which has changed since the training, got none: put "
                 "the file back, or name other data (--data)"
             )
-    if new or gone or changed:
-        told = f"{_rows(new)} new, and count{'s' * (new == 1)} as test rows; {_rows(max(0, gone))} gone"
-        told += f"; {_rows(changed)} changed, and keep{'s' * (changed == 1)} the split" if changed else ""
+    if told:
         warnings.warn(f"{where} has changed since the training: {told}", SchemaWarning, stacklevel=3)
     rows = [_as_recorded(schema.checksums[part], sums, np.flatnonzero(found == part)) for part in parts]
     return _dataset(schema, source, rows, seed)
+
+
+def _followed(schema: Schema, sums: np.ndarray, spans: Sequence[Span]) -> tuple[np.ndarray, str]:
+    """(N,), the split of each row of a data set that may have changed, "" of further copies of rows that were there;
+    and what has changed, in words."""
+    left = Counter(row for rows in schema.checksums.values() for row in rows.tolist())
+    known = set(left)
+    same = schema.parts_of(sums)
+    found = schema.parts_of_spans(same, spans)
+    changed, new = found != same, found == ""
+    found[new] = "test"
+    copies = 0
+    for i, row in enumerate(sums.tolist()):
+        copy = row in known and not left[row]
+        left[row] -= row in known and not copy
+        copies += copy
+        found[i] = "" if copy else found[i]
+    gone = max(0, left.total() - int(changed.sum()))
+    new[found == ""] = False
+    told = []
+    if new.any():
+        told.append(f"{_rows(int(new.sum()))} new, and count{'s' if new.sum() == 1 else ''} as test rows")
+    if gone:
+        told.append(f"{_rows(gone)} gone")
+    if changed.any():
+        told.append(f"{_rows(int(changed.sum()))} changed, and keep{'s' if changed.sum() == 1 else ''} the split")
+    if copies:
+        what = "a further copy of another" if copies == 1 else "further copies of others"
+        told.append(f"{_rows(copies)} {what}, and left out")
+    return found, "; ".join(told)
 
 
 def _rows(count: int) -> str:
@@ -254,19 +285,8 @@ def _as_recorded(recorded: np.ndarray, sums: np.ndarray, rows: np.ndarray) -> Te
     return torch.from_numpy(rows[np.argsort(at, kind="stable")])
 
 
-READING = (
-    "label",
-    "id",
-    "time",
-    "inputs",
-    "window",
-    "every",
-    "size",
-    "channels",
-    "array",
-    "root",
-)  # what other files have alike
-FORM = ("header", "separator", "decimal", "encoding", "comment")  # how a table is written
+# what other files have alike
+READING = ("label", "id", "time", "inputs", "window", "every", "size", "channels", "array", "root")
 OPTIONS = ("download", "max_gb", *FORM)
 
 
@@ -274,6 +294,7 @@ def read(schema: Schema, data: Any, **options: Any) -> Split:
     """Other data in the units of a schema: its columns by name, in any order, its divisor, location and scale.
 
     Args:
+        schema: the record in whose units the data are to be.
         data: a path, a data set's name, a pandas frame or an array, in original units; one row or many.
         options: of `load_dataset`, for what is another than it was: label, id, time, inputs, window, every, size,
             root, download, max_gb, and how a table is written. A column of labels or ids may be absent, unless it is
@@ -320,6 +341,8 @@ def read(schema: Schema, data: Any, **options: Any) -> Split:
     parts[parts == ""] = "test"
     given = {key: value for key, value in options.items() if value is not None}
     roles = {key: value for key, value in {**schema.source, **given}.items() if key in READING}
+    if not source.named:  # a series by itself, whose pieces have numbers
+        roles.pop("id", None)
     return replace(whole, schema=replace(schema, name=name, classes=source.classes, source=roles), parts=parts)
 
 
@@ -337,16 +360,11 @@ def _read(schema: Schema, data: Any, options: Mapping[str, Any]) -> tuple[str, S
         expected=schema.names or (),
         optional=tuple(key for key in ("label", "id") if options.get(key) is None),
     )
-    of_table = not is_path or is_table(data)
-    if not of_table:
-        columns = Columns()
-    arrays = Arrays(_height_and_width(asked.get("size")), asked.get("channels"), None, asked.get("max_gb", 2.0))
-    if is_path and not Path(data).expanduser().is_dir():
-        arrays = arrays._replace(size=None)
-    if is_path and Path(data).suffix.lower() == ".npz":
-        arrays = arrays._replace(array=asked.get("array"))
-    if of_table or (is_path and Path(data).expanduser().is_dir()) or data in NAMED:
-        arrays = arrays._replace(channels=None)
+    of_table = is_frame(data) or (is_path and is_table(data))
+    if not of_table:  # what was asked for is refused, what the training's file had is not
+        own = {key: value for key, value in options.items() if key in Columns._fields and value is not None}
+        columns = Columns(**own)
+    arrays = _arrays_like(asked, options, data if is_path else None, of_table)
     root, download = asked.get("root"), asked.get("download", False)
     try:
         name, source = find(data, root, download, columns, arrays, least=1)
@@ -373,6 +391,12 @@ def _read(schema: Schema, data: Any, options: Mapping[str, Any]) -> tuple[str, S
             SchemaWarning,
             stacklevel=4,
         )
+    if source.unlabelled:
+        warnings.warn(
+            f"some rows of {name} have no label, and so none are written: codes and scores are what they would be",
+            SchemaWarning,
+            stacklevel=4,
+        )
     if source.extra and not same:
         warnings.warn(
             f"columns of {name} that the model does not know are left out: {_listed(source.extra)}",
@@ -380,6 +404,16 @@ def _read(schema: Schema, data: Any, options: Mapping[str, Any]) -> tuple[str, S
             stacklevel=4,
         )
     return name, _classes_like(schema, source)
+
+
+def _arrays_like(asked: Mapping[str, Any], given: Mapping[str, Any], path: Any, of_table: bool) -> Arrays:
+    """How arrays are read: as those of the training were, where that has a meaning for this file, and as is `given`."""
+    folder = path is not None and Path(path).expanduser().is_dir()
+    packed = path is not None and Path(path).suffix.lower() == ".npz"
+    fits = {"size": folder, "array": packed, "channels": not (of_table or folder or path in NAMED)}
+    own = {name: asked.get(name) if fit else given.get(name) for name, fit in fits.items()}
+    size = _height_and_width(own.pop("size"))
+    return Arrays(size=size, max_gb=asked.get("max_gb", 2.0), **own)
 
 
 def _check_like(schema: Schema, source: Source, name: str, same: bool) -> None:
@@ -612,6 +646,8 @@ def _scaling(source: Source, training: Tensor) -> tuple[float, Choice]:
     """What intensities are divided by, 1 where values stay as they are, and what to call them."""
     low, high = _ends(training)
     images_of_bytes = training.ndim > 2 and source.lengths is None and low >= 0 and 127 < high <= 255
+    if source.sixteen_bit and high > 255:
+        return 65535.0, Choice(SIXTEEN_BIT, "data.divisor 1")
     if source.eight_bit or images_of_bytes or (training.dtype == torch.uint8 and high > 1):
         return 255.0, Choice("intensities x/255", "" if source.eight_bit or source.sizes else "data.divisor 1")
     if source.values:

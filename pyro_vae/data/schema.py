@@ -144,17 +144,26 @@ class Schema:
         return all(column.location == 0 and column.scale == 1 for column in self.columns or ())
 
     def convert(self, x: Tensor) -> Tensor:
-        """What the model sees of x (..., *event_shape) in original units, float32."""
+        """What the model sees, float32.
+
+        Args:
+            x: (..., *event_shape), in original units.
+        """
         if self.location is None or self.scale is None:
             return x.float() if self.divisor == 1 else x.float() / self.divisor
-        x, flat = x.double(), x.reshape(-1, x.shape[-1])
+        flat = x.reshape(-1, x.shape[-1])
         some = max(1, CELLS // max(1, flat.shape[1]))
         parts = [((rows.double() - self.location) / self.scale).float() for rows in flat.split(some)]
         return torch.cat(parts).reshape(x.shape)
 
-    def restore(self, x: Tensor) -> Tensor:
-        """scale x + location for x (..., D), in x's dtype and on its device: the original units of a table. Intensities
-        of pictures stay in [0, 1]."""
+    def restore(self, x: Any) -> Tensor:
+        """``scale x + location``, in x's dtype and on its device: the original units of a table. What was divided, as
+        intensities of pictures, stays so.
+
+        Args:
+            x: (..., D), what the model draws or sees; ``x.double()`` where the location is far from zero.
+        """
+        x = torch.as_tensor(x)
         if self.location is None or self.scale is None:
             return x
         return (self.scale * x.cpu() + self.location).to(dtype=x.dtype).to(x.device)
@@ -181,6 +190,10 @@ class Schema:
     @classmethod
     def from_table(cls, table: Any, where: str = "the schema") -> Self:
         """What `to_table` wrote, also by an earlier version.
+
+        Args:
+            table: that table.
+            where: where it comes from, for messages.
 
         Raises:
             ValueError: a foreign or a later one.
@@ -226,6 +239,10 @@ class Schema:
     def from_state(cls, state: Mapping[str, Any], where: str) -> Self:
         """What `state_dict` gave.
 
+        Args:
+            state: that table with tensors.
+            where: where it comes from, for messages.
+
         Raises:
             ValueError: foreign content, or a later version's.
         """
@@ -244,6 +261,10 @@ class Schema:
     def from_json(cls, text: str, where: str = "the schema") -> Self:
         """What `to_json` wrote.
 
+        Args:
+            text: that text.
+            where: where it comes from, for messages.
+
         Raises:
             ValueError: foreign text, or a later version's.
         """
@@ -255,7 +276,10 @@ class Schema:
 
     @classmethod
     def load(cls, path: Path | str) -> Self:
-        """The record in a file, such as the ``schema.json`` of a run.
+        """The record in a file.
+
+        Args:
+            path: such as the ``schema.json`` of a run.
 
         Raises:
             FileNotFoundError: no such file. ValueError: a foreign file, or a later version's.
@@ -270,7 +294,12 @@ class Schema:
 
     @classmethod
     def of_tensors(cls, splits: Mapping[str, Sequence[Tensor]], columns: Sequence[str] | None = None) -> Self:
-        """The record of tensors (N, ...) that come without one: their shape, and the checksums of their rows."""
+        """The record of tensors that come without one: their shape, and the checksums of their rows.
+
+        Args:
+            splits: for "train", and "valid" if there is one, tensors (N, ...) that belong together.
+            columns: the names of the columns of the first, or None.
+        """
         x = splits["train"][0]
         named = None if columns is None else tuple(Column(name, "real") for name in columns)
         sums = {part: row_checksums(*tensors) for part, tensors in splits.items()}
@@ -278,7 +307,11 @@ class Schema:
         return cls("tensors", tuple(x.shape[1:]), named, missing=missing, checksums=sums)
 
     def others(self, train: np.ndarray, valid: np.ndarray) -> np.ndarray:
-        """The checksums of the rows that are left when these are taken away: of rows that are alike as many are."""
+        """The checksums of the rows that are left when others are taken away: of rows that are alike as many are.
+
+        Args:
+            train, valid: (N,), checksums of the rows to take away.
+        """
         taken = Counter([*train.tolist(), *valid.tolist()])
         left: list[int] = []
         for part in PARTS:

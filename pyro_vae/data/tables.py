@@ -36,6 +36,8 @@ def save_table(
     spreadsheet would run gets an apostrophe before it.
 
     Args:
+        path: where to write; another file takes its place whole or not at all.
+        arrays: by name, tensors or arrays of as many rows.
         data: the data that the rows are of: their ids, labels, lengths and times are written, too.
         schema: names columns and classes; by default that of `data`.
         times: (N, T), of the steps, where they are not those of `data`.
@@ -64,9 +66,21 @@ def save_table(
         raise FileExistsError(f"expected a new file, got {str(path)!r}, which exists: name another, or overwrite=True")
     schema = data.schema if schema is None and data is not None else schema
     made = {name: np.asarray(a.detach().cpu() if torch.is_tensor(a) else a) for name, a in arrays.items()}
+    if path.suffix == ".csv":  # a .npz holds draws (K, N, ...), too
+        _check(made, data, sequences=schema is not None and schema.sequences)
     content = _content(path.suffix, made, data, schema, times, num_before)
     with atomic(path) as temporary:
         temporary.write_bytes(content)
+
+
+def _check(arrays: Mapping[str, np.ndarray], data: Split | None, sequences: bool) -> None:
+    """As many rows in each array, and of sequences steps."""
+    lengths = {name: len(array) if array.ndim else None for name, array in arrays.items()}
+    lengths |= {} if data is None else {"the data": len(data)}
+    if not arrays or None in lengths.values() or len({*lengths.values()}) > 1:
+        raise ValueError(f"expected arrays of as many rows, got {lengths}: give one for each datum")
+    if sequences and (flat := [name for name, array in arrays.items() if array.ndim < 2]):
+        raise ValueError(f"expected arrays (N, T, ...) of sequences, got {flat[0]!r} of shape (N,): write a .npz")
 
 
 def _content(
@@ -81,12 +95,14 @@ def _content(
     if data is not None and data.ids is not None:
         named["id"] = data.ids
     if data is not None and data.labels is not None:
-        labels = data.labels.cpu().numpy()
-        named["label"] = labels if schema is None or schema.classes is None else np.array(schema.classes)[labels]
+        labels, classes = data.labels.cpu().numpy(), None if data.schema is None else data.schema.classes
+        named["label"] = labels if classes is None else np.array(classes)[labels]
     sequences = schema is not None and schema.sequences
     times = data.times if data is not None and num_before is None else times
     lengths = data.kwargs["lengths"].cpu().numpy() if sequences and data is not None else None
     if ending == ".npz":
+        if "file" in arrays:
+            raise ValueError("expected names that numpy.savez takes, got an array called 'file': call it otherwise")
         if lengths is not None and num_before is None:
             named["length"] = lengths
         if times is not None:
@@ -133,7 +149,8 @@ def _csv(named: Mapping[str, np.ndarray], arrays: Mapping[str, np.ndarray], sche
     for name, array in arrays.items():
         flat = array.reshape(len(array), -1)
         names = [f"{name}_{i}" for i in range(flat.shape[1])] if array.ndim > 1 else [name]
-        if own := columns_of.get(name.split("_")[0]):
+        own = columns_of.get(name.split("_")[0])
+        if own and len(own) == len(names):
             names = [f"{column}{name[1:]}" for column in own]
         for column, values in zip(names, flat.T, strict=True):
             while column in columns:  # a feature that is called id or label

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from .images import digits, freyfaces, mnist
 from .sequences import polyphonic, simulated, sp500
 
 __all__ = [
+    "FORM",
     "NAMED",
     "SIXTEEN_BIT",
     "Arrays",
@@ -47,6 +48,7 @@ __all__ = [
     "read_npy",
 ]
 
+FORM = ("header", "separator", "decimal", "encoding", "comment")  # how a table is written
 _SEQUENCES: dict[str, Callable[[Path, bool], Source]] = {
     "jsb_chorales": polyphonic("jsb_chorales", "chorales of four voices, in quarter notes"),
     "piano_midi": polyphonic("piano_midi", "pieces for piano"),
@@ -90,6 +92,25 @@ def holds_sequences(name_or_path: str | os.PathLike[str], time: str | None) -> b
         return bool({f"{name}.npy" for name in OF_STEPS} & {*archive.namelist()})
 
 
+def _refuse(what: str, options: Mapping[str, Any]) -> None:
+    """Raises ValueError where an option is given that has no meaning for data in memory."""
+    for option, value in options.items():
+        option = "columns" if option in ("features", "expected", "optional") else option
+        if value not in (None, ()):
+            raise ValueError(f"expected a file for {option}={value!r}, got {what}: leave {option}= out")
+
+
+def _numbers_of(given: Any) -> np.ndarray:
+    """The values of an array or a tensor, those that a mask hides as gaps."""
+    if isinstance(given, np.ndarray):
+        masked = isinstance(given, np.ma.MaskedArray)
+        return np.ma.filled(given.astype(np.float64), np.nan) if masked else given
+    if given.layout != torch.strided:
+        raise ValueError(f"expected a dense tensor, got {given.layout}: pass x.to_dense()")
+    given = given.detach().cpu()
+    return (given.float() if given.dtype == torch.bfloat16 else given).numpy()
+
+
 def find(
     name_or_path: Any,
     root: str | os.PathLike[str] | None,
@@ -99,16 +120,16 @@ def find(
     least: int = 10,
 ) -> tuple[str, Source]:
     """The name and the raw contents of a source, of at least so many rows."""
-    size, channels, _, max_gb = arrays
+    size, channels, array, max_gb = arrays
     if is_frame(name_or_path):
+        _refuse("the frame", {**arrays._asdict(), "max_gb": None, **{name: getattr(columns, name) for name in FORM}})
         times = [] if columns.time is None else columns.time.split(",")
         table = of_frame(name_or_path, [columns.label, columns.id, *map(str.strip, times)])
         return "frame", checked(of_table(table, columns), "the frame", least)
     if isinstance(name_or_path, np.ndarray | torch.Tensor):
-        array = name_or_path.detach().cpu().numpy() if torch.is_tensor(name_or_path) else name_or_path
-        if isinstance(array, np.ma.MaskedArray):
-            array = np.ma.filled(array.astype(np.float64), np.nan)
-        return "array", checked(of_array(array, "the array"), "the array", least, channels)
+        _refuse("the array", {"size": size, "array": array, **columns._asdict()})
+        values = _numbers_of(name_or_path)
+        return "array", checked(of_array(values, "the array"), "the array", least, channels)
     if not isinstance(name_or_path, str | os.PathLike):
         raise ValueError(f"expected a data set's name or a path, got {kind_of(name_or_path)}: pass one of {_names()}")
     text = os.fspath(name_or_path)

@@ -103,10 +103,13 @@ class Source:
     order: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     peak: int = 1  # the value that stands for probability 1
     eight_bit: bool = False
+    sixteen_bit: bool = False  # whole numbers of an array of 16 bits, which may be intensities
     lines: Callable[[], np.ndarray] | None = None  # gives (N,), those of a table's rows in their file
     noun: str = ""
     values: str = ""
     choices: tuple[Choice, ...] = ()  # what was done to the data that one may not expect
+    named: bool = False  # whether ids are those of a column
+    unlabelled: bool = False  # whether labels were left out, as some rows have none
     extra: tuple[str, ...] = ()  # columns that are left out, as a schema does not know them
 
 

@@ -75,9 +75,8 @@ def _announced(file: Any, path: Path) -> int:
 
 
 def of_array(array: np.ndarray, path: Path | str, labels: Tensor | None = None, classes: Any = None) -> Source:
-    if _pictures_of_16_bits(array):
-        x = torch.from_numpy(array.astype(np.float32) / np.float32(65535))
-        return Source(x, labels, classes=classes, values=SIXTEEN_BIT)
+    if array.dtype == np.uint16 and array.ndim > 2:
+        return Source(torch.from_numpy(array.astype(np.float32)), labels, classes=classes, sixteen_bit=True)
     return Source(_from_numpy(array, path), labels, classes=classes)
 
 
@@ -213,6 +212,8 @@ def of_table(table: Table, columns: Columns) -> Source:
     path, times = table.path, _times_of(columns)
     asked = {columns.label, columns.id}
     absent = {option for option in columns.optional if not _has(table, option, getattr(columns, option))}
+    label = table.named(columns.label or "") if "label" in absent else None
+    unlabelled = label is not None and not all(map(is_missing, table.cells(label)))
     columns = columns._replace(**{option: None for option in absent})  # type: ignore[arg-type]
     named = [("label", columns.label), ("id", columns.id), *(("time", each) for each in times)]
     named += [("inputs", each) for each in columns.inputs]
@@ -236,7 +237,7 @@ def of_table(table: Table, columns: Columns) -> Source:
     x = _numbers(table, features)
     ids = None if columns.id is None else np.array(_cells(table, columns.id), dtype=str)
     if columns.time is not None:
-        return replace(_in_time(table, x, features, ids, columns), extra=extra)
+        return replace(_in_time(table, x, features, ids, columns), named=ids is not None, extra=extra)
     labels, classes = (None, None) if columns.label is None else _csv_labels(table, columns.label)
     lines = table.lines  # not the frame, which is given free
     return Source(
@@ -247,6 +248,8 @@ def of_table(table: Table, columns: Columns) -> Source:
         classes,
         lines=lambda: lines,
         choices=_told(table),
+        named=ids is not None,
+        unlabelled=unlabelled,
         extra=extra,
     )
 
@@ -260,6 +263,7 @@ def _table(path: Path, columns: Columns, text: Sequence[str | None]) -> Table:
         decimal=columns.decimal,
         encoding=columns.encoding,
         comment=columns.comment,
+        as_written=[] if columns.id is None else [columns.id],
     )
 
 
@@ -426,7 +430,7 @@ def _in_order(table: Table, times: np.ndarray, cells: Sequence[str], ids: np.nda
     if not len(times):
         raise ValueError(f"expected a row for each step in {path}, got the header alone: add rows")
     names = np.zeros(len(times), dtype=str) if ids is None else ids
-    nameless = [i for i, name in enumerate(names) if ids is not None and is_missing(name)]
+    nameless = [i for i, name in enumerate(names) if ids is not None and not name.strip()]
     if nameless:
         raise ValueError(
             f"expected an id in every row of {path}, got {len(nameless)} missing, the first in line "
@@ -602,10 +606,6 @@ def _from_numpy(array: np.ndarray, where: Path | str) -> Tensor:
     array = array if array.flags.writeable else array.copy()
     narrow = array.dtype in (np.dtype(np.float32), np.dtype(np.float16))  # else double precision, for the scales' sake
     return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32 if narrow else np.float64))
-
-
-def _pictures_of_16_bits(array: np.ndarray) -> bool:
-    return array.dtype == np.uint16 and array.ndim > 2 and array.size > 0 and int(array.max()) > 255
 
 
 def _labels(labels: np.ndarray, where: Path | str) -> tuple[Tensor, tuple[str, ...] | None]:

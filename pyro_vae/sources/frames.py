@@ -43,6 +43,6 @@ def of_frame(frame: Any, text: Sequence[str | None] = ()) -> Table:
     rows = frame.reset_index(drop=True)
     columns = {name: _column(rows.iloc[:, j], name in text) for j, name in enumerate(names)}
     table = Table("the frame", pandas.DataFrame(columns), None, (), np.arange(len(rows)), ".")
-    if not isinstance(frame.index, pandas.RangeIndex):
+    if not (isinstance(frame.index, pandas.RangeIndex) and frame.index.start == 0 and frame.index.step == 1):
         table.ids = np.array([str(each) for each in frame.index])
     return table

@@ -98,6 +98,7 @@ def read_table(
     decimal: str | None = None,
     encoding: str | None = None,
     comment: str | None = None,
+    as_written: Sequence[str] = (),
 ) -> Table:
     """The table in a file.
 
@@ -108,6 +109,7 @@ def read_table(
         decimal: "." or ",".
         encoding: as Python calls it, such as "cp1252".
         comment: what lines begin with that are no rows; "" where all lines are.
+        as_written: those columns of `text` in which "NA" and its like are words, as in names of countries.
 
     Raises:
         ValueError: no table, with file and line; an option that cannot be used.
@@ -147,7 +149,8 @@ def read_table(
         raise ValueError(f"expected distinct column names in the header of {path}, got {repeated} twice: rename them")
     of_text = {name for j, name in enumerate(names) if name in text or (skipped == 0 and first[j] in text)}
     blanks = _has_blanks(content, rows[skipped:])
-    frame = _frame(path, content, names, of_text, separator, decimal, header=skipped > 0, blanks=blanks)
+    words = {name for j, name in enumerate(names) if name in as_written or (skipped == 0 and first[j] in as_written)}
+    frame = _frame(path, content, names, of_text, words, separator, decimal, header=skipped > 0, blanks=blanks)
     _check_nameless(path, frame, left_out)
     if left_out:
         frame = frame.drop(columns=left_out)
@@ -200,6 +203,7 @@ def _frame(
     content: bytes,
     names: list[str],
     of_text: set[str],
+    words: set[str],
     separator: str,
     decimal: str,
     *,
@@ -220,7 +224,7 @@ def _frame(
                 names=names,
                 index_col=False,
                 dtype=dict.fromkeys(of_text, str),
-                na_values=ABSENT,
+                na_values={name: [""] if name in words else ABSENT for name in names} if words else ABSENT,
                 keep_default_na=False,
                 skipinitialspace=blanks,
             )
@@ -229,7 +233,9 @@ def _frame(
             f"expected a table in {path}, got something else ({first_line(error)}): export it anew as CSV"
         ) from error
     for name, dtype in frame.dtypes.items():
-        if name in of_text or dtype.kind not in "fiu":
+        if name in words:
+            frame[name] = frame[name].str.strip().astype(object)
+        elif name in of_text or dtype.kind not in "fiu":
             frame[name] = as_column(frame[name], name in of_text, decimal)
     return frame
 
