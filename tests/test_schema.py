@@ -671,7 +671,7 @@ def test_units_far_from_zero(tmp_path):
         again = fit(model, AmortizedGuide(model), dataset.train, valid=valid, epochs=1, out=out, progress=False)
         bounds.append(again.history[0]["valid"])
     assert bounds[0] == pytest.approx(bounds[1], rel=1e-6)
-    with pytest.raises(ValueError, match="expected finite|expected values that are finite in the units"):
+    with pytest.raises(ValueError, match="expected finite|expected values that are finite as float32 in the units"):
         run.read(pandas.DataFrame({"t": [1.7e9], "a": [3e38]}) * [1, 1e3])
 
 

@@ -25,8 +25,11 @@ def peak_memory(step: Callable[[], Any], device: torch.device) -> float:
         before = torch.cuda.memory_allocated(device)
         step()
         return torch.cuda.max_memory_allocated(device) - before
-    gc.collect()  # else what others left is freed meanwhile
-    with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
+    with (
+        _no_garbage_collected(),  # else what others left is freed meanwhile
+        _quiet(),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded,
+    ):
         step()
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
     live = peak = 0
@@ -34,6 +37,17 @@ def peak_memory(step: Callable[[], Any], device: torch.device) -> float:
         live += event.nbytes()
         peak = max(peak, live)
     return peak
+
+
+@contextlib.contextmanager
+def _no_garbage_collected() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextlib.contextmanager

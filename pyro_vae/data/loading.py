@@ -323,16 +323,11 @@ def read(schema: Schema, data: Any, **options: Any) -> Split:
             "and splits are those of the training"
         )
     name, source = _read(schema, data, options)
+    schema = replace(schema, name=name)
     counted = None if source.lengths is None else _counted(source)
     seed = schema.source.get("seed", 0)
     everything = torch.arange(len(source.x))
     whole = _split(schema, source, everything, counted, "all", 3 * seed + 2 if schema.binarize == "static" else 2)
-    if bool(whole.x.isinf().any()):
-        row = int(whole.x.isinf().flatten(1).any(1).nonzero()[0])
-        raise ValueError(
-            f"expected values that are finite in the units of the training in {name}, got larger ones, the first in "
-            f"row {row} (from 0): drop it"
-        )
     assert whole.checksums is not None
     parts = schema.parts_of_spans(schema.parts_of(whole.checksums), spans_of(whole))
     if source.sizes is not None:
@@ -343,7 +338,7 @@ def read(schema: Schema, data: Any, **options: Any) -> Split:
     roles = {key: value for key, value in {**schema.source, **given}.items() if key in READING}
     if not source.named:  # a series by itself, whose pieces have numbers
         roles.pop("id", None)
-    return replace(whole, schema=replace(schema, name=name, classes=source.classes, source=roles), parts=parts)
+    return replace(whole, schema=replace(schema, classes=source.classes, source=roles), parts=parts)
 
 
 def _read(schema: Schema, data: Any, options: Mapping[str, Any]) -> tuple[str, Source]:
@@ -548,6 +543,8 @@ def _split(schema: Schema, source: Source, rows: Tensor, counted: Tensor | None,
         some = rows[begin : begin + PART]
         raw = source.x.index_select(0, some)
         x[begin : begin + PART] = made = _converted(schema, source, raw)
+        if bool(made.isinf().any()):
+            raise _too_large(schema, source, raw, made, some)
         sums[begin : begin + PART] = _checksums(source, made if schema.scale is None else raw, counted, some)
     if schema.binarize != "none":
         x = _intensities(x, schema.name)
@@ -572,6 +569,19 @@ def _split(schema: Schema, source: Source, rows: Tensor, counted: Tensor | None,
         **of_steps,
     )
     return split
+
+
+def _too_large(schema: Schema, source: Source, raw: Tensor, made: Tensor, rows: Tensor) -> ValueError:
+    """The error of rows whose values are not finite in the units of the training."""
+    first = made.isinf().nonzero()[0]
+    row = int(rows[first[0]])
+    line = f"row {row} (from 0)" if source.lines is None else f"line {source.lines()[row]}"
+    at = f", column {column_name(int(first[-1]), schema.names)}" if schema.columns else ""
+    return ValueError(
+        f"expected values that are finite as float32 in the units of the training split, got "
+        f"{float(raw[tuple(first)]):g} in {line}{at} of {schema.name}, which is too far from the values there: drop the row or the "
+        "column, or scale the column"
+    )
 
 
 def _converted(schema: Schema, source: Source, x: Tensor) -> Tensor:
