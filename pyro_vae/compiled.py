@@ -63,6 +63,7 @@ _hook_lists = operator.attrgetter("_backward_hooks", "_post_accumulate_grad_hook
 PACKAGE = Path(__file__).parent
 PYRO, TORCH = (Path(str(module.__file__)).parent for module in (pyro, torch))
 FLOATS = (float, np.floating)
+LEAVES = (Tensor, *Scalar)
 NUMPY = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float32, torch.float64}
 OF_TORCH = ("artifact generation failed, cannot save", "No CUDA runtime is found")
 TINY_KERNEL = """
@@ -293,7 +294,7 @@ def _tree_key(tree: Any, leaves: list[Any]) -> Hashable:
         return kind, *[_tree_key(item, leaves) for item in tree]
     if kind is dict:
         return kind, *[(name, _tree_key(item, leaves)) for name, item in tree.items()]
-    if isinstance(tree, (Tensor, *Scalar)):
+    if isinstance(tree, LEAVES):
         leaves.append(tree)
         return _leaf_key(tree)
     fields = _fields(tree)

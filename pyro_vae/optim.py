@@ -510,9 +510,9 @@ class AdamUpdate:
     """Adam's step in tensor arithmetic alone, on the parameters and states of an optimiser: to be part of a graph.
 
     It acts where it is sure to leave finite numbers. With L the largest norm of the gradients of a step, which no
-    element of the first moment exceeds, this is so where L^2 does not overflow and ``rate L / eps``, the most that a
-    parameter moves by, is less than half of what the largest number is rounded to. In single precision and with Adam's
-    own settings this is L < 9.2e18.
+    element of the first moment exceeds, this is so where L^2 does not overflow and ``lr L / ((1 - beta1) eps)``, which
+    no parameter moves by more than, is less than half of what the largest number is rounded to. In single precision and
+    with Adam's own settings this is L < 9.2e18.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -593,16 +593,16 @@ class AdamUpdate:
         for (states, decays, decoupled), rates, constants in zip(self.groups, self.rates, self.constants, strict=True):
             lr, beta1, beta2 = rates.unbind()
             t = torch.stack([step for _, step, _, _ in states]).double() + 1
-            corrected = torch.stack([lr / (1 - beta1**t), (1 - beta2**t).sqrt()])
+            corrected = torch.stack([lr / (1 - beta1**t), (1 - beta2**t).sqrt()]).to(constants.dtype)
             number, wide = torch.finfo(constants.dtype), constants.double()
             if decays and not decoupled:  # a part of the gradient
                 of_parameters = torch.stack([p.abs().amax() for p, *_ in states if p.numel()]).amax()
                 largest = torch.maximum(largest, largest + wide[4].abs() * of_parameters)
-            moves = corrected[0].abs().amax() * largest / wide[3]
+            moves = lr.abs() / (1 - beta1) * largest / wide[3]
             sure = sure & (largest < math.sqrt(number.max) / 2) & (moves <= number.max * number.eps / 4)
             if decays and decoupled:
                 sure = sure & (wide[5].abs() <= 1)
-            factors.append(corrected.to(constants.dtype))
+            factors.append(corrected)
         acts = sure & self.unbroken
         self.unbroken.copy_(acts)
         self.largest.copy_(torch.where(acts, largest, self.largest))

@@ -767,7 +767,7 @@ def _finite_squares(loss: Any, gradients: Sequence[Tensor]) -> tuple[Tensor, Ten
     and what is not finite, or has too large a square, makes it so."""
     dense = [gradient._values() if gradient.is_sparse else gradient for gradient in gradients]
     each = [gradient.square().sum().double() for gradient in dense if gradient.numel()]
-    squares = torch.stack(each).sum() if each else torch.zeros_like(torch.as_tensor(loss))
+    squares = sum(each, torch.zeros_like(torch.as_tensor(loss)))  # a stack would cost a view for each
     floor = max((torch.finfo(gradient.dtype).tiny ** 0.5 for gradient in dense), default=0.0)
     largest = squares.sqrt() + floor
     return (loss - loss) + 0 * largest == 0, largest

@@ -579,8 +579,8 @@ def _too_large(schema: Schema, source: Source, raw: Tensor, made: Tensor, rows: 
     at = f", column {column_name(int(first[-1]), schema.names)}" if schema.columns else ""
     return ValueError(
         f"expected values that are finite as float32 in the units of the training split, got "
-        f"{float(raw[tuple(first)]):g} in {line}{at} of {schema.name}, which is too far from the values there: drop the row or the "
-        "column, or scale the column"
+        f"{float(raw[tuple(first)]):g} in {line}{at} of {schema.name}, which is too far from the values there: drop "
+        "the row or the column, or scale the column"
     )
 
 
