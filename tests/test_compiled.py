@@ -167,7 +167,7 @@ TABLE = [(case, loss) for case in CASES if "_prior" not in case.name for loss in
 
 
 @pytest.mark.parametrize(("case", "loss"), TABLE, ids=[f"{case.name}-{loss}" for case, loss in TABLE])
-def test_the_graph_gives_the_eager_loss_and_gradients(case, loss, recorded):
+def test_the_graph_gives_the_eager_loss_and_gradients(case, loss, recorded_once):
     """Of both, from the same draws: the loss, and each gradient relative to its own norm, to 1e-10 in float64."""
     model, guide = (program.double() for program in case.pair())
     x = case.data().double()

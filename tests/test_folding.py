@@ -91,7 +91,7 @@ LEFT = [case for case in CASES if "left" in case.name or "recurrent" in case.nam
 
 
 @pytest.mark.parametrize("case", LEFT, ids=lambda case: case.name)
-def test_compiled_steps_take_such_networks(case, recorded):
+def test_compiled_steps_take_such_networks(case, recorded_once):
     losses = []
     for kind in (SVI, CompiledSVI):
         pyro.clear_param_store()
