@@ -224,8 +224,8 @@ class Update:
         self._largest = max(self._largest, largest)
         number = min((torch.finfo(p.dtype) for p in self.parameters.values()), key=lambda info: info.max)
         limit = number.max * number.eps / 4
-        return all(self._largest * _reach(group) <= limit for group in self.groups) and (
-            self._largest < math.sqrt(number.max) / 2
+        return self._largest < math.sqrt(number.max) / 2 and all(
+            _largest_rate(group) <= number.max and self._largest * _reach(group) <= limit for group in self.groups
         )
 
     def _act(self, used: Sequence[bool]) -> None:
@@ -453,13 +453,19 @@ def _fits(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype and a.device == b.device
 
 
+def _largest_rate(group: Mapping[str, Any]) -> float:
+    """No less than what an update multiplies by: beyond the largest number, its product with zero is no number."""
+    kept = group["betas"][0] if "betas" in group else group["momentum"]
+    return abs(float(group["lr"])) / (1 - kept) if 0 <= kept < 1 else math.inf
+
+
 def _reach(group: Mapping[str, Any]) -> float:
     """How far an update moves a parameter at most, for gradients of at most 1; infinite where it is not known."""
-    lr, decay = abs(float(group["lr"])), group["weight_decay"]
+    rate, decay = _largest_rate(group), group["weight_decay"]
     if "betas" not in group:
-        return 2 * lr / (1 - group["momentum"]) if decay == 0 and 0 <= group["momentum"] < 1 else math.inf
+        return 2 * rate if decay == 0 else math.inf
     decays_well = decay == 0 or (group["decoupled_weight_decay"] and abs(1 - group["lr"] * decay) <= 1)
-    return lr / (1 - group["betas"][0]) / group["eps"] if decays_well and group["eps"] > 0 else math.inf
+    return rate / group["eps"] if decays_well and group["eps"] > 0 else math.inf
 
 
 def _own_step(optimizer: torch.optim.Optimizer) -> bool:
@@ -511,8 +517,9 @@ class AdamUpdate:
 
     It acts where it is sure to leave finite numbers. With L the largest norm of the gradients of a step, which no
     element of the first moment exceeds, this is so where L^2 does not overflow and ``lr L / ((1 - beta1) eps)``, which
-    no parameter moves by more than, is less than half of what the largest number is rounded to. In single precision and
-    with Adam's own settings this is L < 9.2e18.
+    no parameter moves by more than, is less than half of what the largest number is rounded to; and where the rate
+    itself is a number, as infinity times a gradient of zero is none. In single precision and with Adam's own settings
+    this is L < 9.2e18.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -598,8 +605,9 @@ class AdamUpdate:
             if decays and not decoupled:  # a part of the gradient
                 of_parameters = torch.stack([p.abs().amax() for p, *_ in states if p.numel()]).amax()
                 largest = torch.maximum(largest, largest + wide[4].abs() * of_parameters)
-            moves = lr.abs() / (1 - beta1) * largest / wide[3]
-            sure = sure & (largest < math.sqrt(number.max) / 2) & (moves <= number.max * number.eps / 4)
+            most = lr.abs() / (1 - beta1)  # of all rates
+            sure = sure & (largest < math.sqrt(number.max) / 2) & (most <= number.max)
+            sure = sure & (most * largest / wide[3] <= number.max * number.eps / 4)
             if decays and decoupled:
                 sure = sure & (wide[5].abs() <= 1)
             factors.append(corrected)

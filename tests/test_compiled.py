@@ -3,6 +3,7 @@
 import argparse
 import array
 import collections
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -1963,6 +1964,27 @@ class TestUpdatesThatOverflow:
         assert str([optimizer.state_dict() for optimizer in svi.update.optimizers]) == state
         svi.step(x)
         assert svi.steps == 4 and all(value.isfinite().all() for value in values().values())
+
+    @pytest.mark.parametrize("optim", LARGE)
+    @pytest.mark.parametrize("svi_class", [pyro_vae.svi.SVI, CompiledSVI])
+    def test_a_rate_beyond_the_largest_number_and_no_gradient(self, svi_class, optim, recorded):
+        """Infinity times zero is no number. An optimiser of torch's own may refuse such a rate itself."""
+
+        def model(moves):
+            location = pyro.param("location", torch.ones(()))
+            pyro.factor("x", -((moves * location - 1) ** 2))
+
+        svi = svi_class(model, lambda moves: None, self.LARGE[optim][0](), ELBO)
+        for _ in range(3):
+            svi.step(torch.tensor(0.0))
+        for group in svi.update.groups:
+            group["lr"] = 1e39
+        before = values()
+        with contextlib.suppress(NonFiniteLossError, RuntimeError):
+            svi.step(torch.tensor(0.0))
+        assert values()["location"].isfinite()
+        if optim in ("Adam", "SGD", "a torch optimiser"):
+            assert_equal(values(), before, 0.0)
 
     def test_a_rate_that_is_no_number(self, recorded):
         svi = CompiledSVI(location_model, location_guide, self.LARGE["Adam"][0](), ELBO)

@@ -1,4 +1,5 @@
-"""prior x family x likelihood: a pairwise covering array of these, or with ``--matrix`` (`make matrix`) all of them."""
+"""prior x family x likelihood: a pairwise covering array of these, a third of it compiled, or with ``--matrix`` (`make
+matrix`) all of them."""
 
 import contextlib
 import itertools
