@@ -74,7 +74,7 @@ def test_the_worked_example_of_a_prior(monkeypatch, recorded, tmp_path):
     name = add(monkeypatch, priors, [cases.PRIORS], code, row)
     assert name == "Cauchy" and name in code
     test_priors.test_draws_have_a_density_that_moves_and_is_saved(name)
-    test_matrix.test_a_pair_keeps_the_laws((name, "IAF", "Poisson"), recorded, tmp_path)
+    test_matrix.check_pair((name, "IAF", "Poisson"), tmp_path)
 
 
 @pytest.mark.usefixtures("float64")
@@ -84,4 +84,4 @@ def test_the_worked_example_of_a_family(monkeypatch, recorded, tmp_path):
     assert name == "Laplace" and name in code
     for model in test_guide.CONJUGATES:
         test_guide.test_mean_weight_is_the_evidence(model, name)
-    test_matrix.test_a_pair_keeps_the_laws(("GaussianMixture", name, "Normal"), recorded, tmp_path)
+    test_matrix.check_pair(("GaussianMixture", name, "Normal"), tmp_path)

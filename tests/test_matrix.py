@@ -78,6 +78,10 @@ def test_every_component_is_compiled():
 
 
 def test_a_pair_keeps_the_laws(triple, recorded_once, tmp_path, request):
+    check_pair(triple, tmp_path, is_compiled(*triple) or request.config.getoption("--matrix"))
+
+
+def check_pair(triple, tmp_path, compiled=True):
     if not makes_sense(*triple):
         refusal = 'expected (a family over the support of latent site "|latent sites with a density for)'
         with pytest.raises(ValueError, match=refusal):
@@ -99,7 +103,7 @@ def test_a_pair_keeps_the_laws(triple, recorded_once, tmp_path, request):
         losses.append(Trace_ELBO().loss(*programs, x))
     assert losses[0] == losses[1]
 
-    if not is_compiled(*triple) and not request.config.getoption("--matrix"):
+    if not compiled:
         return
     trajectories = []
     for svi_class, programs in ((pyro.infer.SVI, (model, guide)), (CompiledSVI, again)):
