@@ -4,7 +4,6 @@ import csv
 import gzip
 import io
 import random
-import statistics
 import subprocess
 import sys
 import time
@@ -119,6 +118,8 @@ def table(tmp_path, text, name="table.csv", encoding="utf-8"):
 REFUSED = {
     "a short row": (PLAIN + "1.5\n2,3\n", {}, r"expected 2 cells in line 32 of .*table.csv, got 1: mend that line"),
     "a long row": (PLAIN + "1.5,2,3\n", {}, r"expected 2 cells in line 32 of .*table.csv, got 3: mend that line"),
+    "a long row makes up for a short one": (PLAIN + "1.5\n2,3,4\n", {}, "expected 2 cells in line 32 of .*, got 1"),
+    "a long row makes up for a blank one": (PLAIN + "\n1,2,3\n", {}, "expected 2 cells in line 33 of .*, got 3"),
     "a short row after comments": ("# a\n" + PLAIN + "1.5\n", {}, "expected 2 cells in line 33"),
     "words": (
         joined([(*r, "w") for r in ROWS], header="x,y,w"),
@@ -483,6 +484,40 @@ def test_times_in_several_columns_and_compact_dates(tmp_path):
                 load_dataset(path, time="year,turn", window=4)
 
 
+def test_a_large_file_is_read_as_a_small_one(tmp_path, monkeypatch):
+    """Pandas reads a large file by its path, in several threads; what it holds is told as from memory."""
+    rows = 200_000
+    whole = np.arange(rows, dtype=float)
+    late = np.where(whole < rows - 5, whole, whole + 0.25)  # whole numbers in all parts but the last
+    cells = [
+        [f"{a:.0f}" for a in whole],
+        [f"{a:g}" if i % 1000 else "" for i, a in enumerate(late.tolist())],
+        [f"{a:.17g}" for a in RNG.normal(size=rows)],
+        ["x" if i == rows - 1 else str(i % 7) for i in range(rows)],
+    ]
+    text = "a,b,c,d\n" + "".join(",".join(row) + "\n" for row in zip(*cells, strict=True))
+    path = table(tmp_path, text)
+    assert path.stat().st_size > tables.LARGE
+    packed = tmp_path / "packed.csv"
+    packed.write_bytes(gzip.compress(text.encode(), 1))
+    taken = []
+    frame = pandas.read_csv
+    monkeypatch.setattr(pandas, "read_csv", lambda source, **kwargs: taken.append(source) or frame(source, **kwargs))
+    found, expected = read_table(path, ["d"]), read_table(packed, ["d"])
+    assert [type(each) is io.BytesIO for each in taken] == [False, True]
+    pandas.testing.assert_frame_equal(found.frame, expected.frame)
+    np.testing.assert_array_equal(found.numbers(["a", "b", "c"])[:, 0], whole)
+    assert found.row_of_word("d") == rows - 1
+
+    def written_into(source, **kwargs):
+        if source == path:
+            path.write_text(text.replace("a,b,c,d", "b,a,c,d"))
+        return frame(source, **kwargs)
+
+    monkeypatch.setattr(pandas, "read_csv", written_into)
+    pandas.testing.assert_frame_equal(read_table(path, ["d"]).frame, expected.frame)
+
+
 # ------------------------------------------------------------ cost
 
 
@@ -492,9 +527,13 @@ import pandas
 from pyro_vae import load_dataset
 path = sys.argv[1]
 load_dataset(path, split=(0.8, 0.1, 0.1)), pandas.read_csv(path)
-for _ in range(3):
-    begin = time.perf_counter(); pandas.read_csv(path); middle = time.perf_counter(); load_dataset(path)
-    print(middle - begin, time.perf_counter() - middle)
+def took(read, source):
+    begin = time.perf_counter()
+    read(source)
+    return time.perf_counter() - begin
+for _ in range(9):
+    with open(path) as one_thread:
+        print(took(pandas.read_csv, path), took(pandas.read_csv, one_thread), took(load_dataset, path))
 """
 
 
@@ -520,13 +559,15 @@ def test_loading_takes_a_few_times_the_array(tmp_path):
 
 @pytest.mark.slow
 def test_a_large_table_is_read_about_as_fast_as_by_pandas(tmp_path):
-    """200,000 rows of 20 columns within twice the time; by hand, as no test is timed."""
+    """200,000 rows of 20 columns within twice the time of one thread; by hand, as no test is timed. Since 3.1 pandas
+    reads a file by several threads, which is printed beside."""
     path = tmp_path / "large.csv"
     pandas.DataFrame(RNG.normal(size=(200_000, 20))).to_csv(path, index=False, float_format="%.6g")
     found = subprocess.run([sys.executable, "-c", SPEED, str(path)], capture_output=True, text=True, check=True)
-    ratios = [float(b) / float(a) for a, b in (line.split() for line in found.stdout.splitlines())]
-    print(f"{time.strftime('%Y-%m-%d')}: ratios {ratios}")
-    assert statistics.median(ratios) < 2
+    threads, one_thread, ours = np.array([line.split() for line in found.stdout.splitlines()], dtype=float).T
+    ratios = np.median(ours / threads), np.median(ours / one_thread)
+    print(f"{time.strftime('%Y-%m-%d')}: {ratios[0]:.2f} of threads, {ratios[1]:.2f} of one")
+    assert ratios[1] < 2
 
 
 def test_a_table_with_gaps_has_a_report(tmp_path, capsys):

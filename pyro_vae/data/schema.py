@@ -364,12 +364,12 @@ def row_checksums(*tensors: Tensor) -> np.ndarray:
         some = max(1, CELLS // max(1, flat.shape[1]))
         for begin in range(0, len(flat), some):
             values = flat[begin : begin + some].double().numpy() + 0.0  # -0.0 is 0.0
-            bits = values.view(np.uint64)
-            bits[np.isnan(values)] = 0x7FF8000000000000
-            bits = bits ^ (bits >> np.uint64(32))
-            cells = bits * np.uint64(0x9E3779B97F4A7C15)
+            cells = values.view(np.uint64)
+            cells[np.isnan(values)] = 0x7FF8000000000000
             cells ^= cells >> np.uint64(32)
-            found[begin : begin + some] += (cells * keys).sum(1, dtype=np.uint64)
+            cells *= np.uint64(0x9E3779B97F4A7C15)
+            cells ^= cells >> np.uint64(32)
+            found[begin : begin + some] += cells @ keys
     return _mixed(found)
 
 

@@ -11,6 +11,7 @@ import statistics
 import warnings
 from collections.abc import Callable, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ MISSING = ("", "na", "n/a", "nan", "null", "none", "?")
 ABSENT = [*MISSING, *(each.upper() for each in MISSING), *(each.capitalize() for each in MISSING), "NaN"]
 SEPARATORS = (",", ";", "\t", "|")
 SAMPLE = 200  # lines that the form of a file is told by
+LARGE = 5 << 20  # bytes from which on pandas reads a file in several threads, if it is given its path
 CHUNK = 1 << 18  # bytes that are looked at together, few enough for the processor's cache
 ROWS = 2_000  # that are looked at together, likewise
 BREAK, RETURN, TAB, BLANK, QUOTE = b'\n\r\t "'
@@ -118,7 +120,8 @@ def read_table(
     given = {"header": header, "separator": separator, "decimal": decimal, "encoding": encoding, "comment": comment}
     separator = None if separator is None else _sign(separator)
     said: list[tuple[str, str]] = []
-    content, read_as = _decoded(path, encoding)
+    state, data = _state(path), path.read_bytes()
+    content, read_as = _decoded(path, data, encoding)
     if read_as:
         said.append((f"read as {read_as}", "encoding"))
     content, comments, named_above = _without_comments(content, "#" if comment is None else comment)
@@ -142,7 +145,10 @@ def read_table(
     if comments:
         said.append((f"{_counted_as(comments, 'comment line')} left out", "comment"))
     names = [name.strip() for name in names]
-    lines = _lines(path, content, separator, len(first))
+    lines = _lines_if_even(content, separator, len(first))
+    are_even = lines is not None
+    if lines is None:
+        lines = _lines(path, content, separator, len(first))
     names, left_out = _named(path, names, sample[skipped:])
     if len(set(names)) < len(names):
         repeated = sorted({name for name in names if names.count(name) > 1})
@@ -150,7 +156,17 @@ def read_table(
     of_text = {name for j, name in enumerate(names) if name in text or (skipped == 0 and first[j] in text)}
     blanks = _has_blanks(content, rows[skipped:])
     words = {name for j, name in enumerate(names) if name in as_written or (skipped == 0 and first[j] in as_written)}
-    frame = _frame(path, content, names, of_text, words, separator, decimal, header=skipped > 0, blanks=blanks)
+    read = partial(_frame, path, names, of_text, words, separator, decimal, header=skipped > 0, blanks=blanks)
+    is_large = content is data and len(data) == state[0] >= LARGE and b'"' not in content
+    try:
+        frame = read(path if is_large else io.BytesIO(content))
+    except ValueError:
+        _lines(path, content, separator, len(first))  # names the line, where that is what is wrong
+        raise
+    if is_large and _state(path) != state:  # written into since
+        frame = read(io.BytesIO(content))
+    if are_even and (len(frame) != len(lines) - skipped or frame.iloc[:, -1].hasnans):  # a row may be short or blank
+        lines = _lines(path, content, separator, len(first))
     _check_nameless(path, frame, left_out)
     if left_out:
         frame = frame.drop(columns=left_out)
@@ -198,14 +214,20 @@ def _counted_as(count: int, what: str) -> str:
     return f"{count} {what}{'s' if count > 1 else ''}"
 
 
+def _state(path: Path) -> tuple[int, int]:
+    """What changes when a file is written into; a pipe has no size."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
 def _frame(
     path: Path,
-    content: bytes,
     names: list[str],
     of_text: set[str],
     words: set[str],
     separator: str,
     decimal: str,
+    source: Any,
     *,
     header: bool,
     blanks: bool,
@@ -217,7 +239,8 @@ def _frame(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", pandas.errors.DtypeWarning)  # pandas reads in parts, which `_column` joins
             frame = pandas.read_csv(
-                io.BytesIO(content),
+                source,
+                compression=None,
                 sep=r"\s+" if separator == " " else separator,
                 decimal=decimal,
                 header=0 if header else None,
@@ -264,10 +287,9 @@ ENCODINGS = (  # what the file begins with, how it is read then, and what is sai
 )
 
 
-def _decoded(path: Path, encoding: str | None) -> tuple[bytes, str]:
+def _decoded(path: Path, data: bytes, encoding: str | None) -> tuple[bytes, str]:
     """The text of a file in UTF-8, which is what pandas takes, and as what it was read, where that is not UTF-8."""
     try:
-        data = path.read_bytes()
         if data[:2] == b"\x1f\x8b":
             data = gzip.decompress(data)
     except (OSError, EOFError) as error:
@@ -377,11 +399,12 @@ def _form(rows: Sequence[str], given: str | None, mark: str | None) -> tuple[str
         for decimal in (".", ",") if mark is None else (mark,):
             if decimal == "," and mark is None and not any(DECIMAL_COMMA.fullmatch(cell) for cell in below):
                 continue
-            known = sum(_kind(cell, decimal) != "word" for cell in below) / max(1, len(below))
-            found.append((known, decimal == ".", -order, separator, decimal))
+            found.append((below, decimal == ".", -order, separator, decimal))
     if found:
-        _, _, _, separator, decimal = max(found)
-        return separator, decimal
+        if len(found) > 1:  # most tables have one form alone
+            known = [sum(_kind(cell, form[-1]) != "word" for cell in form[0]) / max(1, len(form[0])) for form in found]
+            found = [max(zip(known, found, strict=True), key=lambda each: (each[0], *each[1][1:]))[1]]
+        return found[0][-2:]
     may_be = given != "," and mark != "."
     if may_be and len(rows) > 1 and all(DECIMAL_COMMA.fullmatch(row.strip()) for row in rows[1:]):  # one column
         return given or ";", ","
@@ -507,6 +530,18 @@ def _are_blank(content: bytes, ends: np.ndarray, may_be: np.ndarray) -> np.ndarr
     for row in rows[signs <= BLANK]:  # few, as most rows begin with a sign
         blank[row] = not content[starts[row] : ends[row]].strip()
     return blank
+
+
+def _lines_if_even(content: bytes, separator: str, width: int) -> np.ndarray | None:
+    """`_lines`, where there are as many separators as in that many whole rows: rows that are too long then stand
+    beside short ones, whose last cell pandas leaves empty, or blank ones, which pandas leaves out."""
+    if width == 1 or separator == " " or b'"' in content:
+        return None
+    data = np.frombuffer(content, dtype=np.uint8)
+    parts = [data[at : at + CHUNK] for at in range(0, len(data), CHUNK)]
+    num_rows = sum(np.count_nonzero(part == BREAK) for part in parts) + (data[-1] != BREAK)
+    num_separators = sum(np.count_nonzero(part == ord(separator)) for part in parts)
+    return np.arange(1, num_rows + 1) if num_separators == num_rows * (width - 1) else None
 
 
 def _lines(path: Path, content: bytes, separator: str, width: int) -> np.ndarray:
