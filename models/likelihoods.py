@@ -37,6 +37,7 @@ class Likelihood(Declared):
     """Base of likelihoods: ``forward(parameters) -> p(x | z)``."""
 
     num_parameters = 1
+    as_they_are = False  # True in a run by an earlier version, whose networks were trained on data as they are
 
     def build(self, event_shape: Sequence[int]) -> None:
         self.event_shape = torch.Size(event_shape)
@@ -46,6 +47,9 @@ class Likelihood(Declared):
 
     def scaled(self, x: Tensor) -> Tensor:
         """Data x on the scale that a network is best fed, whatever their range; 0 stays 0."""
+        return x if self.as_they_are else self._scaled(x)
+
+    def _scaled(self, x: Tensor) -> Tensor:
         return x
 
     def unpacked(self, parameters: Tensor) -> tuple[Tensor, ...]:
@@ -70,7 +74,7 @@ class _Counts(Likelihood):
     """Base of likelihoods of whole numbers, small and large (`benchmarks/encoder_inputs.py` holds scales against each
     other)."""
 
-    def scaled(self, x: Tensor) -> Tensor:
+    def _scaled(self, x: Tensor) -> Tensor:
         return x.clamp(min=0).log1p()  # noise may have led below 0
 
 
@@ -83,7 +87,7 @@ class Binomial(_Counts):
             raise ValueError(f"expected total_count >= 1, got {total_count}")
         self.total_count = total_count
 
-    def scaled(self, x: Tensor) -> Tensor:
+    def _scaled(self, x: Tensor) -> Tensor:
         """``4 arcsin(sqrt(x / n))``, from 0 to 2 pi: the scale on which a Binomial's variance is the same for all s."""
         return 4 * (x / self.total_count).clamp(0, 1).sqrt().asin()
 
@@ -253,7 +257,7 @@ class Missing(Likelihood):
         super().build(event_shape)
         self.likelihood = bind(self.likelihood, event_shape)
 
-    def scaled(self, x: Tensor) -> Tensor:
+    def _scaled(self, x: Tensor) -> Tensor:
         return self.likelihood.scaled(x)
 
     def forward(self, parameters: Tensor) -> dist.Distribution:

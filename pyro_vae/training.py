@@ -405,9 +405,23 @@ def load_run(path: Path | str, *, model: Any = None, guide: Any = None, device: 
         floating = [value.dtype for value in state.get(name, {}).values() if value.is_floating_point()]
         module.to(device=select_device(device), dtype=floating[0] if floating else None).eval()
     load_modules(modules_of(**programs), state)
+    _feed_as_trained(programs, state)
     run.model, run.guide = (_with_params(program, state["params"]) for program in programs.values())
     run.history = state["history"] if "history" in state else _history(path, state.get("epochs"))
     return run
+
+
+def _scaling_parts(programs: Mapping[str, Any]) -> list[Any]:
+    """The likelihoods, which say on what scale networks are fed the data."""
+    modules = modules_of(**programs).values()
+    return [part for module in modules for part in module.modules() if hasattr(part, "as_they_are")]
+
+
+def _feed_as_trained(programs: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Networks are fed what they were trained on: in a run before there was a schema, data as they are."""
+    as_they_are = state.get("as_they_are", "schema" not in state)
+    for part in _scaling_parts(programs):
+        part.as_they_are = as_they_are
 
 
 def _schema(data: Data, held_out: Data | None, columns: Sequence[str] | None) -> Schema:
@@ -494,6 +508,7 @@ class _State:
             "config": self.run.config,
             "tensors": self.run.tensors,
             "schema": self.schema.state_dict(),
+            "as_they_are": self._as_they_are,
             "random": get_random_state(),
             "generator": self.generator.get_state(),
             "execution": {"threads": torch.get_num_threads(), "compiled": isinstance(self.svi, CompiledSVI)},
@@ -512,6 +527,10 @@ class _State:
         if not self.recorded:
             self._write_schema()
         self._write_history()
+
+    @property
+    def _as_they_are(self) -> bool:
+        return any(part.as_they_are for part in _scaling_parts(self.svi.modules))
 
     @property
     def schema(self) -> Schema:
@@ -540,6 +559,7 @@ class _State:
             )
         torch.set_num_threads(state["execution"]["threads"])
         self.svi.load_state_dict(state)
+        _feed_as_trained(self.svi.modules, state)
         update = self.svi.update
         for group, now, then in zip(update.groups, update.settings, state["settings"], strict=True):
             group.update({key: value for key, value in now.items() if _plain(value) != then.get(key)})
@@ -621,6 +641,7 @@ class _State:
             self.svi.load_weights(self.best_weights)
         weights = self._weights()
         own = {"config": self.run.config, "tensors": self.run.tensors, "schema": self.schema.state_dict()}
+        own["as_they_are"] = self._as_they_are
         content = {**weights, "epochs": len(self.run.history), **own}
         checkpoint.save(content, self.run.path / "model.safetensors")
         (self.folder / "best.safetensors").unlink(missing_ok=True)

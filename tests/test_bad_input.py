@@ -103,7 +103,8 @@ def of_before(run):
     for path in (run / "model.safetensors", run / "checkpoints" / "last.safetensors"):
         state = checkpoint.load(path)
         checkpoint.save(
-            {name: value for name, value in state.items() if name not in ("config", "epochs", "schema")}, path
+            {name: value for name, value in state.items() if name not in ("config", "epochs", "schema", "as_they_are")},
+            path,
         )
 
 

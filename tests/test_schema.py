@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import warnings
 from collections import Counter
 
@@ -18,7 +19,8 @@ from pyro_vae.cli import main
 from pyro_vae.data import Schema, SchemaWarning, joined, load_again, read, rows_of, save_table
 from pyro_vae.data.schema import row_checksums
 from pyro_vae.guides import AmortizedGuide, StateSpaceGuide
-from pyro_vae.models import VAE, DeepMarkovModel, LinearVAE, likelihoods
+from pyro_vae.models import VAE, ConditionalVAE, DeepMarkovModel, LinearVAE, StateSpaceModel, likelihoods
+from pyro_vae.models.transitions import Emission, Initial, LinearTransition
 from pyro_vae.nn import MLP
 
 RNG = np.random.default_rng(0)
@@ -370,7 +372,7 @@ def test_runs_of_before_learn_their_units_from_the_file(on_a_table, tmp_path):
         (old / name).write_bytes((run.path / name).read_bytes())
     for name in ("model.safetensors", "checkpoints/last.safetensors"):
         state = checkpoint.load(run.path / name)
-        state.pop("schema")
+        del state["schema"], state["as_they_are"]
         checkpoint.save(state, old / name)
     loaded = load_run(old)
     part, warned = said(loaded.read, pandas.DataFrame(rows(4, seed=2), columns=NAMES))
@@ -378,6 +380,61 @@ def test_runs_of_before_learn_their_units_from_the_file(on_a_table, tmp_path):
     assert torch.equal(part.x, run.read(pandas.DataFrame(rows(4, seed=2), columns=NAMES)).x)
     assert main(["sample", str(old), "--num", "5", "--out", str(tmp_path / "s.csv")]) == 0
     assert torch.equal(loaded.dataset().test.x, dataset.test.x)
+
+
+def as_before(run, old, as_they_are=None):
+    """A copy of a run without what earlier versions did not write; or only told what its networks were fed."""
+    shutil.copytree(run, old)
+    for name in ("model.safetensors", "checkpoints/last.safetensors"):
+        state = checkpoint.load(old / name)
+        if as_they_are is None:
+            del state["schema"], state["as_they_are"]
+        else:
+            state["as_they_are"] = as_they_are
+        checkpoint.save(state, old / name)
+    return old
+
+
+@pytest.mark.parametrize("of", ["counts", "sequences", "a covariate"])
+def test_runs_of_before_feed_their_networks_what_they_were_trained_on(tmp_path, of):
+    """Later versions scale an encoder's inputs; a run trained on data as they are keeps to them, resumed too."""
+    x = torch.poisson(torch.full((40, 6), 30.0), generator=torch.Generator().manual_seed(0))
+    data = {"counts": x, "sequences": x.reshape(10, 12, 2), "a covariate": (x, torch.eye(2)[torch.arange(40) % 2])}[of]
+
+    def pair():
+        torch.manual_seed(0)
+        if of == "sequences":
+            emission = Emission(2, 2, likelihood=likelihoods.Poisson())
+            model = StateSpaceModel(Initial(2), LinearTransition(2), emission)
+            return model, StateSpaceGuide(model, hidden=4)
+        if of == "counts":
+            model = VAE((6,), 2, decoder=MLP((8,)), likelihood=likelihoods.Poisson())
+            return model, AmortizedGuide(model, MLP((8,)))
+        model = ConditionalVAE((6,), 2, 2, decoder=MLP((8,)), likelihood=likelihoods.Poisson())
+        guide = AmortizedGuide(model, MLP((8,)), encoder_inputs=model.beside)
+        guide(*data)  # makes the guide's networks
+        return model, guide
+
+    def scored(run):
+        return run.evaluate(data, num_samples=3, seed=0, progress=False).elbo
+
+    options = {"batch_size": 10, "progress": False}
+    new = fit(*pair(), data, epochs=1, out=tmp_path / "new", **options)
+    model, guide = pair()
+    for part in model.modules():
+        if isinstance(part, likelihoods.Likelihood):
+            part.as_they_are = True
+    run = fit(model, guide, data, epochs=1, out=tmp_path / "before", **options)
+    old = as_before(run.path, tmp_path / "old")
+    model, guide = pair()
+    assert scored(load_run(old, model=model, guide=guide)) == scored(run) != scored(new)
+    model, guide = pair()
+    assert scored(load_run(as_before(run.path, tmp_path / "as now", False), model=model, guide=guide)) != scored(run)
+    pairs = [pair(), pair()]
+    whole = fit(model, guide, data, epochs=3, resume=run.path, **options)
+    resumed = fit(*pairs[0], data, epochs=3, resume=old, **options)
+    assert resumed.history[-1]["bound"] == whole.history[-1]["bound"]
+    assert scored(load_run(old, model=pairs[1][0], guide=pairs[1][1])) == scored(whole)
 
 
 @pytest.mark.parametrize("count", [10, 13])
