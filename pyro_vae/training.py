@@ -641,8 +641,7 @@ class _State:
             self.svi.load_weights(self.best_weights)
         weights = self._weights()
         own = {"config": self.run.config, "tensors": self.run.tensors, "schema": self.schema.state_dict()}
-        own["as_they_are"] = self._as_they_are
-        content = {**weights, "epochs": len(self.run.history), **own}
+        content = {**weights, "epochs": len(self.run.history), **own, "as_they_are": self._as_they_are}
         checkpoint.save(content, self.run.path / "model.safetensors")
         (self.folder / "best.safetensors").unlink(missing_ok=True)
         params = weights["params"]

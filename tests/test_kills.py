@@ -262,7 +262,8 @@ class Victims:
 
     def command_with_compilers(self, number, whole, folder):
         """Kill an interpreter and all that it has started; its compiler's cache is empty at first."""
-        environment = {**os.environ, **kills.NO_GPU, "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")}
+        cache = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")}
+        environment = {**os.environ, **kills.NO_GPU, **cache, "OMP_NUM_THREADS": "1"}  # as many as the forks have
         path, begin = folder / "run", [*FIT, "--compile", "true", "--out", folder / "run"]
         for moment in [*(self.chance.uniform(5, 30) for _ in range(number)), None]:
             found = self.host(state_of, path)
