@@ -54,6 +54,11 @@ class Likelihood(Declared):
 
     def unpacked(self, parameters: Tensor) -> tuple[Tensor, ...]:
         expected = (self.num_parameters, *self.event_shape)
+        if not isinstance(parameters, Tensor):
+            raise ValueError(
+                f"expected a decoder's output as one tensor of shape (*batch, {', '.join(map(str, expected))}), got a "
+                f"{type(parameters).__name__}: let it end in torch.stack(..., dim={-len(expected)})"
+            )
         if parameters.shape[-len(expected) :] != expected:
             raise ValueError(
                 f"expected a decoder's output of shape (*batch, {', '.join(map(str, expected))}), got "

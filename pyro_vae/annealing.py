@@ -26,6 +26,7 @@ from .distributions import Remembered
 from .draws import DRAWS, difference, log_prob_of, warn_of
 from .evaluation import MAX_ELEMENTS, Estimate, check_support, generalized_pareto_shape, isolated, plate_of_pair
 from .log_weights import on_plates, per_datum, plate_of_data, samples, structure_of
+from .nn import positive
 from .progress import Bar
 
 __all__ = ["Annealed", "AnnealingWarning", "Sandwich", "annealed", "sandwich"]
@@ -286,8 +287,7 @@ def sandwich(
         >>> abs(float(bounds.gap)) < 0.3
         True
     """
-    if num_data < 1:
-        raise ValueError(f"expected num_data >= 1, got {num_data}: give a positive number")
+    num_data = positive("num_data", num_data)
     chains = _Chains(num_chains, num_temperatures, leapfrog_steps)
     programs = [model] if guide is None else [model, guide]
     with isolated(*programs):
@@ -348,8 +348,7 @@ class _Chains:
     def __init__(self, num_chains: int, num_temperatures: int, leapfrog_steps: int) -> None:
         numbers = {"num_chains": num_chains, "num_temperatures": num_temperatures, "leapfrog_steps": leapfrog_steps}
         for name, number in numbers.items():
-            if number < 1:
-                raise ValueError(f"expected {name} >= 1, got {number}: give a positive number")
+            positive(name, number)
         self.count, self.leapfrog_steps, self.between = num_chains, leapfrog_steps, num_temperatures - 1
         sigmoid = torch.linspace(-4, 4, num_temperatures + 1, dtype=torch.float64, device="cpu").sigmoid()
         self.temperatures: list[float] = ((sigmoid - sigmoid[0]) / (sigmoid[-1] - sigmoid[0])).tolist()

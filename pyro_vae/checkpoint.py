@@ -109,15 +109,17 @@ def _restored(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 def atomic(path: Path) -> Iterator[Path]:
     """A temporary file to write, which takes the place of `path` when the block ends well, and vanishes otherwise.
 
-    Those that killed processes have left of it vanish too. An error names `path`.
+    Those that killed processes have left of it vanish too. A link stays, and what it leads to is written. An error
+    names `path`.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    place = path.resolve() if path.is_symlink() else path
+    temporary = place.with_name(f".{place.name}.{os.getpid()}")
     try:
-        _clear(path)
+        _clear(place)
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, place)
     except OSError as error:
         if error.errno is not None and error.filename in (None, str(temporary)):
             error.filename = str(path)

@@ -82,8 +82,8 @@ data:
   --data.label COLUMN, --data.id COLUMN      columns of a .csv that are no features
   --data.columns A,B   columns to model, not all       --data.drop A,B   columns to leave out
   --data.kind A=count  what a column is: real, count, binary   --data.standardize false   values as they are
-  --data.header true|false   whether the first row names the columns (by default found out, as what follows)
-  --data.separator tab, --data.decimal ',', --data.encoding cp1252, --data.comment %   how a .csv is written
+  --data.header true|false   whether the first row names the columns; how a .csv is written, else found out:
+  --data.separator tab, --data.decimal ',', --data.thousands ., --data.encoding cp1252, --data.comment %
   --data.time COLUMN   a .csv of sequences, one for each id, or pieces of --data.window N steps, or both;
                        year,quarter: times in several columns; --data.inputs COLUMN,COLUMN act on the latents;
                        with --data.every D (h, MS, 2, ...) absent times are steps without values
@@ -516,7 +516,8 @@ def _fit(options: Options) -> int:
         print(f"         {patience} epochs without a better bound have ended it; --patience null goes on")
     num_samples = num_samples or min(1_000, max(50, MOST_SCORED // dataset.test.x.numel()))
     print(f"scoring  {len(dataset.test):,} data with {num_samples:,} draws each", flush=True)
-    scores = evaluate(run.model, run.guide, dataset.test, num_samples=num_samples, **scoring)
+    with _notes():
+        scores = evaluate(run.model, run.guide, dataset.test, num_samples=num_samples, **scoring)
     print(f"run      {run.path}\n\ntest split: {scores}\n", flush=True)
     from .models import StateSpaceModel
     from .report import summary_sentence, write_report
@@ -554,7 +555,7 @@ def _data_to_fit(source: Table, resume: Path | None) -> Dataset:
 
 @contextlib.contextmanager
 def _notes() -> Iterator[None]:
-    """What is said of data that are not quite those of the training goes to stderr, a line each."""
+    """What is said of data and scores goes to stderr, a line each."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
@@ -661,7 +662,7 @@ def _evaluate(
     from .evaluation import evaluate
 
     loaded, part = _opened(run, device, data, split, out, overwrite, "test")
-    with warnings.catch_warnings():
+    with _notes():
         warnings.simplefilter("ignore", AnnealingWarning)  # what is printed says it
         scores = evaluate(loaded.model, loaded.guide, part, num_samples=num_samples, seed=seed, annealing=annealing)
     print(f"{part.name} split: {scores}" if part.name != "all" else f"all data: {scores}")
@@ -803,7 +804,7 @@ def _encode(
     device: str = "auto",
     seed: int = 0,
 ) -> int:
-    from .prediction import encodings
+    from .prediction import check_data, encodings
 
     if num_samples is not None and out.suffix != ".npz":
         raise ValueError(
@@ -811,6 +812,7 @@ def _encode(
         )
     loaded, part = _opened(run, device, data, split, out, overwrite)
     arrays: dict[str, Any] = {}
+    check_data(loaded.model, loaded.guide, part)
     codes = encodings(loaded.guide, part, num_samples=num_samples, seed=seed)
     shared = [site for site, code in codes.items() if code.is_global]
     if shared and out.suffix == ".csv":
@@ -964,10 +966,14 @@ def _numbers(option: str, text: str, minimum: int) -> tuple[int, ...]:
 
 
 def _report(run: Path, num_samples: int = 1000, device: str = "auto", seed: int = 0) -> int:
+    from .evaluation import evaluate
     from .report import write_report
 
     loaded = _load(run, device)
-    path = write_report(loaded, _own(loaded), num_samples=num_samples, seed=seed)
+    dataset = _own(loaded)
+    with _notes():
+        scores = evaluate(loaded.model, loaded.guide, dataset.test, num_samples=num_samples, seed=seed)
+    path = write_report(loaded, dataset, evaluation=scores, seed=seed)
     print(f"report   {path.absolute().as_uri()}")
     return 0
 

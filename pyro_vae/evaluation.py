@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from .compiled import Compiled, preserved
 from .data import Data, as_data
 from .distributions import MarkovChain
 from .log_weights import LogWeights, Structure, Structures, is_point, log_weights, plate_of_data, samples, some_rows
+from .nn import positive
 from .progress import Bar
 
 if TYPE_CHECKING:
@@ -160,6 +162,8 @@ def _check_observed(weights: LogWeights) -> None:
 def check_support(name: str, distribution: Any, x: Tensor) -> None:
     """Raises ValueError where observed values lie outside the distribution's support, or are integers that it scores
     otherwise than the same real numbers."""
+    if x.is_floating_point() and (count := int(x.isinf().sum())):
+        raise ValueError(f'expected finite values of site "{name}", got {count} infinite: drop or mend them')
     if bool(distribution.support.check(x.to(torch.uint8) if x.dtype is torch.bool else x).all()):
         return _check_integers(name, distribution, x)
     while hasattr(distribution, "base_dist"):
@@ -280,10 +284,8 @@ def evaluate(
         >>> float(scores.elbo) <= float(scores.log_evidence)
         True
     """
-    if num_samples < 1:
-        raise ValueError(f"expected num_samples >= 1, got {num_samples}: give a positive number")
-    if annealing is not None and annealing < 1:
-        raise ValueError(f"expected annealing >= 1 temperatures, got {annealing}: give a positive number")
+    num_samples = positive("num_samples", num_samples)
+    annealing = None if annealing is None else positive("annealing", annealing)
     data = as_data(data, model, guide)
     device = next((p.device for p in _parameters(model, guide)), data.device)
     data = data.to(device)
@@ -305,7 +307,9 @@ def evaluate(
         if structures.of(model, guide, args, kwargs, plate).global_sites:
             if annealing is not None:
                 raise ValueError("expected local latent sites alone beside annealing, got global ones: leave it out")
-            return _hierarchical(model, guide, data, num_samples, seed, structures, plate, bar)
+            of_all = _hierarchical(model, guide, data, num_samples, seed, structures, plate, bar)
+            _warn_of_lost(of_all.per_datum["log_predictive"])
+            return of_all
         generator = torch.Generator(device).manual_seed(int(seed))
         compute: Callable = functools.partial(_parts, model, guide, structures, plate)
         if compile or (compile is None and calls >= WORTH_COMPILING):
@@ -327,6 +331,7 @@ def evaluate(
                 whole[begin : begin + count] = value[:count]
             bar.update(count)
     evaluation = _summary(scores, num_samples, data.log_jacobian)
+    _warn_of_lost(evaluation.per_datum["log_evidence"])
     if annealing is None:
         return evaluation
     from .annealing import annealed
@@ -334,6 +339,16 @@ def evaluate(
     found = annealed(model, data, num_temperatures=annealing, seed=seed, progress=progress, compile=compile)
     per_datum = evaluation.per_datum | {"annealed": found.per_datum}
     return replace(evaluation, per_datum=per_datum, annealed=found.log_evidence, annealing=found)
+
+
+def _warn_of_lost(scores: Tensor) -> None:
+    if lost := int((~scores.isfinite()).sum()):
+        warnings.warn(
+            f"{lost:,} of {len(scores):,} data have no finite score, as they are far from what was trained on: means "
+            "over all data are not finite, and they have the first ranks",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def plate_of_pair(model: Callable, guide: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:

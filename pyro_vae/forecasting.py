@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .data import Split, as_data, rows_of, tensor_of
 from .evaluation import MAX_ELEMENTS, isolated
+from .nn import positive
 from .sources import Columns, read_future, read_npy
 from .sources.times import after, padded, spacing, written
 
@@ -78,9 +79,8 @@ def forecast(
         >>> forecast(model, StateSpaceGuide(model), swings.test, num_steps=3, num_samples=20).draws.shape
         torch.Size([20, 50, 3, 1])
     """
-    for name, count in (("num_steps", num_steps), ("num_samples", num_samples)):
-        if count is not None and count < 1:
-            raise ValueError(f"expected {name} >= 1, got {count}: give a positive number")
+    num_steps = None if num_steps is None else positive("num_steps", num_steps)
+    num_samples = positive("num_samples", num_samples)
     if not isinstance(split, Split):
         own = as_data(split, model, guide)
         x = own.args[0]

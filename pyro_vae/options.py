@@ -249,8 +249,10 @@ def check(target: Callable, arguments: Mapping[str, Any], where: str, hidden: It
 
 def _check_value(option: str, name: str, value: Any) -> None:
     """Values that their types allow, and that nothing can be made of."""
-    if value == "":
+    if value == "" and name != "comment":  # which may be none
         raise ValueError(f"expected a value after {option}, got '': {option} VALUE")
+    if name == "out" and str(value).startswith("-"):  # which later commands would take for an option
+        raise ValueError(f"expected a path without a dash before it for {option}, got {str(value)!r}: name another")
     if isinstance(value, str) and value.startswith("~"):
         try:
             Path(value).expanduser()

@@ -34,6 +34,7 @@ from .evaluation import (
     plate_of_pair,
 )
 from .log_weights import on_plates, per_datum, plate_of_data, samples, some_rows
+from .nn import positive
 
 __all__ = [
     "Encoding",
@@ -104,8 +105,7 @@ def sample(
         >>> sample(VAE((1, 8, 8), latent_dim=2), 3).unique()
         tensor([0., 1.])
     """
-    if num_samples < 1:
-        raise ValueError(f"expected num_samples >= 1, got {num_samples}: give a positive number")
+    num_samples = positive("num_samples", num_samples)
 
     kwargs = {name: _like(model, each) for name, each in kwargs.items()}
     of_each = {name for name, each in kwargs.items() if isinstance(each, Tensor) and each.ndim and len(each) != 1}
@@ -204,8 +204,7 @@ def encodings(guide: Callable, data: Any, *, num_samples: int | None = None, see
         >>> list(encodings(AmortizedGuide(VAE((4,), latent_dim=2)), torch.ones(5, 4)))
         ['z']
     """
-    if num_samples is not None and num_samples < 1:
-        raise ValueError(f"expected num_samples >= 1, got {num_samples}: give a positive number")
+    num_samples = None if num_samples is None else positive("num_samples", num_samples)
     parts: dict[str, list[Encoding]] = {}
     plate: str | None = None
     with isolated(guide):
@@ -296,7 +295,8 @@ def reconstruct(model: Callable, guide: Callable, data: Any, *, num_samples: int
     """``E_q[E[x | z]]``, shape ``(N, *event_shape)``, with `num_samples` draws z ~ q(z | x) per datum.
 
     Raises:
-        ValueError: fewer than one draw, or no site ``"x"`` with a mean in closed form.
+        ValueError: fewer than one draw, data outside the likelihood's support, or no site ``"x"`` with a mean in closed
+            form.
 
     Example:
         >>> from pyro_vae.guides import AmortizedGuide
@@ -305,19 +305,18 @@ def reconstruct(model: Callable, guide: Callable, data: Any, *, num_samples: int
         >>> reconstruct(model, AmortizedGuide(model), torch.ones(5, 4)).shape
         torch.Size([5, 4])
     """
-    if num_samples < 1:
-        raise ValueError(f"expected num_samples >= 1, got {num_samples}: give a positive number")
-    parts, plate = [], None
+    check_data(model, guide, data, seed=seed)
+    return denoise(model, guide, data, num_samples=num_samples, seed=seed)
+
+
+def check_data(model: Callable, guide: Callable, data: Any, *, seed: int = 0) -> None:
+    """Raises ValueError where data lie outside the likelihood's support, whose codes would say nothing."""
     with isolated(model, guide):
         torch.manual_seed(seed)
         for args, kwargs in _batches(data, seed, model, guide):
-            plate = plate or plate_of_pair(model, guide, args, kwargs)
-            total = torch.zeros(())
-            for _ in range(num_samples):
-                trace = _traces(model, guide, args, kwargs)[1]
-                total = total + _mean(_observation(trace), plate)
-            parts.append((total / num_samples).cpu())
-    return torch.cat(parts)
+            for name, site in samples(_traces(model, guide, args, kwargs)[1]):
+                if site["is_observed"]:
+                    check_support(name, site["fn"], site["value"])
 
 
 def denoise(model: Callable, guide: Callable, corrupted: Any, *, num_samples: int = 1, seed: int = 0) -> Tensor:
@@ -333,7 +332,18 @@ def denoise(model: Callable, guide: Callable, corrupted: Any, *, num_samples: in
         >>> denoise(model, AmortizedGuide(model), torch.ones(5, 4) + 0.1 * torch.randn(5, 4)).shape
         torch.Size([5, 4])
     """
-    return reconstruct(model, guide, corrupted, num_samples=num_samples, seed=seed)
+    num_samples = positive("num_samples", num_samples)
+    parts, plate = [], None
+    with isolated(model, guide):
+        torch.manual_seed(seed)
+        for args, kwargs in _batches(corrupted, seed, model, guide):
+            plate = plate or plate_of_pair(model, guide, args, kwargs)
+            total = torch.zeros(())
+            for _ in range(num_samples):
+                trace = _traces(model, guide, args, kwargs)[1]
+                total = total + _mean(_observation(trace), plate)
+            parts.append((total / num_samples).cpu())
+    return torch.cat(parts)
 
 
 def interpolate(model: Callable, guide: Callable, a: Any, b: Any, *, steps: int = 9, seed: int = 0) -> Tensor:
@@ -425,13 +435,6 @@ def scores(model: Callable, guide: Callable, data: Any, *, num_samples: int = 10
     evaluation = evaluate(model, guide, data, num_samples=num_samples, seed=seed, progress=False)
     log_prob = evaluation.per_datum["log_predictive" if evaluation.global_sites else "log_evidence"]
     ids = getattr(data, "ids", None)
-    if lost := int((~log_prob.isfinite()).sum()):
-        warnings.warn(
-            f"{lost:,} of {len(data):,} data have no finite score, as they are far from what was trained on: they have "
-            "the first ranks",
-            UserWarning,
-            stacklevel=2,
-        )
     return Scores(log_prob.detach().cpu(), np.arange(len(data)) if ids is None else ids)
 
 
@@ -456,8 +459,7 @@ def to_arviz(model: Callable, guide: Callable, data: Any, *, num_samples: int = 
         >>> dict(inference["posterior"].sizes)
         {'chain': 1, 'draw': 10, 'datum': 5, 'z_dim_0': 2}
     """
-    if num_samples < 1:
-        raise ValueError(f"expected num_samples >= 1, got {num_samples}: give a positive number")
+    num_samples = positive("num_samples", num_samples)
     drawn: dict[str, dict[str, list[Tensor]]] = {}  # group, site: a tensor (K, B, ...) per batch
     observed: list[Tensor] = []
     with isolated(model, guide):
@@ -693,6 +695,8 @@ def _named(z: Tensor | Mapping[str, Tensor], sites: Mapping[str, Any], plate: st
 
 def _like(model: Callable, value: Any) -> Any:
     """An array as a tensor of the model's dtype; all else as it is."""
+    if isinstance(value, list | tuple):
+        raise ValueError(f"expected a tensor or an array, got a {type(value).__name__}: torch.as_tensor(...) makes one")
     found = tensor_of(value)
     return value if found is value else as_data((found[None],), model).args[0][0]
 

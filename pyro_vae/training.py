@@ -171,8 +171,21 @@ class Run:
         if isinstance(data, str | Path):
             return self.read(data)
         if columns_of(data) is None or self.schema is None or self.schema.names is None:
+            self._check_shape(data)
             return data
         return (self.read(data[0]).observed, *data[1:]) if isinstance(data, tuple) else self.read(data)
+
+    def _check_shape(self, data: Any) -> None:
+        """Raises ValueError where tensors have another width than those of the training."""
+        first = data[0] if isinstance(data, tuple) and data else data
+        if self._schema is None or self._schema.sequences or not isinstance(first, Tensor | np.ndarray):
+            return
+        own, came = (None, *self._schema.event_shape), first.shape
+        if len(came) != len(own) or (len(own) > 1 and came[-1] != own[-1]):
+            wanted = ", ".join(map(str, ("N", *own[1:])))
+            raise ValueError(
+                f"expected data of shape ({wanted}), as in the training, got {tuple(came)}: give such rows"
+            )
 
     def evaluate(self, data: Any, **options: Any) -> Evaluation:
         """`pyro_vae.evaluate` of this pair.
@@ -205,8 +218,10 @@ class Run:
         return prediction.sample(self.model, num_samples, **options)
 
     def encode(self, data: Any, **options: Any) -> prediction.Encoding:
-        """`pyro_vae.prediction.encode` by this guide."""
-        return prediction.encode(self.guide, self._given(data), **options)
+        """`pyro_vae.prediction.encode` by this guide, of data in the support of this model's likelihood."""
+        given = self._given(data)
+        prediction.check_data(self.model, self.guide, given)
+        return prediction.encode(self.guide, given, **options)
 
     def decode(self, z: Any, **options: Any) -> Tensor:
         """`pyro_vae.prediction.decode` by this model."""
@@ -316,13 +331,14 @@ def fit(
         _check_data(data, batch_size, patience, held_out)
         _check_optimizer(optimizer)
         _check_schedules(loss, optimizer, learning_rate, kl_weight)
+        rate = _checked_schedule("learning_rate", learning_rate, epochs)
         if compile is None:
             long = epochs * len(data) >= WORTH_COMPILING * batch_size
             compile = long if resume is None else _was_compiled(resume)
         for module in modules_of(model=model, guide=guide, loss=loss).values():
             module.to(place).train()
         svi = (CompiledSVI if compile else SVI)(model, guide, optimizer, loss, clip_norm=clip_norm)
-        weight = _constant(kl_weight) if isinstance(kl_weight, float | int) else kl_weight
+        weight = _checked_schedule("kl_weight", kl_weight, epochs)
         scale = latent_scale(1.0, place) if weight else None
         _make_parameters(svi, scale, data, held_out, batch_size, seed)
         settings: dict[str, Any] = {
@@ -353,7 +369,7 @@ def fit(
                 while state.epoch < epochs and not state.finished:
                     batches = data.batches(batch_size, _generator("cpu", seed, state.epoch))
                     for index in batches[state.position :]:
-                        _set_rates(svi, svi.steps / steps_per_epoch, learning_rate, weight, scale)
+                        _set_rates(svi, svi.steps / steps_per_epoch, learning_rate, rate, weight, scale)
                         state.step(index, scale)
                         bar.update()
                         if interrupted.is_set() or time.monotonic() - state.saved > SAVE_EVERY:
@@ -687,14 +703,15 @@ def _set_rates(
     svi: SVI,
     epoch: float,
     learning_rate: Schedule | float | None,
+    rate: Schedule | None,
     weight: Schedule | None,
     scale: LatentScale | None,
 ) -> None:
     if scale and weight:
         scale.weight = weight(epoch)
-    if learning_rate is not None:
+    if rate is not None:
         for group, given in zip(svi.update.groups, svi.update.settings, strict=True):
-            group["lr"] = given["lr"] * learning_rate(epoch) if callable(learning_rate) else learning_rate
+            group["lr"] = given["lr"] * rate(epoch) if callable(learning_rate) else rate(epoch)
 
 
 @contextlib.contextmanager
@@ -947,6 +964,27 @@ def _check_schedules(
             "expected one rule for the learning rate, got learning_rate beside an optimiser that has its own (a "
             "scheduler, lrd or eta): leave one out"
         )
+
+
+def _checked_schedule(name: str, given: Schedule | float | None, epochs: int) -> Schedule | None:
+    """A schedule whose values are numbers from 0 on: looked at over the whole training before it begins, and at each
+    step, as a negative rate would train uphill."""
+    if given is None:
+        return None
+    of_epoch = given if callable(given) else _constant(given)
+
+    def checked(epoch: float) -> float:
+        came = of_epoch(epoch)
+        value = plain(came.item() if isinstance(came, Tensor) and came.numel() == 1 else came)
+        if not isinstance(value, float | int) or isinstance(value, bool) or not 0 <= value < math.inf:
+            raise ValueError(
+                f"expected {name} to be a number >= 0 at each epoch, got {came!r} at epoch {epoch:g}: mend the schedule"
+            )
+        return float(value)
+
+    for part in range(100):
+        checked(epochs * part / 100)
+    return checked
 
 
 def _check_guide(svi: SVI, loss: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

@@ -78,18 +78,18 @@ class Held:
 
 
 def soak(path, kind):
-    """What 5,000 compiled steps hold after 500 of them and in the end; the last batch of an epoch is smaller."""
+    """What 20,000 compiled steps hold after 500 of them and in the end; the last batch of an epoch is smaller."""
     training.SAVE_EVERY = 1.0
     torch.set_num_threads(1)
     if kind == "rows":
         x = torch.rand(2_090, 8).round()  # 104 batches of 20, one of 10
-        data, valid, batch_size, epochs = x, x[:200], 20, 48
+        data, valid, batch_size, epochs = x, x[:200], 20, 192
         program = VAE((8,), latent_dim=2)
         other = AmortizedGuide(program)
     else:
         x, lengths = torch.randn(250, 12, 2), torch.randint(3, 13, (250,))  # 31 batches of 8, one of 2
         data, valid = (x, {"lengths": lengths}), (x[:50], {"lengths": lengths[:50]})
-        batch_size, epochs = 8, 157
+        batch_size, epochs = 8, 628
         program = DeepMarkovModel(
             (2,), latent_dim=2, transition_hidden=4, emission_hidden=(4,), likelihood=likelihoods.Normal()
         )

@@ -399,9 +399,9 @@ def gamma_z(x):
 
 NORMAL = sampled(dist.Normal(0.0, 1.0))
 REFUSED = {
-    "no chains": (NORMAL, {"num_chains": 0}, r"num_chains >= 1, got 0: give a positive number"),
-    "no temperatures": (NORMAL, {"num_temperatures": 0}, r"num_temperatures >= 1, got 0"),
-    "no steps": (NORMAL, {"leapfrog_steps": 0}, r"leapfrog_steps >= 1, got 0"),
+    "no chains": (NORMAL, {"num_chains": 0}, r"num_chains to be a positive whole number, got 0"),
+    "no temperatures": (NORMAL, {"num_temperatures": 0}, r"num_temperatures to be a positive whole number, got 0"),
+    "no steps": (NORMAL, {"leapfrog_steps": 0}, r"leapfrog_steps to be a positive whole number, got 0"),
     "discrete": (sampled(dist.Bernoulli(0.5)), {}, r'got "z", Bernoulli, which is discrete: sum it out'),
     "no density": (sampled(dist.Delta(torch.zeros(()))), {}, r'got "z", Delta, which has no density'),
     "angle": (sampled(dist.VonMises(0.0, 1.0)), {}, r'got "z", VonMises, an angle: sample a vector'),
@@ -434,11 +434,11 @@ def test_bad_data():
     model = VAE((3,), latent_dim=2).double()
     with pytest.raises(ValueError, match="support of its Bernoulli likelihood.*binarise the data"):
         annealed(model, torch.full((4, 3), 0.5), num_temperatures=2, progress=False)
-    with pytest.raises(ValueError, match="expected num_data >= 1, got 0"):
+    with pytest.raises(ValueError, match="expected num_data to be a positive whole number, got 0"):
         sandwich(model, 0)
     with pytest.raises(ValueError, match="a model that returns the data it draws, got NoneType: return x"):
         sandwich(lambda num_data: None, 3)
-    with pytest.raises(ValueError, match="annealing >= 1 temperatures, got 0: give a positive number"):
+    with pytest.raises(ValueError, match="annealing to be a positive whole number, got 0"):
         evaluate(model, AmortizedGuide(model).double(), torch.ones(4, 3), annealing=0)
 
 

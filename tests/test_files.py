@@ -155,6 +155,25 @@ def test_pictures_of_several_sizes_are_resized_on_demand(tmp_path):
         load_dataset("digits", size=4)
 
 
+def test_what_else_lies_in_a_folder_of_pictures(tmp_path):
+    """Other files are told, and folders of splits are no classes."""
+    for part in ("train", "test"):
+        for name in ("cat", "dog"):
+            folder = tmp_path / "im" / part / name
+            folder.mkdir(parents=True)
+            for i in range(6):
+                Image.new("RGB", (5, 5), (10 * i, 10, 10)).save(folder / f"{i}.{'png' if i else 'jfif'}", format="PNG")
+            (folder / "note.txt").write_text("none")
+            (folder / "scan.jp2").write_bytes(b"jp2")
+    with pytest.raises(
+        ValueError, match=r"expected folders of classes in .*, got those of splits, \['test', 'train'\]"
+    ):
+        load_dataset(tmp_path / "im")
+    data = load_dataset(tmp_path / "im" / "train")
+    assert data.classes == ("cat", "dog") and sum(map(len, (data.train, data.valid, data.test))) == 12
+    assert "4 files of other kinds not read (.jp2, .txt)" in data.description
+
+
 def test_animations_tell_their_first_frame(tmp_path):
     folder = tmp_path / "im"
     folder.mkdir()

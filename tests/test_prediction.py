@@ -1,14 +1,17 @@
 """Laws of `pyro_vae.prediction` on a linear VAE, where every quantity has a closed form."""
 
+import math
+
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import Predictive
 
-from pyro_vae import load_dataset, prediction
+from pyro_vae import evaluate, fit, load_dataset, prediction
 from pyro_vae.guides import AmortizedGuide
-from pyro_vae.models import VAE, LinearVAE
+from pyro_vae.models import VAE, LinearVAE, likelihoods
 from pyro_vae.prediction import (
     decode,
     denoise,
@@ -298,6 +301,22 @@ def test_run_methods_delegate(tmp_path, model, guide, x):
         Run(model, guide, tmp_path, {}).dataset()
 
 
+def test_a_run_looks_at_what_it_is_given(tmp_path):
+    """Tensors of another width, or values that have no density, are refused; values too far away to score are told."""
+    model = VAE((3,), latent_dim=2)
+    run = fit(model, AmortizedGuide(model), torch.ones(20, 3), epochs=1, out=tmp_path / "run", progress=False)
+    for method in (run.evaluate, run.scores, run.encode, run.reconstruct):
+        for wrong in (torch.ones(5, 4), torch.ones(3), np.ones((5, 2)), (torch.ones(5, 1, 3),)):
+            with pytest.raises(ValueError, match=r"expected data of shape \(N, 3\), as in the training, got \("):
+                method(wrong)
+        with pytest.raises(ValueError, match="in the support of its Bernoulli likelihood, Boolean, got values from 7"):
+            method(7 * torch.ones(5, 3))
+    normal = VAE((3,), latent_dim=2, likelihood=likelihoods.Normal())
+    for call in (evaluate, scores):
+        with pytest.warns(UserWarning, match="1 of 5 data have no finite score, as they are far"):
+            call(normal, AmortizedGuide(normal), torch.eye(5, 3) * torch.tensor([1e25, 1.0, 1.0]), num_samples=3)
+
+
 def unobserved(*, num_data):
     with pyro.plate("data", num_data):
         return pyro.sample("y", dist.Normal(0.0, 1.0))
@@ -306,10 +325,17 @@ def unobserved(*, num_data):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m, g, x: sample(m, 0), "num_samples >= 1, got 0"),
-        (lambda m, g, x: reconstruct(m, g, x, num_samples=0), "num_samples >= 1, got 0"),
-        (lambda m, g, x: encode(g, x, num_samples=0), "num_samples >= 1, got 0"),
-        (lambda m, g, x: to_arviz(m, g, x, num_samples=0), "num_samples >= 1, got 0"),
+        (lambda m, g, x: sample(m, 0), "num_samples to be a positive whole number, got 0"),
+        (lambda m, g, x: reconstruct(m, g, x, num_samples=0), "num_samples to be a positive whole number, got 0"),
+        (lambda m, g, x: encode(g, x, num_samples=0), "num_samples to be a positive whole number, got 0"),
+        (lambda m, g, x: to_arviz(m, g, x, num_samples=0), "num_samples to be a positive whole number, got 0"),
+        (lambda m, g, x: sample(m, 1.5), "num_samples to be a positive whole number, got 1.5"),
+        (lambda m, g, x: evaluate(m, g, x, num_samples="3"), "num_samples to be a positive whole number, got '3'"),
+        (lambda m, g, x: scores(m, g, x, num_samples=None), "num_samples to be a positive whole number, got None"),
+        (lambda m, g, x: decode(m, [[1.0, 2.0]]), "expected a tensor or an array, got a list: torch.as_tensor"),
+        (lambda m, g, x: evaluate(m, g, x / 0.0), 'expected finite values of site "x", got .* infinite'),
+        (lambda m, g, x: reconstruct(m, g, x / 0.0), 'expected finite values of site "x", got .* infinite'),
+        (lambda m, g, x: reconstruct(m, g, x * math.nan), 'expected finite values of site "x", got .* NaN'),
         (lambda m, g, x: interpolate(m, g, x[0], x[1], steps=1), "steps >= 2"),
         (lambda m, g, x: interpolate(m, g, x[0], x[:1]), r"one shape, got \(5,\) and \(1, 5\)"),
         (lambda m, g, x: sample(unobserved, 2), r"""site "x", got the sites \['y'\]: name it so"""),

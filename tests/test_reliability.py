@@ -13,6 +13,7 @@ import threading
 from pathlib import Path
 
 import filelock
+import numpy as np
 import pyro
 import pytest
 import torch
@@ -333,8 +334,27 @@ REFUSED = {
     "a seed beyond 63 bits": ({"seed": 2**64}, "seed to be a whole number >= 0, got 18446744073709551616"),
     "true patience": ({"patience": True, "valid": X}, "patience to be a whole number >= 1, got True"),
     "a norm as text": ({"clip_norm": "1"}, "clip_norm > 0, got '1'"),
+    "a rate that becomes negative": (
+        {"learning_rate": lambda epoch: 0.5 - epoch, "epochs": 3},
+        r"learning_rate to be a number >= 0 at each epoch, got -0.01\d* at epoch 0.51: mend",
+    ),
+    "a weight that becomes negative": ({"kl_weight": lambda epoch: -1.0}, "kl_weight to be a number >= 0 .*, got -1.0"),
+    "a rate that is none": ({"learning_rate": lambda epoch: None}, "learning_rate to be a number >= 0 .*, got None"),
+    "a rate in words": ({"learning_rate": lambda epoch: "x"}, "learning_rate to be a number >= 0 .*, got 'x'"),
+    "an infinite rate": ({"learning_rate": lambda epoch: 1 / max(epoch, 1e-320)}, "learning_rate to be a number"),
     "a bad schedule": ({"kl_weight": "warm"}, "kl_weight to be a positive number or a function"),
 }
+
+
+@pytest.mark.parametrize("kind", [float, np.float32, torch.tensor])
+def test_schedules_may_return_what_is_one_number(kind, tmp_path):
+    histories = []
+    for name, made in (("own", kind), ("float", float)):
+        run = go(
+            out=tmp_path / name, learning_rate=lambda epoch, m=made: m(0.5), kl_weight=lambda epoch, m=made: m(0.25)
+        )
+        histories.append([(record["learning_rate"], record["kl_weight"], record["bound"]) for record in run.history])
+    assert histories[0] == histories[1]
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
+import pandas
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -213,6 +214,18 @@ def test_sentence_for_a_table_is_in_original_units(table):
     assert independent_baseline(table.run.model, dataset).value == pytest.approx(exact, abs=1e-4)
     sentence = summary_sentence(table.run.model, table.scores, dataset)
     assert f"{exact:.1f}".replace("-", "−") in sentence and "higher is better" in sentence
+
+
+def test_a_report_of_few_rows_far_from_zero(tmp_path):
+    """In original units, in double precision, however long a column's name; one test row has no variance."""
+    x = np.random.default_rng(0).integers(-1, 2, (10, 2)) + np.array([1_700_000_000, 3])
+    frame = pandas.DataFrame(x, columns=["time", "n" * 5_000])
+    dataset = load_dataset(frame, kind={"time": "real"})
+    model = VAE((2,), latent_dim=1, likelihood=likelihoods.Normal())
+    run = fit(model, AmortizedGuide(model), dataset.train, epochs=1, out=tmp_path / "run", progress=False)
+    write_report(run, dataset, num_samples=3)
+    page = Page(run.path / "report.html")
+    assert {"samples.png", "pairs.png"} <= {path.name for path in (run.path / "figures").iterdir()} and not page.open
 
 
 def test_bernoulli_and_continuous_bernoulli_baselines():

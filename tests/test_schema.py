@@ -201,8 +201,11 @@ def test_columns_by_name(on_a_table, tmp_path):
         part, warned = said(run.read, tmp_path / name)
         assert torch.equal(part.x, test.x), name
         assert torch.equal(run.scores(part, num_samples=20).log_prob, expected)
-        ignored = ["columns of more that the model does not know are left out: more, other"]
-        assert warned == (ignored if name == "more.csv" else [])
+        told = {
+            "more.csv": ["columns of more that the model does not know are left out: more, other"],
+            "semicolons.csv": ["semicolons: separated by semicolons"],
+        }
+        assert warned == told.get(name, [])
         assert (part.labels is None) == (name in ("reordered.csv", "unlabelled.csv"))
     labelled = run.read(tmp_path / "same.csv").labels
     assert torch.equal(labelled, test.labels)
@@ -217,6 +220,74 @@ def test_columns_by_name(on_a_table, tmp_path):
     new = own.assign(kind=["q", "of its own"] * 5)
     other = run.read(new)
     assert other.schema.classes == ("p", "q", "of its own") and other.labels.tolist() == [1, 2] * 5
+
+
+def test_files_are_written_as_was_said_at_the_training(tmp_path):
+    """What was asked for then holds for other files too; what is found out of one is told."""
+    x = rows(40)
+    path = written(tmp_path / "t.csv", x, who=[f"#{i}" for i in range(40)])
+    frame = pandas.read_csv(path)[["who", *NAMES]]
+    frame.to_csv(path, index=False)
+    options = {"id": "who", "comment": "", "separator": ",", "decimal": "."}
+    run, _ = trained(tmp_path / "run", path, **options)
+    frame.to_csv(tmp_path / "same.csv", index=False)
+    part, warned = said(run.read, tmp_path / "same.csv")
+    assert part.ids.tolist() == [f"#{i}" for i in range(40)] and warned == []
+    frame.to_csv(tmp_path / "comma.csv", index=False, sep=";", decimal=",")
+    message = (
+        "expected 1 cells in line 2 of .*read with separator=',', decimal='.', comment='', as the file of the train"
+    )
+    with pytest.raises(ValueError, match=message):
+        run.read(tmp_path / "comma.csv")
+    part, warned = said(run.read, tmp_path / "comma.csv", separator=";", decimal=",")
+    assert len(part) == 40 and warned == []
+    other, _ = trained(tmp_path / "other", path, id="who", comment="")
+    part, warned = said(other.read, tmp_path / "comma.csv")
+    assert warned == ["comma: separated by semicolons, decimal commas"]
+    np.testing.assert_allclose(other.schema.restore(part.x.double()), x, rtol=1e-5)
+    assert len(said(other.read, frame)[0]) == 40
+
+
+@pytest.mark.parametrize("labels", [[1, 2, 10], ["p", "q", "r"]])
+def test_a_label_that_is_new(labels, tmp_path, capsys):
+    """Of classes it is one more, in the file of the training too; words among numbers are none, which is told."""
+    x, own = rows(40), [labels[i % 3] for i in range(40)]
+    path = written(tmp_path / "t.csv", x, kind=own)
+    run, _ = trained(tmp_path / "run", path, label="kind")
+    before = run.read(path)
+    assert before.schema.classes == (None if labels[0] == 1 else ("p", "q", "r"))
+    for place in (path, tmp_path / "more.csv"):
+        written(place, np.concatenate([x, LOCATION[None]]), kind=[*map(str, own), "new"])
+        part, warned = said(run.read, place)
+        if labels[0] == 1:
+            assert part.labels is None and part.schema.classes is None
+            assert warned[-1].startswith(f"labels of {place.stem} are words, which were numbers in the training")
+        else:
+            assert [part.schema.classes[i] for i in part.labels] == [*own, "new"] and warned == []
+    for words in (["encode", "--split", "all", "--out"], ["reconstruct", "--split", "all", "--out"]):
+        out = tmp_path / f"{words[0]}.csv"
+        assert main([words[0], str(run.path), *words[1:], str(out)]) == 0
+        written_labels = pandas.read_csv(out).get("label")
+        if labels[0] == 1:
+            assert written_labels is None and "which were numbers" in capsys.readouterr().err
+        else:
+            assert sorted(written_labels) == sorted([*own, "new"])
+    assert main(["report", str(run.path), "--num_samples", "5"]) == 0
+    assert main(["fit", "--resume", str(run.path), "--data", str(path), "--epochs", "4"]) in (0, 2)
+    assert main(["evaluate", str(run.path), "--num_samples", "5"]) == 0
+
+
+def test_cells_of_another_kind_are_told_of_other_data(tmp_path):
+    counts = np.random.default_rng(0).poisson(4, (60, 2)).astype(float)
+    counts[3, 0] = 2.5
+    path = written(tmp_path / "t.csv", counts, ["v", "w"])
+    dataset = load_dataset(path, kind=["v=count"])
+    run = fit(**defaults_for(dataset) | {"epochs": 1}, out=tmp_path / "run", progress=False)
+    assert said(run.read, path)[1] == []
+    counts[5:8, 0] = -7
+    for place in (tmp_path / "new.csv", path):
+        _, warned = said(run.read, written(place, counts, ["v", "w"]))
+        assert warned == [f"{place.stem}: 4 cells of another kind made gaps"]
 
 
 def test_what_is_refused_of_other_data(on_a_table, tmp_path):

@@ -4,6 +4,7 @@ import csv
 import time
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from conftest import needed
@@ -243,13 +244,73 @@ def test_steps_that_dates_do_not_have(every, said, tmp_path):
 
 def test_what_is_wrong_with_a_series(tmp_path):
     path = write(tmp_path / "x.csv", ["t", "half", "v"], [[t, t // 2, t / 7] for t in range(60)])
-    with pytest.raises(ValueError, match=r"'0' twice, the second in line 3: name the column of ids with id="):
+    with pytest.raises(
+        ValueError, match=r"'0' twice .to the microsecond., the second in line 3: name the column of ids with id="
+    ):
         load_dataset(path, time="half", window=3)
     with pytest.raises(
         ValueError, match=r"at least 10 sequences .* got 5: a window= \(--data.window\) of at most 6 of"
     ):
         load_dataset(path, time="t", window=12)
     assert len(load_dataset(path, time="t", window=6).train) == 8
+
+
+MONTHS = pandas.date_range("2015-10-01", periods=60, freq="MS")
+DAYS = pandas.date_range("2015-10-01", periods=60)
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        MONTHS.strftime("%m.%Y"),
+        [f"{month.month}.{month.year}" for month in MONTHS],
+        MONTHS.strftime("%Y.%m"),
+        DAYS.strftime("%d%m%Y"),
+        DAYS.strftime("%m%d%Y"),
+        [f"{day.day}{day.month:02d}{day.year}" for day in DAYS],
+        DAYS.strftime("%d.%m"),
+        MONTHS.strftime("%m/%Y"),
+        [*range(59), "inf"],
+    ],
+    ids=lambda cells: f"{cells[0]}-{cells[-1]}",
+)
+def test_dates_are_not_taken_for_numbers(cells, tmp_path):
+    """Whose order is another."""
+    path = write(tmp_path / "x.csv", ["t", "v"], [[t, i % 7] for i, t in enumerate(cells)])
+    with pytest.raises(ValueError, match=r"expected numbers or ISO dates in column 't' of .*, got .*: write them as"):
+        load_dataset(path, time="t", window=5)
+
+
+@pytest.mark.parametrize(
+    ("cells", "first"),
+    [
+        (MONTHS.strftime("%Y%m"), np.datetime64("2015-10-01", "us")),
+        (DAYS.strftime("%Y%m%d"), np.datetime64("2015-10-01", "us")),
+        ([f"{i:03d}" for i in range(60)], 0.0),
+        ([f"{1990 + i / 12:.2f}" for i in range(60)], 1990.0),
+        ([f"{i / 100:.2f}" for i in range(60)], 0.0),
+        ([150001 + i for i in range(60)], 150001.0),
+        ([10112015 + 7 * i for i in range(60)], 10112015.0),
+    ],
+    ids=lambda cells: f"{cells[0]}" if hasattr(cells, "__len__") else "",
+)
+def test_numbers_are_not_taken_for_dates(cells, first, tmp_path):
+    path = write(tmp_path / "x.csv", ["t", "v"], [[t, i % 7] for i, t in enumerate(cells)])
+    assert load_dataset(path, time="t", window=5).train.times[0, 0] == first
+
+
+def test_every_row_has_a_time(tmp_path):
+    for cells in ([*range(59), ""], [*MONTHS.strftime("%Y-%m-%d")[:-1], "NA"]):
+        path = write(tmp_path / "x.csv", ["t", "v"], [[t, i % 7] for i, t in enumerate(cells)])
+        message = "expected a time in every row of column 't' of .*, got 1 missing, the first in line 61: fill in"
+        with pytest.raises(ValueError, match=message):
+            load_dataset(path, time="t", window=5)
+    frame = pandas.DataFrame({"t": [*MONTHS[:-1], None], "v": np.arange(60) % 7})
+    with pytest.raises(ValueError, match="expected a time in every row of column 't' of the frame, got 1 missing"):
+        load_dataset(frame, time="t", window=5)
+    path = write(tmp_path / "x.csv", ["year", "yearday", "v"], [[2000, i, i % 7] for i in range(60)])
+    with pytest.raises(ValueError, match="got 'yearday', as is year by another"):
+        load_dataset(path, time="year,yearday", window=5)
 
 
 def test_zones(tmp_path):
@@ -337,7 +398,10 @@ def test_what_is_wrong_with_an_npz(arrays, said, tmp_path):
         ({"every": "1"}, r"expected time= \(--data.time\) beside every="),
         ({"time": "t", "id": "i", "label": "v"}, r"expected no time= \(--data.time\) beside label="),
         ({"time": "i", "window": 3}, "numbers or ISO dates in column 'i'"),
-        ({"time": "twice", "id": "i"}, "distinct times in .*, got '0' twice for 'n0', the second in line 14: mend"),
+        (
+            {"time": "twice", "id": "i"},
+            "distinct times in .*, got .0. twice for .n0. .to the microsecond., the second in line 14: mend",
+        ),
         (
             {"time": "t", "id": "i", "inputs": ["twice", "v", "w"]},
             "a column to model .*, got 'i', 't', 'twice', 'v', 'w' alone",

@@ -121,6 +121,11 @@ REFUSED = {
     "a long row makes up for a short one": (PLAIN + "1.5\n2,3,4\n", {}, "expected 2 cells in line 32 of .*, got 1"),
     "a long row makes up for a blank one": (PLAIN + "\n1,2,3\n", {}, "expected 2 cells in line 33 of .*, got 3"),
     "a short row after comments": ("# a\n" + PLAIN + "1.5\n", {}, "expected 2 cells in line 33"),
+    "thousands beside decimals": (
+        "x\ty\n" + "1,234\t2.5\n464\t0.1\n" * 15,
+        {},
+        r"got '1,234' in line 2: say thousands= \(--data.thousands ','\), leave",
+    ),
     "words": (
         joined([(*r, "w") for r in ROWS], header="x,y,w"),
         {},
@@ -162,6 +167,7 @@ REFUSED = {
     "a kind of no column": (PLAIN, {"kind": ["z=real"]}, r"kind= \(--data.kind\) of one of the columns \['x', 'y'\]"),
     "bytes": ("PK\x03\x04\x00\x00abc" * 20, {}, "expected text in .*table.csv, got a file of bytes"),
     "nothing": ("\n\n", {}, "expected a header row in .*, got an empty file"),
+    "comments alone": ("x,y\n#1,2\n#3,4\n", {}, "expected rows in .*, got 2 comment lines alone: say comment=''"),
     "an infinite cell": (PLAIN + "inf,1\n", {}, "1 infinite or too large, the first in line 32, column 'x'"),
 }
 
@@ -206,6 +212,67 @@ def test_thousands_before_a_decimal_comma(tmp_path):
     )
 
 
+EITHER = {  # contents, of which the first column is 1234, 464, 12345 and so on, or a thousandth of it
+    "commas": ("x\ty\n" + "1,234\t2\n464\t3\n12,345\t9\n" * 10, ","),
+    "commas in quotes": ("x,y\n" + '"1,234","2"\n"464","3"\n"12,345","9"\n' * 10, ","),
+    "points": ("x;y\n" + "1.234;2\n464;3\n12.345;9\n" * 10, "."),
+    "points that come late": ("x;y\n" + "7;2\n" * 210 + "1.234;2\n464;3\n12.345;9\n" * 10, "."),
+    "one column": ("x\n" + "1.234\n464\n12.345\n" * 10, "."),
+}
+
+
+@pytest.mark.parametrize("name", EITHER)
+def test_thousands_are_taken_for_nothing_else(name, tmp_path):
+    text, mark = EITHER[name]
+    path = table(tmp_path, text)
+    way = rf"got \d+[,.]\d+, which is \d+ or \d+\.\d+: say thousands='{mark}' .* or decimal='{mark}'"
+    with pytest.raises(ValueError, match=way):
+        load_dataset(path)
+    found = [read_table(path, **{option: mark}) for option in ("thousands", "decimal")]
+    assert found[0].numbers(["x"])[-3:, 0].tolist() == [1234, 464, 12345]
+    assert found[1].numbers(["x"])[-3:, 0].tolist() == [1.234, 464, 12.345]
+    assert load_dataset(path, thousands=mark).schema.source["thousands"] == mark
+
+
+@pytest.mark.parametrize(
+    "text", ["1.234;2\n0.464;3\n", "1.234;2\n4.64;3\n", "1.234;2\n464.000;3\n", "1.2345;2\n464;3\n"]
+)
+def test_decimals_are_known_by_others(text, tmp_path):
+    cells = [float(line.split(";")[0]) for line in text.splitlines()]
+    assert read_table(table(tmp_path, "x;y\n" + 10 * text)).frame["x"].tolist() == 10 * cells
+
+
+@pytest.mark.parametrize("sign", [".", "'", " ", ","])
+def test_numbers_in_groups(sign, tmp_path):
+    mark = "." if sign == "," else ","
+    text = f"x\ty\n{sign.join(['1', '234', '567'])}{mark}5\t-1{sign}000\n2{mark}5e3\t12\n1{sign}23\t1\n"
+    found = read_table(table(tmp_path, text), thousands=sign, decimal=mark)
+    assert found.frame["y"].tolist() == [-1000.0, 12.0, 1.0]
+    assert found.frame["x"].tolist() == ["1" + sign + "234" + sign + f"567{mark}5", f"2{mark}5e3", f"1{sign}23"]
+    with pytest.raises(ValueError, match="expected thousands= .* as one of"):
+        read_table(table(tmp_path, text), thousands="ab")
+    with pytest.raises(ValueError, match="expected thousands= .* and not decimal=','"):
+        read_table(table(tmp_path, text), thousands=",", decimal=",")
+
+
+def test_what_spreadsheets_write(tmp_path):
+    """A line that names the separator, and rows of nothing at the end; a line within a quoted cell is no comment."""
+    found = read_table(table(tmp_path, "sep=;\n" + joined(ROWS, ";") + ";\n;\n"))
+    np.testing.assert_array_equal(found.frame, VALUES)
+    assert found.said == (("separated by semicolons", "separator"), ("2 empty rows at the end left out", ""))
+    assert found.lines.tolist() == list(range(3, 33))
+    quoted = read_table(table(tmp_path, joined([(f'"a\n# {i}"', *row) for i, row in enumerate(ROWS)], header="w,x,y")))
+    assert quoted.frame["w"].tolist() == [f"a\n# {i}" for i in range(30)] and quoted.said == ()
+    one = read_table(table(tmp_path, "x\n1.5\n\n2.5\n"))
+    assert one.said == (("blank lines left out, where NA would be a missing value", ""),)
+    assert one.frame["x"].tolist() == [1.5, 2.5]
+
+
+def test_decimal_commas_with_exponents(tmp_path):
+    rows = [tuple(f"{value:.5e}".replace(".", ",") for value in row) for row in VALUES.tolist()]
+    np.testing.assert_allclose(read_table(table(tmp_path, joined(rows, ";"))).frame, VALUES, rtol=1e-5)
+
+
 def test_a_series_of_nearly_whole_numbers_is_not_asked_about(tmp_path):
     """As there is no option to answer by."""
     rows = [(str(t), "2.5" if t == 7 else str(t % 9)) for t in range(400)]
@@ -233,6 +300,38 @@ def test_ids_and_labels_are_text_as_written(tmp_path):
     rows = [(f"{i:03d}", ["01", "1"][i % 2], *row) for i, row in enumerate(ROWS)]
     data = load_dataset(table(tmp_path, joined(rows, header="id,kind,x,y")), id="id", label="kind")
     assert set(data.train.ids) <= {row[0] for row in rows}
+    assert data.classes == ("01", "1")
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        (["1", "2", "10"], None),
+        (["1.5", "2", "10"], None),
+        (["007", "7", "8"], ("007", "7", "8")),
+        (["02134", "10001", "60601"], ("02134", "10001", "60601")),
+        ([str(2**53 + i) for i in range(3)], tuple(str(2**53 + i) for i in range(3))),
+        (["10000000000000000000", "2", "3"], ("10000000000000000000", "2", "3")),
+        (["18446744073709551615", "18446744073709551614"], ("18446744073709551614", "18446744073709551615")),
+    ],
+)
+def test_labels_stay_apart(labels, classes, tmp_path):
+    """Those that a number cannot tell apart, or would write otherwise, are classes."""
+    own = [labels[i % len(labels)] for i in range(30)]
+    data = load_dataset(
+        table(tmp_path, joined([(c, *r) for c, r in zip(own, ROWS, strict=True)], header="c,x,y")), label="c"
+    )
+    parts = [data.train, data.valid, data.test]
+    found = torch.cat([part.labels for part in parts]).tolist()
+    rows = np.concatenate([part.ids for part in parts])
+    assert data.classes == classes
+    assert [classes[i] if classes else f"{i:g}" for i in found] == [own[i] for i in rows]
+
+
+def test_large_labels_of_arrays(tmp_path):
+    np.savez(tmp_path / "a.npz", x=VALUES, labels=np.array([2**64 - 1, 2**63, 5] * 10, dtype=np.uint64))
+    data = load_dataset(tmp_path / "a.npz")
+    assert data.classes == (str(2**64 - 1), "5", str(2**63))
 
 
 def test_true_and_false_are_one_and_zero(tmp_path):

@@ -48,6 +48,7 @@ def load_dataset(
     header: bool | None = None,
     separator: str | None = None,
     decimal: str | None = None,
+    thousands: str | None = None,
     encoding: str | None = None,
     comment: str | None = None,
     divisor: float | None = None,
@@ -111,9 +112,12 @@ def load_dataset(
         divisor: what values are divided by, such as 255; 1 leaves those as they are that seem intensities. Scores and
             draws are of the quotients, as of pictures.
         header: whether the first row of a `.csv` names the columns; by default it is found out, and told, as is what
-            the next four say.
+            the next but `thousands` say.
         separator: what stands between the cells of a `.csv`: a sign, or comma, semicolon, tab, bar or blank.
-        decimal: "." or ",", the mark before the decimals of its numbers. Beside "," a point separates thousands.
+        decimal: "." or ",", the mark before the decimals of its numbers. Beside "," a point separates thousands, where
+            decimals follow.
+        thousands: the mark between groups of three digits: ",", ".", "'" or a blank. Numbers in groups are refused
+            unless it is given, as "1,234" is another number to some.
         encoding: of its text, as Python calls it: "utf-8", "cp1252" and so on.
         comment: what its lines begin with that are no rows, such as "%"; "" where every line is a row, also one that
             begins with "#".
@@ -159,10 +163,15 @@ def load_dataset(
         "header": header,
         "separator": separator,
         "decimal": decimal,
+        "thousands": thousands,
         "encoding": encoding,
         "comment": comment,
     }
-    named_columns = Columns(label, id, time, tuple(inputs), window, every, tuple(columns), tuple(drop), **form)
+    columns, drop, inputs = (
+        tuple(map(str, names)) for names in (columns, drop, inputs)
+    )  # of frames they may be numbers
+    label, id, time = (None if name is None else str(name) for name in (label, id, time))
+    named_columns = Columns(label, id, time, inputs, window, every, columns, drop, **form)
     arrays = Arrays(_height_and_width(size), channels, array, max_gb)
     name, source = find(name_or_path, root, download, named_columns, arrays)
     known = isinstance(name_or_path, str) and name_or_path in NAMED
@@ -185,7 +194,7 @@ def load_dataset(
     arguments |= {"root": _absolute(root)} if root else {}
     arguments |= {"split": list(split)} if split else {}
     arguments |= {"seed": seed} if seed else {}
-    gaps = _of_kinds(source, kinds, name)
+    gaps = (*_of_kinds(source, kinds, name), *_gaps_of(source))
     rows = _division(source, split, seed, name)
     schema = _learned(name, source, rows[0], kinds, standardize, binarize, divisor)
     schema = replace(schema, source=arguments, choices=(*schema.choices, *source.choices, *gaps))
@@ -207,6 +216,7 @@ def load_again(schema: Schema) -> Dataset:
     if "name_or_path" not in schema.source:
         raise ValueError(f"expected data that can be loaded again, got {schema.name} without a source: pass the data")
     _, source = _read(schema, schema.source["name_or_path"], {})
+    schema = replace(schema, classes=source.classes)  # with those of labels that are new
     arguments = dict(schema.source)
     seed, parts = arguments.get("seed", 0), ("train", "valid", "test")
     counted = None if source.lengths is None else _counted(source)
@@ -297,8 +307,8 @@ def read(schema: Schema, data: Any, **options: Any) -> Split:
         schema: the record in whose units the data are to be.
         data: a path, a data set's name, a pandas frame or an array, in original units; one row or many.
         options: of `load_dataset`, for what is another than it was: label, id, time, inputs, window, every, size,
-            root, download, max_gb, and how a table is written. A column of labels or ids may be absent, unless it is
-            named here.
+            root, download, max_gb, and how a table is written, which is as was asked for at the training, and is
+            otherwise found out anew, and told. A column of labels or ids may be absent, unless it is named here.
 
     Returns:
         All rows in their order. `Split.parts` tells those that were trained on.
@@ -307,7 +317,7 @@ def read(schema: Schema, data: Any, **options: Any) -> Split:
         ValueError: columns that are missing, other shapes, values of other units, or other options.
 
     Warns:
-        SchemaWarning: columns that are ignored, and what else was assumed.
+        SchemaWarning: columns that are ignored, what was found out of the file, and what else was assumed.
 
     Example:
         >>> import pandas
@@ -346,7 +356,9 @@ def _read(schema: Schema, data: Any, options: Mapping[str, Any]) -> tuple[str, S
     before = dict(schema.source)
     is_path = isinstance(data, str | os.PathLike)
     same = is_path and before.get("name_or_path") in (data, _absolute(data))
-    kept = {key: before[key] for key in (before if same else READING) if key in before}
+    kept = {
+        key: before[key] for key in (before if same else (*READING, *FORM) if is_path else READING) if key in before
+    }
     asked = {**kept, **{key: value for key, value in options.items() if value is not None}}
     roles: dict[str, Any] = {key: asked.get(key) for key in ("label", "id", "time", "window", "every", *FORM)}
     columns = Columns(
@@ -370,9 +382,17 @@ def _read(schema: Schema, data: Any, options: Mapping[str, Any]) -> tuple[str, S
             f"expected the data of the training at {data}, found none: put the file back, or name other data with "
             "their path (--data)"
         ) from error
+    except ValueError as error:
+        given = [f"{key}={before[key]!r}" for key in FORM if key in kept and options.get(key) is None and not same]
+        if not given:
+            raise
+        raise ValueError(f"{error} (read with {', '.join(given)}, as the file of the training)") from None
     _check_like(schema, source, name, same)
     kinds = _kinds([each for each in before.get("kind", ()) if source.columns is not None])
-    _of_kinds(source, kinds, name)
+    found = [choice.what for choice in (*source.choices, *_of_kinds(source, kinds, name))]
+    known = {choice.what for choice in schema.choices}
+    if told := ", ".join(what for what in found if what not in known or not same):
+        warnings.warn(f"{name}: {told}", SchemaWarning, stacklevel=4)
     if not schema.missing and not schema.sequences and source.x.is_floating_point() and bool(source.x.isnan().any()):
         row = int(source.x.isnan().flatten(1).any(1).nonzero()[0])
         line = f"row {row} (from 0)" if source.lines is None else f"line {source.lines()[row]}"
@@ -398,6 +418,14 @@ def _read(schema: Schema, data: Any, options: Mapping[str, Any]) -> tuple[str, S
             SchemaWarning,
             stacklevel=4,
         )
+    if source.classes is not None and schema.classes is None and asked.get("label") == before.get("label") is not None:
+        warnings.warn(
+            f"labels of {name} are words, which were numbers in the training, and so none are written: codes and "
+            "scores are what they would be",
+            SchemaWarning,
+            stacklevel=4,
+        )
+        source = replace(source, labels=None, classes=None)
     return name, _classes_like(schema, source)
 
 
@@ -723,7 +751,7 @@ def _kinds(kind: Sequence[str] | Mapping[str, Kind]) -> dict[str, Kind]:
 
 
 def _of_kinds(source: Source, kinds: Mapping[str, Kind], name: str) -> tuple[Choice, ...]:
-    """Make gaps of cells that are not of the kind that their column is said to be; what is to be told of gaps."""
+    """Make gaps of cells that are not of the kind that their column is said to be; what is to be told of them."""
     made = 0
     for column, kind in kinds.items():
         if source.columns is None or column not in source.columns or source.lengths is not None:
@@ -738,16 +766,15 @@ def _of_kinds(source: Source, kinds: Mapping[str, Kind], name: str) -> tuple[Cho
         odd = ~fits & ~cells.isnan()
         cells[odd] = torch.nan
         made += int(odd.sum())
+    return (Choice(f"{made:,} cell{'s' if made > 1 else ''} of another kind made gaps", ""),) if made else ()
+
+
+def _gaps_of(source: Source) -> tuple[Choice, ...]:
     missing = 0
     if source.x.ndim == 2 and source.x.is_floating_point():
         parts = source.x.split(CHUNK)
         missing = sum(int(some.isnan().sum()) for some in parts if some.sum().isnan())  # a sum is told in less time
-    told = []
-    if made:
-        told.append(Choice(f"{made:,} cell{'s' if made > 1 else ''} of another kind made gaps", ""))
-    if missing:
-        told.append(Choice(f"{missing:,} missing value{'s' if missing > 1 else ''}", ""))
-    return tuple(told)
+    return (Choice(f"{missing:,} missing value{'s' if missing > 1 else ''}", ""),) if missing else ()
 
 
 def _ends(x: Tensor) -> tuple[float, float]:
@@ -775,7 +802,7 @@ def _standardisation(train: Tensor, columns: tuple[str, ...] | None, name: str) 
     count = sum((~some.isnan()).sum(0) for some in pieces)
     location = sum(some.double().nansum(0) for some in pieces) / count
     scale = (sum((some - location).square().nansum(0) for some in pieces) / count).sqrt()
-    rounding = 1e-12 * torch.stack([some.abs().nan_to_num(0.0).amax(0) for some in pieces]).amax(0)
+    rounding = 1e-14 * torch.stack([some.abs().nan_to_num(0.0).amax(0) for some in pieces]).amax(0)
     unseen = scale.isnan().nonzero().flatten().tolist()
     if unseen:
         raise ValueError(

@@ -78,8 +78,13 @@ def limits(values: np.ndarray) -> tuple[float, float]:
     return low - margin, high + margin
 
 
+LONGEST_NAME = 40
+
+
 def plain(name: str) -> str:
-    """A name that matplotlib takes as it stands: no formula between dollars, and not left out of legends."""
+    """A name that matplotlib takes as it stands: no formula between dollars, not left out of legends, and not longer
+    than its chart."""
+    name = name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
     return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
 
 

@@ -34,8 +34,9 @@ class Coded(Subject):
         self.shared = {name: each.value for name, each in encoded.items() if each.value is not None}  # all is drawn at
         self.latents = {name: sites[name] for name in sites if name in codes}  # in the order that KL has
         self.code = torch.cat([codes[name].mean.flatten(1) for name in self.latents], dim=1)  # (N, D)
-        self.active = self.code.double().var(0) > 0.01
-        spread = evaluation.kl_per_dim if evaluation.kl_per_dim is not None else self.code.var(0)
+        variance = self.code.double().var(0, correction=min(1, len(self.code) - 1))  # 0 of one datum
+        self.active = variance > 0.01
+        spread = evaluation.kl_per_dim if evaluation.kl_per_dim is not None else variance
         self.order = spread.argsort(descending=True).tolist()  # dimensions, the most informative first
         self.names = [
             f"{name}{d + 1}" if len(self.latents) == 1 else f"{name}[{d + 1}]"

@@ -28,7 +28,7 @@ class Tables:
         self.worth_showing = varying or list(range(D))
 
     def restored(self, x: Tensor) -> np.ndarray:
-        return self.subject.dataset.restore(x).cpu().flatten(1).numpy()
+        return self.subject.dataset.restore(x.cpu().double()).flatten(1).numpy()
 
     def chosen(self, count: int) -> tuple[list[int], str]:
         columns = self.worth_showing[:count]

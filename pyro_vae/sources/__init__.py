@@ -48,7 +48,7 @@ __all__ = [
     "read_npy",
 ]
 
-FORM = ("header", "separator", "decimal", "encoding", "comment")  # how a table is written
+FORM = ("header", "separator", "decimal", "thousands", "encoding", "comment")  # how a table is written
 _SEQUENCES: dict[str, Callable[[Path, bool], Source]] = {
     "jsb_chorales": polyphonic("jsb_chorales", "chorales of four voices, in quarter notes"),
     "piano_midi": polyphonic("piano_midi", "pieces for piano"),

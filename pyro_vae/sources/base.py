@@ -48,6 +48,7 @@ class Columns(NamedTuple):
     header: bool | None = None
     separator: str | None = None
     decimal: str | None = None
+    thousands: str | None = None
     encoding: str | None = None
     comment: str | None = None
     expected: tuple[str, ...] = ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import pickle
+import re
 import warnings
 import zipfile
 from collections.abc import Sequence
@@ -37,6 +38,8 @@ __all__ = [
 
 OF_STEPS = ("lengths", "u", "mask")  # the arrays that make x of a .npz sequences
 SIXTEEN_BIT = "intensities x/65535"
+ZERO_FIRST = re.compile(r"\s*[+-]?0\d")
+IN_GROUPS = re.compile(r"[+-]?\d{1,3}([,.' ])\d{3}(\1\d{3})*([.,]\d+)?")
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
@@ -261,6 +264,7 @@ def _table(path: Path, columns: Columns, text: Sequence[str | None]) -> Table:
         columns.header,
         separator=columns.separator,
         decimal=columns.decimal,
+        thousands=columns.thousands,
         encoding=columns.encoding,
         comment=columns.comment,
         as_written=[] if columns.id is None else [columns.id],
@@ -331,14 +335,16 @@ def _numbers(table: Table, names: Sequence[str]) -> np.ndarray:
     own = [table.named(name) or name for name in names]
     words = [name for name in own if table.row_of_word(name) is not None]
     if words:
-        column = table.frame[words[0]]
         row = table.row_of_word(words[0])
+        cell = table.frame[words[0]].iloc[row]
         also = f" (also in {', '.join(map(repr, words[1:]))})" if words[1:] else ""
+        groups = IN_GROUPS.fullmatch(cell)
+        thousands = f"say thousands= (--data.thousands {groups[1]!r}), " if groups else ""
         raise ValueError(
-            f"expected numbers in column {words[0]!r} of {table.path}, got {column.iloc[row]!r} in line "
-            f"{table.lines[row]}{also}: leave such columns out with drop= (--data.drop {','.join(words)}), name the "
-            "column of labels with label= (--data.label), that of ids with id= (--data.id), of dates with time= "
-            "(--data.time), or correct the cell"
+            f"expected numbers in column {words[0]!r} of {table.path}, got {cell!r} in line {table.lines[row]}{also}: "
+            f"{thousands}leave such columns out with drop= (--data.drop {','.join(words)}), name the column of labels "
+            "with label= (--data.label), that of ids with id= (--data.id), of dates with time= (--data.time), or "
+            "correct the cell"
         )
     return table.numbers(own)
 
@@ -347,6 +353,13 @@ def _in_time(table: Table, x: np.ndarray, features: Sequence[str], ids: np.ndarr
     """Rows put in order of their times: a sequence for each id, or one series, in pieces of `window` steps if given."""
     time, inputs, window, every = columns.time, columns.inputs, columns.window, columns.every
     assert time is not None
+    for name in _times_of(columns):
+        timeless = [i for i, cell in enumerate(_cells(table, name)) if is_missing(cell) or cell == "NaT"]
+        if timeless:
+            raise ValueError(
+                f"expected a time in every row of column {name!r} of {table.path}, got {len(timeless)} missing, the "
+                f"first in line {table.lines[timeless[0]]}: fill in or drop these rows"
+            )
     written_times = _written_times(table, _times_of(columns))
     times = read_times(table.path, time, written_times)
     parts = _in_order(table, times, written_times, ids)
@@ -400,10 +413,11 @@ def _written_times(table: Table, names: Sequence[str]) -> list[str]:
     for name in names:
         kind = next((part for part in PARTS if name.strip().lower().startswith(part)), None)
         values = [number(cell) for cell in _cells(table, name)]
-        if kind is None or any(value % 1 or value != value for value in values):
+        again = f", as is {kind} by another" if kind in found else ""
+        if kind is None or again or any(value % 1 or not math.isfinite(value) for value in values):
             raise ValueError(
                 f"expected columns of whole numbers called {', '.join(PARTS)} as time= (--data.time) of {table.path}, "
-                f"got {name!r}: rename it, or write dates into one column"
+                f"got {name!r}{again}: rename it, or write dates into one column"
             )
         found[kind] = values
     if "year" not in found:
@@ -444,8 +458,8 @@ def _in_order(table: Table, times: np.ndarray, cells: Sequence[str], ids: np.nda
             whose = "" if ids is None else f" for {str(ids[again[0]])!r}"
             mend = "name the column of ids with id= (--data.id)" if ids is None else "mend that line"
             raise ValueError(
-                f"expected distinct times in {path}, got {cells[again[0]]!r} twice{whose}, the second in line "
-                f"{lines[again[0]]}: {mend}"
+                f"expected distinct times in {path}, got {cells[again[0]]!r} twice{whose} (to the microsecond), the "
+                f"second in line {lines[again[0]]}: {mend}"
             )
     return parts
 
@@ -489,10 +503,14 @@ def _csv_labels(table: Table, name: str) -> tuple[Tensor, tuple[str, ...] | None
             f"first in line {table.lines[missing[0]]}: fill in or drop these rows"
         )
     numbers = np.array([number(cell) for cell in cells])
-    return _labels(np.array(cells, dtype=str) if np.isnan(numbers).any() else numbers, path)
+    are_words = np.isnan(numbers).any() or np.abs(numbers).max(initial=0) >= 2**53 or any(map(ZERO_FIRST.match, cells))
+    if are_words or len({*cells}) > len(np.unique(numbers)):  # as 1 and 1.0
+        return _labels(np.array(cells, dtype=str), path)
+    return _labels(numbers, path)
 
 
-_IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
+_IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
+_OF_SPLITS = ("train", "training", "test", "testing", "val", "valid", "validation")
 _DECODERS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # none that runs another program
 MOST_PIXELS = 100_000_000  # of one image
 
@@ -549,10 +567,16 @@ def read_images(folder: Path, size: tuple[int, int] | None, max_gb: float) -> So
     def visible(path: Path) -> bool:
         return not any(part.startswith(".") for part in path.relative_to(folder).parts)
 
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in _IMAGE_ENDINGS and p.is_file() and visible(p))
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and visible(path))
+    paths = [path for path in files if path.suffix.lower() in _IMAGE_ENDINGS]
     if not paths:
         raise ValueError(f"expected images ({', '.join(_IMAGE_ENDINGS)}) in {folder}, got none: correct the path")
     parts = [path.relative_to(folder).parts for path in paths]
+    if len({p[0] for p in parts}) > 1 and all(len(p) > 2 and p[0].lower() in _OF_SPLITS for p in parts):
+        raise ValueError(
+            f"expected folders of classes in {folder}, got those of splits, {sorted({p[0] for p in parts})}: name one "
+            f"of them, such as {folder / parts[0][0]}"
+        )
     in_folders = [len(p) > 1 for p in parts]
     if any(in_folders) and not all(in_folders):
         stray = paths[in_folders.index(False)]
@@ -582,6 +606,10 @@ def read_images(folder: Path, size: tuple[int, int] | None, max_gb: float) -> So
     ids = np.array(["/".join(p) for p in parts])
     labels, classes = _labels(np.array([p[0] for p in parts]), folder) if all(in_folders) else (None, None)
     said = [one for one in dict.fromkeys(one for picture in pictures for one in picture.said)]
+    if len(files) > len(paths):
+        endings = sorted({path.suffix.lower() or path.name for path in files} - {*_IMAGE_ENDINGS})
+        count = len(files) - len(paths)
+        said.append(f"{count:,} file{'s' if count > 1 else ''} of other kinds not read ({', '.join(endings[:5])})")
     return Source(
         x,
         labels,
@@ -617,6 +645,8 @@ def _labels(labels: np.ndarray, where: Path | str) -> tuple[Tensor, tuple[str, .
         raise ValueError(
             f"expected finite numbers or strings as labels in {where}, got {labels.dtype}: mend the labels"
         )
+    if labels.dtype.kind != "b" and np.abs(labels.astype(np.float64)).max(initial=0) >= 2.0**63:
+        return _labels(labels.astype(str), where)
     whole = bool((labels == np.round(labels)).all())
     return torch.from_numpy(labels.astype(np.int64 if whole else np.float32)), None
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .base import kind_of
+from .base import kind_of, number
 from .tables import Table, as_column
 
 __all__ = ["is_frame", "of_frame"]
@@ -24,7 +24,7 @@ def _column(column: Any, as_text: bool) -> Any:
 
         cells = [None if gap else str(cell) for cell, gap in zip(column, column.isna(), strict=True)]
         return pandas.Series(cells, dtype=object)
-    return column.astype(np.float64) if column.dtype.kind in "iuf" else as_column(column, False, ".")
+    return column.astype(np.float64) if column.dtype.kind in "iuf" else as_column(column, False, number)
 
 
 def of_frame(frame: Any, text: Sequence[str | None] = ()) -> Table:
@@ -42,7 +42,7 @@ def of_frame(frame: Any, text: Sequence[str | None] = ()) -> Table:
         raise ValueError(f"expected distinct column names in the frame, got {repeated} twice: rename them")
     rows = frame.reset_index(drop=True)
     columns = {name: _column(rows.iloc[:, j], name in text) for j, name in enumerate(names)}
-    table = Table("the frame", pandas.DataFrame(columns), None, (), np.arange(len(rows)), ".")
+    table = Table("the frame", pandas.DataFrame(columns), None, (), np.arange(len(rows)), number)
     if not (isinstance(frame.index, pandas.RangeIndex) and frame.index.start == 0 and frame.index.step == 1):
         table.ids = np.array([str(each) for each in frame.index])
     return table

@@ -11,7 +11,7 @@ import statistics
 import warnings
 from collections.abc import Callable, Sequence
 from datetime import datetime
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,11 @@ LARGE = 5 << 20  # bytes from which on pandas reads a file in several threads, i
 CHUNK = 1 << 18  # bytes that are looked at together, few enough for the processor's cache
 ROWS = 2_000  # that are looked at together, likewise
 BREAK, RETURN, TAB, BLANK, QUOTE = b'\n\r\t "'
-DECIMAL_COMMA = re.compile(r"[+-]?(\d+|\d{1,3}(\.\d{3})+),\d+")
+DECIMAL_COMMA = re.compile(r"[+-]?(\d+|\d{1,3}(\.\d{3})+),\d+([eE][+-]?\d+)?")
+EITHER = re.compile(r"[+-]?[1-9]\d{0,2}[,.]\d{3}")  # 1,234 is 1234 to some, and 1.234 to others
+WHOLE = re.compile(r"[+-]?\d{1,3}")
+THOUSANDS = ",.' "
+SEPARATOR_LINE = re.compile(rb'"?sep=(.)"?\n')  # as Excel writes above a table
 
 
 Said = tuple[tuple[str, str], ...]
@@ -46,10 +50,16 @@ class Table:
     """
 
     def __init__(
-        self, path: Path | str, frame: Any, first: Sequence[str] | None, said: Said, lines: np.ndarray, decimal: str
+        self,
+        path: Path | str,
+        frame: Any,
+        first: Sequence[str] | None,
+        said: Said,
+        lines: np.ndarray,
+        value: Callable[[str], float],
     ) -> None:
         self.path, self.frame, self.first, self.said, self.lines = path, frame, first, said, lines
-        self._number = _reader(decimal)
+        self._number = value
 
     ids: np.ndarray | None = None  # of the rows, where they have names without a column
 
@@ -100,6 +110,7 @@ def read_table(
     decimal: str | None = None,
     encoding: str | None = None,
     comment: str | None = None,
+    thousands: str | None = None,
     as_written: Sequence[str] = (),
 ) -> Table:
     """The table in a file.
@@ -111,24 +122,33 @@ def read_table(
         decimal: "." or ",".
         encoding: as Python calls it, such as "cp1252".
         comment: what lines begin with that are no rows; "" where all lines are.
+        thousands: the mark between groups of three digits, such as ",".
         as_written: those columns of `text` in which "NA" and its like are words, as in names of countries.
 
     Raises:
         ValueError: no table, with file and line; an option that cannot be used.
     """
-    _check_options(decimal, encoding, comment)
+    _check_options(decimal, encoding, comment, thousands)
     given = {"header": header, "separator": separator, "decimal": decimal, "encoding": encoding, "comment": comment}
     separator = None if separator is None else _sign(separator)
+    if decimal is None and thousands is not None:
+        decimal = "," if thousands == "." else "."
     said: list[tuple[str, str]] = []
     state, data = _state(path), path.read_bytes()
     content, read_as = _decoded(path, data, encoding)
     if read_as:
         said.append((f"read as {read_as}", "encoding"))
+    if named_sign := SEPARATOR_LINE.match(content):
+        separator = separator or named_sign[1].decode()
+        content = b"\n" + content[named_sign.end() :]
     content, comments, named_above = _without_comments(content, "#" if comment is None else comment)
     rows = _sample(content)
     if not rows:
         raise ValueError(f"expected a header row in {path}, got an empty file: write the columns' names first")
-    separator, decimal = _form(rows, separator, decimal)
+    separator, mark = _form(rows, separator, decimal, thousands)
+    is_guess, decimal, value = decimal is None, mark, _reader(mark, thousands)
+    if is_guess:
+        _check_certain(path, [_split(row, separator) for row in rows[1:] or rows], mark)
     if separator != ",":
         said.append((f"separated by {NAMES.get(separator, repr(separator))}", "separator"))
     if decimal == ",":
@@ -137,9 +157,9 @@ def read_table(
     first, names, skipped = sample[0], sample[0], 1
     above = _split(named_above, separator) if named_above else []
     above[:1] = [each.lstrip(f"{comment or '#'} ") or "#" for each in above[:1]]
-    if header is None and len(above) == len(first) and _are_alike(first, sample[1:], decimal):
+    if header is None and len(above) == len(first) and _are_alike(first, sample[1:], value):
         names, skipped, comments = above, 0, comments - 1  # as numpy.savetxt writes them
-    elif header is False or (header is None and _are_alike(first, sample[1:], decimal)):
+    elif header is False or (header is None and _are_alike(first, sample[1:], value)):
         names, skipped = [f"column {j + 1}" for j in range(len(first))], 0
         said.append((f"no header, so that the columns are called {names[0]!r} and so on", "header"))
     if comments:
@@ -156,7 +176,7 @@ def read_table(
     of_text = {name for j, name in enumerate(names) if name in text or (skipped == 0 and first[j] in text)}
     blanks = _has_blanks(content, rows[skipped:])
     words = {name for j, name in enumerate(names) if name in as_written or (skipped == 0 and first[j] in as_written)}
-    read = partial(_frame, path, names, of_text, words, separator, decimal, header=skipped > 0, blanks=blanks)
+    read = partial(_frame, path, names, of_text, words, separator, decimal, value, header=skipped > 0, blanks=blanks)
     is_large = content is data and len(data) == state[0] >= LARGE and b'"' not in content
     try:
         frame = read(path if is_large else io.BytesIO(content))
@@ -168,11 +188,64 @@ def read_table(
     if are_even and (len(frame) != len(lines) - skipped or frame.iloc[:, -1].hasnans):  # a row may be short or blank
         lines = _lines(path, content, separator, len(first))
     _check_nameless(path, frame, left_out)
+    if is_guess and decimal == "." and len(frame) > SAMPLE:
+        _check_certain_later(path, frame, sample[skipped:])
     if left_out:
         frame = frame.drop(columns=left_out)
         said.append((f"{_counted_as(len(left_out), 'nameless column')} of row numbers or nothing left out", "drop"))
+    lines = lines[skipped:]
+    if comments and not len(frame):
+        raise ValueError(
+            f"expected rows in {path}, got {_counted_as(comments, 'comment line')} alone: say comment='' "
+            "(--data.comment '') where these are rows"
+        )
+    if last := _empty_at_the_end(frame):
+        frame, lines = frame.iloc[:-last], lines[:-last]
+        said.append((f"{_counted_as(last, 'empty row')} at the end left out", ""))
+    if len(names) == 1 and not comments and bool((np.diff(lines) > 1).any()):
+        said.append(("blank lines left out, where NA would be a missing value", ""))
     told = tuple((what, option) for what, option in said if given.get(option) is None)
-    return Table(path, frame, first if not skipped else None, told, lines[skipped:], decimal)
+    return Table(path, frame, first if not skipped else None, told, lines, value)
+
+
+def _empty_at_the_end(frame: Any) -> int:
+    """How many rows below the last value have none, as spreadsheets write them."""
+    count = 0
+    while count < len(frame) and bool(frame.iloc[-1 - count].isna().all()):
+        count += 1
+    return count
+
+
+def _check_certain(path: Path, rows: Sequence[Sequence[str]], mark: str) -> None:
+    """Raises ValueError where a decimal mark may as well separate thousands: three digits follow it everywhere, and
+    points stand beside whole numbers, which decimals would have written as others."""
+    marked = [cell for row in rows for cell in row if mark in cell and not math.isnan(_reader(mark, None)(cell))]
+    if not marked or not all(map(EITHER.fullmatch, marked)):
+        return
+    columns = [column for column in zip(*rows, strict=False) if any(mark in cell for cell in column)]
+    if mark == "," or any(WHOLE.fullmatch(cell) for column in columns for cell in column):
+        raise _uncertain(path, marked[0], mark)
+
+
+def _check_certain_later(path: Path, frame: Any, sample: Sequence[Sequence[str]]) -> None:
+    """Likewise, where the first numbers of a column are whole and less than a thousand, and others come later."""
+    for name, column in zip(frame, zip(*sample, strict=False), strict=False):
+        if frame[name].dtype.kind != "f" or not all(is_missing(cell) or WHOLE.fullmatch(cell) for cell in column):
+            continue
+        values = frame[name].to_numpy()
+        others = np.abs(values[(values % 1 != 0) & np.isfinite(values)])
+        thousandths = np.round(others * 1000)
+        three = np.abs(others * 1000 - thousandths) < 1e-6
+        if len(others) and three.all() and (others > 1).all() and (thousandths % 10 != 0).mean() > 0.5:
+            raise _uncertain(path, f"{others[0]:.3f}", ".")
+
+
+def _uncertain(path: Path, cell: str, mark: str) -> ValueError:
+    return ValueError(
+        f"expected numbers that can be read in one way in {path}, got {cell}, which is {cell.replace(mark, '')} or "
+        f"{cell.replace(mark, '.')}: say thousands={mark!r} (--data.thousands {mark}) or decimal={mark!r} "
+        f"(--data.decimal {mark})"
+    )
 
 
 NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars", " ": "blanks"}
@@ -191,10 +264,16 @@ def _sign(separator: str) -> str:
     return sign
 
 
-def _check_options(decimal: str | None, encoding: str | None, comment: str | None) -> None:
+def _check_options(decimal: str | None, encoding: str | None, comment: str | None, thousands: str | None) -> None:
     if decimal not in (None, ".", ","):
         raise ValueError(
             f"expected decimal= (--data.decimal) to be '.' or ',', got {decimal!r}: give the mark before the decimals"
+        )
+    if thousands is not None and (thousands not in [*THOUSANDS] or thousands == decimal):
+        other = "" if decimal is None else f" and not decimal={decimal!r}"
+        raise ValueError(
+            f"expected thousands= (--data.thousands) as one of , . ' or a blank{other}, got {thousands!r}: give the "
+            "mark between groups of three digits"
         )
     if comment and comment.split() != [comment]:
         raise ValueError(
@@ -227,6 +306,7 @@ def _frame(
     words: set[str],
     separator: str,
     decimal: str,
+    value: Callable[[str], float],
     source: Any,
     *,
     header: bool,
@@ -259,7 +339,7 @@ def _frame(
         if name in words:
             frame[name] = frame[name].str.strip().astype(object)
         elif name in of_text or dtype.kind not in "fiu":
-            frame[name] = as_column(frame[name], name in of_text, decimal)
+            frame[name] = as_column(frame[name], name in of_text, value)
     return frame
 
 
@@ -300,7 +380,8 @@ def _decoded(path: Path, data: bytes, encoding: str | None) -> tuple[bytes, str]
         ) from error
     content, read_as = _in_utf8(data) if encoding is None else (_from_encoding(path, data, encoding), "")
     if b"\x00" in content:
-        raise ValueError(f"expected text in {path}, got a file of bytes: export it as CSV")
+        wide = ", or name its encoding (--data.encoding utf-16-le)" if content[1:8:2] == bytes(4) else ""
+        raise ValueError(f"expected text in {path}, got a file of bytes: export it as CSV{wide}")
     return _with_line_feeds(content) if b"\r" in content else content, read_as
 
 
@@ -342,10 +423,14 @@ def _without_comments(content: bytes, mark: str) -> tuple[bytes, int, str]:
     """The text with blank lines in the place of those that begin with the mark, their number, and what the last one
     before the first row says."""
     sign = mark.encode()
-    begins, at = [], content.find(sign) if mark else -1
+    begins, at, quotes, counted = [], content.find(sign) if mark else -1, 0, 0
     while at >= 0:
         if at == 0 or content[at - 1] == BREAK:
-            begins.append(at)
+            quotes, counted = quotes + content.count(b'"', counted, at), at
+            if quotes % 2 == 0:  # else it goes on with a quoted cell
+                begins.append(at)
+                end = content.find(b"\n", at)
+                at = counted = len(content) if end < 0 else end
         at = content.find(sign, at + 1)
     if not begins:
         return content, 0, ""
@@ -386,7 +471,7 @@ def _split(line: str, separator: str) -> list[str]:
     return [cell.strip() for cell in row]
 
 
-def _form(rows: Sequence[str], given: str | None, mark: str | None) -> tuple[str, str]:
+def _form(rows: Sequence[str], given: str | None, mark: str | None, thousands: str | None) -> tuple[str, str]:
     """Separator and decimal mark, where they are not given: those by which all rows have as many cells, and most of
     them are numbers."""
     found = []
@@ -402,7 +487,11 @@ def _form(rows: Sequence[str], given: str | None, mark: str | None) -> tuple[str
             found.append((below, decimal == ".", -order, separator, decimal))
     if found:
         if len(found) > 1:  # most tables have one form alone
-            known = [sum(_kind(cell, form[-1]) != "word" for cell in form[0]) / max(1, len(form[0])) for form in found]
+            values = [_reader(form[-1], thousands) for form in found]
+            known = [
+                sum(_kind(cell, value) != "word" for cell in form[0]) / max(1, len(form[0]))
+                for form, value in zip(found, values, strict=True)
+            ]
             found = [max(zip(known, found, strict=True), key=lambda each: (each[0], *each[1][1:]))[1]]
         return found[0][-2:]
     may_be = given != "," and mark != "."
@@ -419,24 +508,31 @@ def _form(rows: Sequence[str], given: str | None, mark: str | None) -> tuple[str
     ), mark or "."
 
 
-def _reader(decimal: str) -> Callable[[str], float]:
-    """A cell's value. Beside decimal commas a point separates thousands, and only before a comma: "1.234" alone may be
-    either number, and "01.02.2024" is none."""
-    if decimal == ".":
+@cache
+def _reader(decimal: str, thousands: str | None) -> Callable[[str], float]:
+    """What gives a cell's value. Beside decimal commas a point separates thousands, and unless it is said to, only
+    before a comma: "1.234" alone may be either number, and "01.02.2024" is none."""
+    if decimal == "." and thousands is None:
         return number
+    mark = {None: r"\.", " ": "[ \u00a0\u202f]"}.get(thousands, re.escape(thousands or ""))
+    fraction, exponent = rf"{re.escape(decimal)}\d+", r"([eE][+-]?\d+)?"
+    always = "?" if thousands is not None else ""
+    in_groups = re.compile(rf"[+-]?\d{{1,3}}({mark}\d{{3}})+({fraction}){always}{exponent}")
 
     def read(cell: str) -> float:
-        if DECIMAL_COMMA.fullmatch(cell):
-            return number(cell.replace(".", "").replace(",", "."))
-        return math.nan if "." in cell else number(cell)
+        if in_groups.fullmatch(cell):
+            cell = re.sub(mark, "", cell)
+        elif decimal == "," and "." in cell:
+            return math.nan
+        return number(cell.replace(",", ".") if decimal == "," else cell)
 
     return read
 
 
-def _kind(cell: str, decimal: str = ".") -> str:
+def _kind(cell: str, value: Callable[[str], float]) -> str:
     if is_missing(cell):
         return "missing"
-    if not math.isnan(_reader(decimal)(cell)):
+    if not math.isnan(value(cell)):
         return "number"
     try:
         datetime.fromisoformat(cell)
@@ -445,9 +541,9 @@ def _kind(cell: str, decimal: str = ".") -> str:
         return "word"
 
 
-def _are_alike(first: Sequence[str], rows: Sequence[Sequence[str]], decimal: str) -> bool:
+def _are_alike(first: Sequence[str], rows: Sequence[Sequence[str]], value: Callable[[str], float]) -> bool:
     """Whether the first row is one like the others, and names no columns."""
-    kinds = [_kind(cell, decimal) for cell in first]
+    kinds = [_kind(cell, value) for cell in first]
     if not {"number", "date"} & {*kinds} or not rows:
         return False
     counted = len(first) > 1 and list(first) == [str(j) for j in range(len(first))]
@@ -455,7 +551,7 @@ def _are_alike(first: Sequence[str], rows: Sequence[Sequence[str]], decimal: str
         return False
     for j, (cell, kind) in enumerate(zip(first, kinds, strict=True)):
         below = [row[j] for row in rows if j < len(row)]
-        of_column = [_kind(each, decimal) for each in below]
+        of_column = [_kind(each, value) for each in below]
         if kind == "missing":
             continue
         if kind == "word" and cell not in below:
@@ -582,7 +678,7 @@ def _check_nameless(path: Path, frame: Any, names: Sequence[str]) -> None:
             raise ValueError(f"expected a name for every column of {path}, got none for {name}: name it in the header")
 
 
-def as_column(column: Any, as_text: bool, decimal: str) -> Any:
+def as_column(column: Any, as_text: bool, number: Callable[[str], float]) -> Any:
     """Numbers where all cells are; true and false as 1 and 0; text without blanks around it."""
     import pandas
 
@@ -591,7 +687,7 @@ def as_column(column: Any, as_text: bool, decimal: str) -> Any:
     cells = [None if gap else _tidy(cell) for cell, gap in zip(column.tolist(), column.isna(), strict=True)]
     cells = [None if isinstance(cell, str) and is_missing(cell) else cell for cell in cells]
     words, given = {"true": 1.0, "false": 0.0}, [cell for cell in cells if cell is not None]
-    value = words.__getitem__ if given and all(str(cell).lower() in words for cell in given) else _reader(decimal)
+    value = words.__getitem__ if given and all(str(cell).lower() in words for cell in given) else number
     numbers = [np.nan if cell is None else value(cell.lower()) if isinstance(cell, str) else cell for cell in cells]
     is_text = as_text or any(math.isnan(each) and cell is not None for cell, each in zip(cells, numbers, strict=True))
     return pandas.Series(cells if is_text else numbers, index=column.index, dtype=object if is_text else np.float64)

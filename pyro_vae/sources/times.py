@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -25,6 +26,7 @@ def read_times(path: Path | str, column: str, cells: Sequence[str]) -> np.ndarra
     numbers = np.array([number(cell) for cell in cells])
     if not np.isnan(numbers).any():
         compact = _compact(cells)
+        _check_numbers(path, column, cells, numbers)
         return numbers if compact is None else compact
     try:
         dates = [datetime.fromisoformat(cell.strip()) for cell in cells]
@@ -40,6 +42,28 @@ def read_times(path: Path | str, column: str, cells: Sequence[str]) -> np.ndarra
         raise ValueError(f"expected a zone at all times or at none in column {column!r} of {path}, got both: mend them")
     plain = [date.astimezone(UTC).replace(tzinfo=None) if date.tzinfo else date for date in dates]
     return np.array(plain, dtype="datetime64[us]")
+
+
+YEAR = "(19|20)[0-9]{2}"
+MONTH = "(0?[1-9]|1[0-2])"
+DAY = "(0?[1-9]|[12][0-9]|3[01])"
+ZERO_FIRST = re.compile(r"0[0-9]+\.")  # as in 01.02
+MAY_BE_DATES = [re.compile(each) for each in (rf"{MONTH}\.{YEAR}", rf"{YEAR}\.(0[1-9]|1[0-2])")]
+MAY_BE_DATES += [re.compile(rf"{first}{second}{YEAR}") for first, second in ((DAY, MONTH), (MONTH, DAY))]
+
+
+def _check_numbers(path: Path | str, column: str, cells: Sequence[str], numbers: np.ndarray) -> None:
+    """Raises ValueError where numbers are infinite, or seem dates, whose order would be another."""
+    words = [cell.strip() for cell in cells]
+    may_be = any(all(map(form.fullmatch, words)) for form in MAY_BE_DATES) or any(map(ZERO_FIRST.match, words))
+    odd = None if np.isfinite(numbers).all() else cells[int(np.argmin(np.isfinite(numbers)))]
+    if cells and (may_be or odd is not None):
+        came = cells[0] if odd is None else odd
+        seem = "and its like, which seem dates" if odd is None else "among them"
+        raise ValueError(
+            f"expected numbers or ISO dates in column {column!r} of {path}, got {came!r} {seem}: write them "
+            "as 2006-09-26 or 2006-09"
+        )
 
 
 def _in_words(cells: Sequence[str]) -> np.ndarray | None:
@@ -60,13 +84,13 @@ def _in_words(cells: Sequence[str]) -> np.ndarray | None:
 
 
 def _compact(cells: Sequence[str]) -> np.ndarray | None:
-    """Dates written as 19900126, where all cells are such."""
-    if not all(
-        len(cell.strip()) == 8 and cell.strip().isdecimal() and "1500" < cell.strip() < "2500" for cell in cells
-    ):
+    """Dates written as 19900126, or months as 199001, where all cells are such."""
+    words = [cell.strip() for cell in cells]
+    form = {8: "%Y%m%d", 6: "%Y%m"}.get(len(words[0]) if words else 0)
+    if form is None or any(len(word) != len(words[0]) or not "1500" < word < "2500" for word in words):
         return None
     try:
-        return np.array([datetime.strptime(cell.strip(), "%Y%m%d") for cell in cells], dtype="datetime64[us]")
+        return np.array([datetime.strptime(word, form) for word in words], dtype="datetime64[us]")
     except ValueError:
         return None
 
