@@ -824,6 +824,18 @@ def test_ids_and_labels_of_frames_are_as_written(tmp_path):
     assert main(["fit", "--resume", str(run.path), "--epochs", "2"]) == 2
 
 
+def test_what_an_index_holds(tmp_path):
+    """Times, ids and labels may be levels of a frame's index."""
+    frame = pandas.DataFrame(rows(40), columns=NAMES)
+    days = pandas.date_range("2020", periods=40, name="day")
+    named = frame.set_index(days)
+    dataset = load_dataset(named, time="day", window=4)
+    assert dataset.columns == tuple(NAMES) and dataset.train.times[0, 0] == np.datetime64("2020-01-01")
+    levels = pandas.MultiIndex.from_arrays([[f"s{i // 4}" for i in range(40)], days], names=["who", "day"])
+    several = load_dataset(frame.set_index(levels), id="who", time="day")
+    assert several.columns == tuple(NAMES) and set(several.train.ids) < {f"s{i}" for i in range(10)}
+
+
 def test_masked_and_foreign_arrays():
     masked = np.ma.masked_greater((rows(40) - LOCATION) / SCALE, 1.0)
     masked.data[masked.mask] = 999.0

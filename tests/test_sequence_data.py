@@ -286,6 +286,8 @@ def test_dates_are_not_taken_for_numbers(cells, tmp_path):
     [
         (MONTHS.strftime("%Y%m"), np.datetime64("2015-10-01", "us")),
         (DAYS.strftime("%Y%m%d"), np.datetime64("2015-10-01", "us")),
+        ([f"{1974 + i // 4}Q{i % 4 + 1}" for i in range(60)], np.datetime64("1974-01-01", "us")),
+        ([f"{1974 + i // 4}-Q{i % 4 + 1}" for i in range(60)], np.datetime64("1974-01-01", "us")),
         ([f"{i:03d}" for i in range(60)], 0.0),
         ([f"{1990 + i / 12:.2f}" for i in range(60)], 1990.0),
         ([f"{i / 100:.2f}" for i in range(60)], 0.0),

@@ -328,6 +328,17 @@ def test_labels_stay_apart(labels, classes, tmp_path):
     assert [classes[i] if classes else f"{i:g}" for i in found] == [own[i] for i in rows]
 
 
+def test_whole_numbers_that_double_precision_merges(tmp_path):
+    large = 2**60 + np.arange(60).reshape(30, 2)
+    frame = pandas.DataFrame(large, columns=["x", "y"])
+    path = table(tmp_path, frame.to_csv(index=False))
+    np.save(tmp_path / "a.npy", large)
+    for data in (path, frame, large, tmp_path / "a.npy", torch.from_numpy(large)):
+        with pytest.raises(ValueError, match=r"expected whole numbers up to 2\*\*53 in .*, got 115292"):
+            load_dataset(data)
+    assert load_dataset(frame - 2**60).train.x.max() < 60
+
+
 def test_large_labels_of_arrays(tmp_path):
     np.savez(tmp_path / "a.npz", x=VALUES, labels=np.array([2**64 - 1, 2**63, 5] * 10, dtype=np.uint64))
     data = load_dataset(tmp_path / "a.npz")

@@ -804,18 +804,15 @@ def _standardisation(train: Tensor, columns: tuple[str, ...] | None, name: str) 
     scale = (sum((some - location).square().nansum(0) for some in pieces) / count).sqrt()
     rounding = 1e-14 * torch.stack([some.abs().nan_to_num(0.0).amax(0) for some in pieces]).amax(0)
     unseen = scale.isnan().nonzero().flatten().tolist()
-    if unseen:
-        raise ValueError(
-            f"expected values in every column of {name}, column {column_name(unseen[0], columns)} has none in the "
-            f"training split: {f'drop= (--data.drop {columns[unseen[0]]})' if columns else 'drop it'}"
-        )
     constant = (scale <= rounding).nonzero().flatten().tolist()
-    if constant:
-        also = f" (also {', '.join(column_name(j, columns) for j in constant[1:])})" if constant[1:] else ""
-        mend = f"drop= (--data.drop {','.join(columns[j] for j in constant)})" if columns else "drop it"
+    if odd := unseen or constant:
+        constantly = f"is constant ({location[odd[0]]:g}, up to rounding)"
+        wanted, came = ("to have values", "has none") if unseen else ("to vary", constantly)
+        also = f" (also {', '.join(column_name(j, columns) for j in odd[1:])})" if odd[1:] else ""
+        mend = f"drop= (--data.drop {','.join(columns[j] for j in odd)})" if columns else "drop it"
         raise ValueError(
-            f"expected every column of {name} to vary, column {column_name(constant[0], columns)} is constant "
-            f"({location[constant[0]]:g}) in the training split, up to rounding{also}: {mend}"
+            f"expected every column of {name} {wanted}, column {column_name(odd[0], columns)} {came} in the training "
+            f"split{also}: {mend}"
         )
     return location, scale
 

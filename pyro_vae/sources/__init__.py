@@ -107,6 +107,8 @@ def _numbers_of(given: Any) -> np.ndarray:
         return np.ma.filled(given.astype(np.float64), np.nan) if masked else given
     if given.layout != torch.strided:
         raise ValueError(f"expected a dense tensor, got {given.layout}: pass x.to_dense()")
+    if given.is_complex():
+        raise ValueError(f"expected real numbers, got {given.dtype}: pass torch.view_as_real(x), say")
     given = given.detach().cpu()
     return (given.float() if given.dtype == torch.bfloat16 else given).numpy()
 

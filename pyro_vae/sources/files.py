@@ -346,6 +346,10 @@ def _numbers(table: Table, names: Sequence[str]) -> np.ndarray:
             "with label= (--data.label), that of ids with id= (--data.id), of dates with time= (--data.time), or "
             "correct the cell"
         )
+    for name in own:
+        column = table.frame[name]
+        if column.dtype.kind in "ui" and len(column) and _beyond(column.min(), column.max()):
+            raise _too_precise(f"column {name!r} of {table.path}", max(column.min(), column.max(), key=abs))
     return table.numbers(own)
 
 
@@ -631,9 +635,22 @@ def _from_numpy(array: np.ndarray, where: Path | str) -> Tensor:
         raise ValueError(f"expected numbers in {where}, got dtype {array.dtype}: convert with array.astype('float32')")
     if array.dtype in (np.dtype(bool), np.dtype(np.uint8)):
         return torch.from_numpy(np.ascontiguousarray(array, dtype=np.uint8))
+    if array.dtype.kind in "ui" and array.itemsize == 8 and array.size and _beyond(array.min(), array.max()):
+        raise _too_precise(where, max(array.min(), array.max(), key=lambda each: abs(int(each))))
     array = array if array.flags.writeable else array.copy()
     narrow = array.dtype in (np.dtype(np.float32), np.dtype(np.float16))  # else double precision, for the scales' sake
     return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32 if narrow else np.float64))
+
+
+def _beyond(*ends: Any) -> bool:
+    return any(abs(int(end)) > 2**53 for end in ends)
+
+
+def _too_precise(where: Path | str, came: Any) -> ValueError:
+    return ValueError(
+        f"expected whole numbers up to 2**53 in {where}, got {came}, which double precision does not tell from its "
+        "neighbours: subtract a constant from these, or leave them out"
+    )
 
 
 def _labels(labels: np.ndarray, where: Path | str) -> tuple[Tensor, tuple[str, ...] | None]:
@@ -705,8 +722,8 @@ def _checked_sequences(source: Source, where: Path | str, least: int) -> Source:
     assert lengths is not None
     if len(x) < least:
         steps = int(lengths.sum())
-        shorter = f"a window= (--data.window) of at most {steps // 10} of its {steps} steps, or "
-        pieces = shorter if source.in_time and steps >= 10 else ""
+        shorter = f"a window= (--data.window) of at most {steps // 10} of its {steps:,} steps, or "
+        pieces = shorter if source.times is not None and steps >= 10 else ""
         raise ValueError(
             f"expected at least {least} sequences in {where}, to split them, got {len(x)}: {pieces}more data"
         )

@@ -24,18 +24,23 @@ def _column(column: Any, as_text: bool) -> Any:
 
         cells = [None if gap else str(cell) for cell, gap in zip(column, column.isna(), strict=True)]
         return pandas.Series(cells, dtype=object)
+    if column.dtype in (np.dtype(np.int64), np.dtype(np.uint64)):
+        return column  # as double precision may not tell them apart
     return column.astype(np.float64) if column.dtype.kind in "iuf" else as_column(column, False, number)
 
 
 def of_frame(frame: Any, text: Sequence[str | None] = ()) -> Table:
-    """A frame as a table in a file would be: numbers as float64, all else and the columns of `text` as text, and the
-    index, where it is none of pandas' own numbers, as ids.
+    """A frame as a table in a file would be: numbers as float64, all else and the columns of `text` as text, those that
+    are of its index among them, and the index, where it is none of pandas' own numbers, as ids.
 
     Raises:
         ValueError: columns of one name.
     """
     import pandas
 
+    wanted = {*text} - {str(name) for name in frame.columns}
+    asked = [level for level in frame.index.names if level is not None and str(level) in wanted]
+    frame = frame.reset_index(level=asked) if asked else frame
     names = [str(name) for name in frame.columns]
     if len({*names}) < len(names):
         repeated = sorted({name for name in names if names.count(name) > 1})

@@ -44,6 +44,7 @@ def read_times(path: Path | str, column: str, cells: Sequence[str]) -> np.ndarra
     return np.array(plain, dtype="datetime64[us]")
 
 
+QUARTER = re.compile(r"([0-9]{4})[ -]?[qQ]([1-4])")
 YEAR = "(19|20)[0-9]{2}"
 MONTH = "(0?[1-9]|1[0-2])"
 DAY = "(0?[1-9]|[12][0-9]|3[01])"
@@ -67,10 +68,14 @@ def _check_numbers(path: Path | str, column: str, cells: Sequence[str], numbers:
 
 
 def _in_words(cells: Sequence[str]) -> np.ndarray | None:
-    """Dates that can be read in one way alone: 2006/09/26, Sep 26 2006, or 26.09.2006 among days after the twelfth."""
+    """Dates that can be read in one way alone: 2006/09/26, Sep 26 2006, 2006Q3, or 26.09.2006 among days after the
+    twelfth."""
     import pandas
 
     words, found = [cell.strip() for cell in cells], {}
+    quarters = [QUARTER.fullmatch(word) for word in words]
+    if words and all(quarters):
+        return np.array([f"{each[1]}-{3 * int(each[2]) - 2:02d}" for each in quarters if each], dtype="datetime64[us]")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the day comes first
         guess = pandas.tseries.api.guess_datetime_format
