@@ -15,7 +15,7 @@ from torch import Tensor
 from .data import Split, as_data, rows_of, tensor_of
 from .evaluation import MAX_ELEMENTS, isolated
 from .nn import positive
-from .sources import Columns, read_future, read_npy
+from .sources import Columns, is_frame, read_future, read_npy
 from .sources.times import after, padded, spacing, written
 
 __all__ = ["Forecast", "forecast"]
@@ -60,10 +60,10 @@ def forecast(
         model: a `StateSpaceModel`.
         split: of a data set; or sequences (N, T, D), alone or as ``(x, {"lengths": ..., "u": ...})``.
         num_steps: H; by default as many as there are inputs to come, or 10.
-        inputs: of a model with inputs, those to come: (N, H, C), a tensor or array in the split's order; or a file of
-            them. A `.csv` with the columns of id, time and inputs that
-            the data were read with: sequences that have rows in it are forecast, as many steps for each, from the first
-            one after the sequence's last; else a `.npy` of shape (N, H, C).
+        inputs: of a model with inputs, those to come: (N, H, C), a tensor or array in the split's order; or a `.csv`
+            or a pandas frame with the columns of id, time and inputs that the data were read with: sequences that have
+            rows in it are forecast, as many steps for each, from the first one after the sequence's last; or a `.npy`
+            of shape (N, H, C).
         num_samples: K.
 
     Raises:
@@ -187,20 +187,27 @@ def _last(split: Split) -> np.ndarray:
 
 def _to_come(inputs: Any, split: Split, every: str | None) -> tuple[list[int], Tensor, np.ndarray | None]:
     """Which sequences there are inputs for, these (N, H, C), and their times (N, H), if they are known."""
-    source, given = split.roles, tensor_of(inputs)
-    path = "inputs" if isinstance(given, Tensor) else Path(inputs)
-    if isinstance(path, str) or split.times is None:
-        u = given if isinstance(path, str) else read_npy(path).x
+    source, given = split.roles, None if is_frame(inputs) else tensor_of(inputs)
+    path = "inputs" if isinstance(given, Tensor) else "the frame" if given is None else Path(inputs)
+    if isinstance(given, Tensor) or split.times is None:
+        if given is None:
+            raise ValueError("expected inputs of data without times as a tensor or array (N, H, C), got a frame")
+        u = given if isinstance(given, Tensor) else read_npy(Path(path)).x
         C = split.kwargs["u"].shape[-1] if "u" in split.kwargs else 0
-        if u.ndim != 3 or u.shape[::2] != (len(split), C) or not bool(u.float().isfinite().all()):
+        are_finite = bool(u.float().isfinite().all())
+        if u.ndim != 3 or u.shape[::2] != (len(split), C) or not are_finite:
+            came = f"shape {tuple(u.shape)}" if are_finite else "some that are infinite or missing"
             raise ValueError(
-                f"expected finite numbers of shape ({len(split)}, H, {C}) in {path}, got shape {tuple(u.shape)}: "
-                f"inputs of the steps after each sequence of the split {split.name!r}"
+                f"expected finite numbers of shape ({len(split)}, H, {C}) in {path}, got {came}: give inputs of the "
+                f"steps after each sequence of the split {split.name!r}"
             )
         known = split.times is not None and every is not None
         times = np.stack([after(last, str(every), u.shape[1]) for last in _last(split)]) if known else None
         return list(range(len(split))), u.to(split.x.dtype), times
-    found = read_future(path, Columns(id=source.get("id"), time=source["time"], inputs=tuple(source["inputs"])))
+    found = read_future(
+        inputs if given is None else path,
+        Columns(id=source.get("id"), time=source["time"], inputs=tuple(source["inputs"])),
+    )
     assert found.lengths is not None and found.times is not None
     if found.times.dtype != split.times.dtype:
         raise ValueError(f"expected times in {path} as in the data, got {written(found.times[0, 0])}: write them alike")

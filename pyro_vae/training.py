@@ -178,13 +178,20 @@ class Run:
     def _check_shape(self, data: Any) -> None:
         """Raises ValueError where tensors have another width than those of the training."""
         first = data[0] if isinstance(data, tuple) and data else data
-        if self._schema is None or self._schema.sequences or not isinstance(first, Tensor | np.ndarray):
+        if self._schema is None or not isinstance(first, Tensor | np.ndarray):
             return
-        own, came = (None, *self._schema.event_shape), first.shape
-        if len(came) != len(own) or (len(own) > 1 and came[-1] != own[-1]):
-            wanted = ", ".join(map(str, ("N", *own[1:])))
+        steps = ("T",) * self._schema.sequences
+        own, came = ("N", *steps, *self._schema.event_shape), first.shape
+        wanted = f"expected data of shape ({', '.join(map(str, own))}), as in the training"
+        if len(came) != len(own) or (own[-1] != "N" and came[-1] != own[-1]):
+            raise ValueError(f"{wanted}, got {tuple(came)}: give such rows")
+        C = getattr(self.model, "num_inputs", 0) if steps else 0
+        named = data[-1] if isinstance(data, tuple) and isinstance(data[-1], Mapping) else {}
+        u = named.get("u")
+        if C and (u is None or tuple(u.shape) != (*came[:2], C)):
             raise ValueError(
-                f"expected data of shape ({wanted}), as in the training, got {tuple(came)}: give such rows"
+                f"{wanted}, and inputs of shape {(*came[:2], C)}, got {'none' if u is None else tuple(u.shape)}: give "
+                '(x, {"lengths": ..., "u": ...})'
             )
 
     def evaluate(self, data: Any, **options: Any) -> Evaluation:

@@ -1,6 +1,7 @@
 """Files as people have them: pictures, arrays and archives lose nothing on the way in, and take little memory."""
 
 import io
+import shutil
 import struct
 import subprocess
 import sys
@@ -156,7 +157,7 @@ def test_pictures_of_several_sizes_are_resized_on_demand(tmp_path):
 
 
 def test_what_else_lies_in_a_folder_of_pictures(tmp_path):
-    """Other files are told, and folders of splits are no classes."""
+    """Other files are told, folders of splits are no classes, and one folder around the classes is none either."""
     for part in ("train", "test"):
         for name in ("cat", "dog"):
             folder = tmp_path / "im" / part / name
@@ -165,13 +166,37 @@ def test_what_else_lies_in_a_folder_of_pictures(tmp_path):
                 Image.new("RGB", (5, 5), (10 * i, 10, 10)).save(folder / f"{i}.{'png' if i else 'jfif'}", format="PNG")
             (folder / "note.txt").write_text("none")
             (folder / "scan.jp2").write_bytes(b"jp2")
-    with pytest.raises(
-        ValueError, match=r"expected folders of classes in .*, got those of splits, \['test', 'train'\]"
-    ):
+    splits = r"expected folders of classes in .*, got those of splits, \[.*'test', 'train'\]"
+    with pytest.raises(ValueError, match=splits):
+        load_dataset(tmp_path / "im")
+    shutil.copytree(tmp_path / "im" / "test", tmp_path / "im" / "other")
+    with pytest.raises(ValueError, match=splits):
         load_dataset(tmp_path / "im")
     data = load_dataset(tmp_path / "im" / "train")
     assert data.classes == ("cat", "dog") and sum(map(len, (data.train, data.valid, data.test))) == 12
     assert "4 files of other kinds not read (.jp2, .txt)" in data.description
+    (tmp_path / "around").mkdir()
+    (tmp_path / "im" / "train").rename(tmp_path / "around" / "train")
+    around = load_dataset(tmp_path / "around")
+    assert around.classes == ("cat", "dog") and around.train.labels.unique().tolist() == [0, 1]
+    assert all(name.startswith("train/") for name in around.train.ids)
+    for part in ("train", "test"):
+        pictures(tmp_path / "flat" / part, [np.full((5, 5, 3), 9, np.uint8)] * 6)
+    with pytest.raises(ValueError, match=splits):
+        load_dataset(tmp_path / "flat")
+
+
+def test_colours_of_16_bits_are_told(tmp_path):
+    folder = pictures(tmp_path / "im", [np.full((5, 5, 3), 40 * i, np.uint8) for i in range(6)])
+    rows = b"".join(b"\0" + np.full((5, 3), 1699, ">u2").tobytes() for _ in range(5))
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 5, 5, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    for i in range(6):
+        (folder / f"deep{i}.png").write_bytes(
+            b"\x89PNG\r\n\x1a\n"
+            + b"".join(struct.pack(">I", len(c)) + n + c + struct.pack(">I", zlib.crc32(n + c)) for n, c in chunks)
+        )
+    data = load_dataset(folder)
+    assert "colours of 16 bits cut to 8" in data.description and float(data.train.x.max()) <= 1
 
 
 def test_animations_tell_their_first_frame(tmp_path):

@@ -836,6 +836,26 @@ def test_what_an_index_holds(tmp_path):
     assert several.columns == tuple(NAMES) and set(several.train.ids) < {f"s{i}" for i in range(10)}
 
 
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda x: x.to("meta"), "expected real numbers, got a tensor on the meta device"),
+        (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), "expected real numbers, got torch.qint8"),
+        (lambda x: torch.nested.nested_tensor([x[0], x[1]]), "expected a dense tensor"),
+        (lambda x: torch.complex(x, x), "expected real numbers, got torch.complex64"),
+        (lambda x: torch.complex(x, x).numpy(), "expected numbers in the array, got dtype complex64: take array.real"),
+        (lambda x: np.zeros(20, dtype=[("a", "f4")]), "expected numbers in .*: put its fields into columns of a frame"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*prototype stage")
+@pytest.mark.filterwarnings("ignore:.*quantize")
+def test_tensors_of_other_kinds(made, message):
+    with pytest.raises(ValueError, match=message):
+        load_dataset(made(torch.rand(20, 3)))
+    eight = load_dataset(torch.rand(20, 3).to(torch.float8_e4m3fn))
+    assert eight.train.x.shape == (16, 3)
+
+
 def test_masked_and_foreign_arrays():
     masked = np.ma.masked_greater((rows(40) - LOCATION) / SCALE, 1.0)
     masked.data[masked.mask] = 999.0

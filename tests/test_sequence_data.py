@@ -269,6 +269,9 @@ DAYS = pandas.date_range("2015-10-01", periods=60)
         DAYS.strftime("%m%d%Y"),
         [f"{day.day}{day.month:02d}{day.year}" for day in DAYS],
         DAYS.strftime("%d.%m"),
+        DAYS.strftime("%d%m%y"),
+        pandas.date_range("2015-12-15", periods=60).strftime("%m%d%y"),
+        [f"{day.day}.{day.month}" for day in DAYS],
         MONTHS.strftime("%m/%Y"),
         [*range(59), "inf"],
     ],
@@ -277,7 +280,9 @@ DAYS = pandas.date_range("2015-10-01", periods=60)
 def test_dates_are_not_taken_for_numbers(cells, tmp_path):
     """Whose order is another."""
     path = write(tmp_path / "x.csv", ["t", "v"], [[t, i % 7] for i, t in enumerate(cells)])
-    with pytest.raises(ValueError, match=r"expected numbers or ISO dates in column 't' of .*, got .*: write them as"):
+    with pytest.raises(
+        ValueError, match=r"expected numbers or ISO dates in column 't' of .*, got .*: write (them|dates) as"
+    ):
         load_dataset(path, time="t", window=5)
 
 
@@ -289,6 +294,9 @@ def test_dates_are_not_taken_for_numbers(cells, tmp_path):
         ([f"{1974 + i // 4}Q{i % 4 + 1}" for i in range(60)], np.datetime64("1974-01-01", "us")),
         ([f"{1974 + i // 4}-Q{i % 4 + 1}" for i in range(60)], np.datetime64("1974-01-01", "us")),
         ([f"{i:03d}" for i in range(60)], 0.0),
+        ([f"{i:06d}" for i in range(60)], 0.0),
+        ([f"{i / 2:06.2f}" for i in range(60)], 0.0),
+        ([f"{1 + i / 100:.2f}" for i in range(12)] * 5, None),
         ([f"{1990 + i / 12:.2f}" for i in range(60)], 1990.0),
         ([f"{i / 100:.2f}" for i in range(60)], 0.0),
         ([150001 + i for i in range(60)], 150001.0),
@@ -297,8 +305,35 @@ def test_dates_are_not_taken_for_numbers(cells, tmp_path):
     ids=lambda cells: f"{cells[0]}" if hasattr(cells, "__len__") else "",
 )
 def test_numbers_are_not_taken_for_dates(cells, first, tmp_path):
-    path = write(tmp_path / "x.csv", ["t", "v"], [[t, i % 7] for i, t in enumerate(cells)])
-    assert load_dataset(path, time="t", window=5).train.times[0, 0] == first
+    path = write(tmp_path / "x.csv", ["t", "v", "i"], [[t, i % 7, i // 12] for i, t in enumerate(cells)])
+    if first is None:  # of several series
+        assert load_dataset(path, time="t", id="i", window=3).train.times[0, 0] == 1
+    else:
+        assert load_dataset(path, time="t", window=5, drop=["i"]).train.times[0, 0] == first
+
+
+def test_times_with_decimal_commas_and_thousands(tmp_path):
+    text = "t;v\n" + "".join(f"{i // 2},{5 * (i % 2)};{i % 7},5\n" for i in range(60))
+    (tmp_path / "x.csv").write_text(text)
+    assert load_dataset(tmp_path / "x.csv", time="t", window=5).train.times[0, :3].tolist() == [0.0, 0.5, 1.0]
+    (tmp_path / "y.csv").write_text("t;v\n" + "".join(f"{i + 990:,};{i % 7}\n" for i in range(60)))
+    found = load_dataset(tmp_path / "y.csv", time="t", window=6, thousands=",", separator=";")
+    assert found.test.times.tolist() == [[1044.0, 1045.0, 1046.0, 1047.0, 1048.0, 1049.0]]
+
+
+def test_steps_of_dates_are_told_by_what_they_seem(tmp_path, recwarn):
+    fridays = pandas.date_range("2020-01-03", periods=60, freq="W-FRI")
+    path = write(tmp_path / "x.csv", ["t", "v"], [[t, i % 7] for i, t in enumerate(fridays.strftime("%Y-%m-%d"))])
+    with pytest.raises(ValueError, match=r"times every W from .*, got 2020-01-03: .* which seems W-FRI"):
+        load_dataset(path, time="t", window=5, every="W")
+    days = write(tmp_path / "y.csv", ["t", "v"], [[t, i % 7] for i, t in enumerate(DAYS.strftime("%Y-%m-%d"))])
+    assert len(load_dataset(days, time="t", window=5, every="d").train) == 10 and not recwarn
+    counts = write(tmp_path / "z.csv", ["t", "v"], [[t, t % 7] for t in range(60)])
+    with pytest.raises(ValueError, match="expected a step of numbers as every= .* got 'inf'"):
+        load_dataset(counts, time="t", window=5, every="inf")
+    short = [[20 + t // 12, 1 + t % 12, t % 7] for t in range(60)]
+    with pytest.raises(ValueError, match="expected dates in the columns .* in line 2 .a year of four digits"):
+        load_dataset(write(tmp_path / "u.csv", ["year", "month", "v"], short), time="year,month", window=5)
 
 
 def test_every_row_has_a_time(tmp_path):
@@ -328,6 +363,15 @@ def test_zones(tmp_path):
         load_dataset(write(path, ["i", "t", "v"], rows), id="i", time="t")
 
 
+@pytest.mark.parametrize("every", ["h", "15min", "D", "MS", 2.0])
+def test_gaps_name_the_step(every, tmp_path):
+    days = np.arange(70) * every if every == 2.0 else pandas.date_range("2020-01-01", periods=70, freq=every)
+    kept = [str(t) for i, t in enumerate(days) if i not in (20, 21, 22, 40)]
+    path = write(tmp_path / "x.csv", ["t", "v"], [[t, i % 7] for i, t in enumerate(kept)])
+    (choice,) = [each for each in load_dataset(path, time="t", window=5).schema.choices if "gap" in each.what]
+    assert choice.option == f"data.every {2 if every == 2.0 else 'D' if every == 'MS' else every}"
+
+
 def test_working_days_have_no_gaps(tmp_path):
     days = np.busday_offset("2024-01-01", np.arange(100))
     path = write(tmp_path / "x.csv", ["day", "price"], [[day, i] for i, day in enumerate(days)])
@@ -348,7 +392,7 @@ def test_a_date_that_is_no_feature(tmp_path):
         load_dataset(tmp_path / "z.csv")
     rows = [[i, t, t, "" if (i, t) == (3, 2) else 1] for i in range(12) for t in range(4)]
     path = write(tmp_path / "u.csv", ["i", "t", "v", "dose"], rows)
-    with pytest.raises(ValueError, match=r"got 1 missing, the first in line 16, column 'dose'"):
+    with pytest.raises(ValueError, match=r"got 1 missing or infinite, the first in line 16, column 'dose'"):
         load_dataset(path, id="i", time="t", inputs=["dose"])
 
 

@@ -6,6 +6,7 @@ import math
 import re
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from conftest import needed
@@ -187,6 +188,14 @@ def test_a_forecast_with_inputs_to_come(here, driven, capsys):
     assert all(float(row["day"]) == float(row["step"]) for row in rows)
 
     found = forecast(driven.model, driven.guide, whole, inputs="plan.csv", num_steps=2, num_samples=40)
+    of_frame = driven.forecast(whole, inputs=pandas.read_csv("plan.csv"), num_steps=2, num_samples=40)
+    assert torch.equal(of_frame.draws, found.draws) and np.array_equal(of_frame.times, found.times)
+    x, u = torch.zeros(3, 4, 1), torch.zeros(3, 4, 1)
+    for wrong in (x, (x, {"u": u[:, :3]}), (torch.zeros(3, 4, 2), {"u": u}), torch.zeros(3, 4)):
+        with pytest.raises(ValueError, match=r"expected data of shape \(N, T, 1\), as in the training"):
+            driven.encode(wrong)
+    with pytest.raises(ValueError, match="in inputs, got some that are infinite or missing"):
+        forecast(driven.model, driven.guide, whole, inputs=torch.full((len(whole), 3, 1), torch.inf))
     u = torch.tensor([to_come[name][:2] for name in found.split.ids])[..., None]
     part, rows = found.split, [whole.ids.tolist().index(name) for name in found.split.ids]
     torch.manual_seed(0)
@@ -250,7 +259,7 @@ def test_draws_with_a_row_of_inputs_each_or_one_for_all():
         (
             ("h02,40,,",),
             "",
-            "expected inputs in every row of plan.csv, got 1 missing, the first in line 2, column 'staff'",
+            "expected inputs in every row of plan.csv, got 1 missing or infinite, the first in line 2, column 'staff'",
         ),
         (("h02,{T},1,",), "--num_steps 2", "expected inputs of 2 steps in plan.csv, got 1"),
         (None, "", r"expected inputs= \(--inputs\), a file of the inputs of each step to come"),

@@ -217,6 +217,10 @@ EITHER = {  # contents, of which the first column is 1234, 464, 12345 and so on,
     "commas in quotes": ("x,y\n" + '"1,234","2"\n"464","3"\n"12,345","9"\n' * 10, ","),
     "points": ("x;y\n" + "1.234;2\n464;3\n12.345;9\n" * 10, "."),
     "points that come late": ("x;y\n" + "7;2\n" * 210 + "1.234;2\n464;3\n12.345;9\n" * 10, "."),
+    "points that come late and are round": (
+        "x;y\n" + "7;2\n" * 210 + "1.000;2\n464;3\n" + "1.234;2\n464;3\n12.345;9\n",
+        ".",
+    ),
     "one column": ("x\n" + "1.234\n464\n12.345\n" * 10, "."),
 }
 
@@ -240,6 +244,10 @@ def test_thousands_are_taken_for_nothing_else(name, tmp_path):
 def test_decimals_are_known_by_others(text, tmp_path):
     cells = [float(line.split(";")[0]) for line in text.splitlines()]
     assert read_table(table(tmp_path, "x;y\n" + 10 * text)).frame["x"].tolist() == 10 * cells
+    late = "x;y\n" + "7;2\n" * 210 + text
+    assert read_table(table(tmp_path, late + "0.5;1\n")).frame["x"].tolist() == [*[7] * 210, *cells, 0.5]
+    beside = read_table(table(tmp_path, "x;y\n" + "0;0.5\n" * 250 + "308.625;1.5\n"))
+    assert beside.frame["x"].tolist() == [*[0] * 250, 308.625]
 
 
 @pytest.mark.parametrize("sign", [".", "'", " ", ","])
@@ -253,6 +261,15 @@ def test_numbers_in_groups(sign, tmp_path):
         read_table(table(tmp_path, text), thousands="ab")
     with pytest.raises(ValueError, match="expected thousands= .* and not decimal=','"):
         read_table(table(tmp_path, text), thousands=",", decimal=",")
+
+
+def test_blanks_between_thousands_beside_decimal_commas(tmp_path):
+    path = table(tmp_path, "x;y\n" + "1 234,5;2\n0,25;3\n-12 345 678,5;9\n" * 10)
+    with pytest.raises(ValueError, match=r"got '1 234,5' in line 2: say thousands= \(--data.thousands ' '\)"):
+        load_dataset(path)
+    found = read_table(path, thousands=" ")
+    assert found.frame["x"].tolist()[:3] == [1234.5, 0.25, -12345678.5]
+    assert ("decimal commas", "decimal") in found.said
 
 
 def test_what_spreadsheets_write(tmp_path):
@@ -337,6 +354,20 @@ def test_whole_numbers_that_double_precision_merges(tmp_path):
         with pytest.raises(ValueError, match=r"expected whole numbers up to 2\*\*53 in .*, got 115292"):
             load_dataset(data)
     assert load_dataset(frame - 2**60).train.x.max() < 60
+
+
+@pytest.mark.parametrize("cells", [[1699999999 + i % 3 for i in range(30)], [f"{i}e-50" for i in range(30)]])
+def test_values_that_float32_does_not_tell_apart(cells, tmp_path):
+    """Counts and values in [0, 1] stay as they are; standardised in double precision they are told apart."""
+    path = table(tmp_path, "x\n" + "".join(f"{cell}\n" for cell in cells))
+    with pytest.raises(ValueError, match=r"float32 tells apart in .*, column 'x' .*: kind= \(--data.kind x=real\)"):
+        load_dataset(path)
+    with pytest.raises(ValueError, match=r"float32 tells apart .*, column 0 \(from 0\)"):
+        load_dataset(np.array([[float(cell)] for cell in cells]))
+    if isinstance(cells[0], int):
+        assert len(load_dataset(path, kind=["x=real"]).train.x.unique()) == 3
+    wide = table(tmp_path, "x\n" + "".join(f"{7_654_321 * i * i}\n" for i in range(30)))
+    assert load_dataset(wide).location is None
 
 
 def test_large_labels_of_arrays(tmp_path):

@@ -329,8 +329,8 @@ def read(schema: Schema, data: Any, **options: Any) -> Split:
     """
     if unknown := [name for name in options if name not in (*READING, *OPTIONS)]:
         raise ValueError(
-            f"expected options of reading, {', '.join((*READING, *OPTIONS))}, got {unknown[0]}: leave it out, as units "
-            "and splits are those of the training"
+            f"expected options of reading, {', '.join((*READING, *OPTIONS))} (--data.id and so on), got {unknown[0]}: "
+            "leave it out, as columns, units and splits are those of the training"
         )
     name, source = _read(schema, data, options)
     schema = replace(schema, name=name)
@@ -461,7 +461,12 @@ def _check_like(schema: Schema, source: Source, name: str, same: bool) -> None:
         raise ValueError(
             f"expected values in the units of the training, got intensities of pictures in {name}: write them as .npy"
         )
-    if schema.divisor == 1 or known or (source.x.dtype == torch.uint8 and schema.divisor == 255):
+    if (
+        schema.divisor == 1
+        or "divisor" in schema.source
+        or known
+        or (source.x.dtype == torch.uint8 and schema.divisor == 255)
+    ):
         return
     low, high = _ends(source.x)
     if low < 0 or high > schema.divisor or (high <= 1 and not _are_whole(source.x)):
@@ -526,6 +531,8 @@ def _learned(
         if not as_they_are and _is_real_table(training, asked, kinds, name) and standardize:
             location, scale = _standardisation(training, source.columns, name)
             values = Choice("real values standardised per column", "data.standardize false")
+        elif source.x.dtype == torch.float64:
+            _check_rounding(training / divisor, source.columns, name)
         found = _kinds_of(training / divisor if divisor != 1 else training)
         columns = tuple(
             Column(each, kinds.get(str(each), own), float(a), float(b))
@@ -806,15 +813,29 @@ def _standardisation(train: Tensor, columns: tuple[str, ...] | None, name: str) 
     unseen = scale.isnan().nonzero().flatten().tolist()
     constant = (scale <= rounding).nonzero().flatten().tolist()
     if odd := unseen or constant:
-        constantly = f"is constant ({location[odd[0]]:g}, up to rounding)"
-        wanted, came = ("to have values", "has none") if unseen else ("to vary", constantly)
+        wanted, came, why = "to vary", f"is constant ({location[odd[0]]:g})", ", up to rounding"
+        if unseen:
+            wanted, came, why = "to have values", "has none", ""
         also = f" (also {', '.join(column_name(j, columns) for j in odd[1:])})" if odd[1:] else ""
         mend = f"drop= (--data.drop {','.join(columns[j] for j in odd)})" if columns else "drop it"
         raise ValueError(
             f"expected every column of {name} {wanted}, column {column_name(odd[0], columns)} {came} in the training "
-            f"split{also}: {mend}"
+            f"split{why}{also}: {mend}"
         )
     return location, scale
+
+
+def _check_rounding(train: Tensor, columns: tuple[str, ...] | None, name: str) -> None:
+    """Raises ValueError where values that stay as they are lie closer together than float32 tells them apart."""
+    for j in range(train.shape[1]):
+        column = train[:, j][~train[:, j].isnan()]
+        lost = (column - column.float().double()).abs().amax() if len(column) else torch.zeros(())
+        if len(column) and lost > 0.01 * column.std(correction=0) > 0:
+            mend = f"kind= (--data.kind {columns[j]}=real)" if columns else "subtract their mean, and scale them"
+            raise ValueError(
+                f"expected values that float32 tells apart in {name}, column {column_name(j, columns)} has some from "
+                f"{float(column.min()):g} to {float(column.max()):g}, which it rounds: {mend}"
+            )
 
 
 def _height_and_width(size: int | str | Sequence[int] | None) -> tuple[int, int] | None:

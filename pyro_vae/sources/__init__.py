@@ -105,12 +105,13 @@ def _numbers_of(given: Any) -> np.ndarray:
     if isinstance(given, np.ndarray):
         masked = isinstance(given, np.ma.MaskedArray)
         return np.ma.filled(given.astype(np.float64), np.nan) if masked else given
-    if given.layout != torch.strided:
-        raise ValueError(f"expected a dense tensor, got {given.layout}: pass x.to_dense()")
-    if given.is_complex():
-        raise ValueError(f"expected real numbers, got {given.dtype}: pass torch.view_as_real(x), say")
+    if given.is_nested or given.layout != torch.strided:
+        raise ValueError(f"expected a dense tensor, got {given.layout}: pass x.to_dense(), or x.to_padded_tensor(nan)")
+    if given.is_complex() or given.is_quantized or given.is_meta:
+        what = "a tensor on the meta device, which has no values" if given.is_meta else given.dtype
+        raise ValueError(f"expected real numbers, got {what}: pass torch.view_as_real(x), x.dequantize() or its values")
     given = given.detach().cpu()
-    return (given.float() if given.dtype == torch.bfloat16 else given).numpy()
+    return (given.float() if given.is_floating_point() and given.itemsize < 4 else given).numpy()
 
 
 def find(

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from .base import Arrays, Choice, Columns, Source, column_name, first_line, kind_of, number
+from .frames import is_frame, of_frame
 from .tables import Table, is_missing, read_table
-from .times import late, on_grid, padded, read_times, written
+from .times import late, may_be_dates, on_grid, padded, read_times, shortest, written
 
 __all__ = [
     "OF_STEPS",
@@ -237,7 +238,7 @@ def of_table(table: Table, columns: Columns) -> Source:
     others = {table.named(name) for _, name in named if name is not None}
     features = _features(table, columns, others)
     extra = tuple(name for name in table.names if name not in {*features, *others, *asked}) if columns.expected else ()
-    x = _numbers(table, features)
+    x = _numbers(table, features, bool(columns.expected))
     ids = None if columns.id is None else np.array(_cells(table, columns.id), dtype=str)
     if columns.time is not None:
         return replace(_in_time(table, x, features, ids, columns), named=ids is not None, extra=extra)
@@ -286,10 +287,11 @@ def _times_of(columns: Columns) -> list[str]:
     return [] if columns.time is None else [each.strip() for each in columns.time.split(",")]
 
 
-def read_future(path: Path, columns: Columns) -> Source:
-    """The inputs of steps to come, as the x of sequences."""
+def read_future(path: Any, columns: Columns) -> Source:
+    """The inputs of steps to come, in a file or a frame, as the x of sequences."""
     times = _times_of(columns)
-    table = _table(path, columns, [columns.id, *times])
+    text = [columns.id, *times]
+    table = of_frame(path, text) if is_frame(path) else _table(path, columns, text)
     named = [("id", columns.id), *(("time", each) for each in times), *(("inputs", name) for name in columns.inputs)]
     _check_columns(table, named)
     u = _inputs(table, columns.inputs)
@@ -330,8 +332,8 @@ def _features(table: Table, columns: Columns, apart: set[str | None]) -> list[st
     return features
 
 
-def _numbers(table: Table, names: Sequence[str]) -> np.ndarray:
-    """The values of columns, (rows, columns), NaN where one is missing."""
+def _numbers(table: Table, names: Sequence[str], are_known: bool = False) -> np.ndarray:
+    """The values of columns, (rows, columns), NaN where one is missing; of those that a run knows or not."""
     own = [table.named(name) or name for name in names]
     words = [name for name in own if table.row_of_word(name) is not None]
     if words:
@@ -340,11 +342,13 @@ def _numbers(table: Table, names: Sequence[str]) -> np.ndarray:
         also = f" (also in {', '.join(map(repr, words[1:]))})" if words[1:] else ""
         groups = IN_GROUPS.fullmatch(cell)
         thousands = f"say thousands= (--data.thousands {groups[1]!r}), " if groups else ""
+        roles = (
+            f"leave such columns out with drop= (--data.drop {','.join(words)}), name the column of labels with label= "
+            "(--data.label), that of ids with id= (--data.id), of dates with time= (--data.time), or "
+        )
         raise ValueError(
             f"expected numbers in column {words[0]!r} of {table.path}, got {cell!r} in line {table.lines[row]}{also}: "
-            f"{thousands}leave such columns out with drop= (--data.drop {','.join(words)}), name the column of labels "
-            "with label= (--data.label), that of ids with id= (--data.id), of dates with time= (--data.time), or "
-            "correct the cell"
+            f"{thousands}{'' if are_known else roles}correct the cell"
         )
     for name in own:
         column = table.frame[name]
@@ -365,8 +369,15 @@ def _in_time(table: Table, x: np.ndarray, features: Sequence[str], ids: np.ndarr
                 f"first in line {table.lines[timeless[0]]}: fill in or drop these rows"
             )
     written_times = _written_times(table, _times_of(columns))
-    times = read_times(table.path, time, written_times)
+    times = read_times(table.path, time, written_times, table.value)
     parts = _in_order(table, times, written_times, ids)
+    moved = next((part[1:][np.diff(part) < 0] for part in parts if (np.diff(part) < 0).any()), None)
+    if moved is not None and times.dtype.kind == "f" and may_be_dates(written_times):
+        raise ValueError(
+            f"expected numbers or ISO dates in column {time!r} of {table.path}, got {written_times[moved[0]]!r} in "
+            f"line {table.lines[moved[0]]}, which as a number goes before lines above, and may be a date: write dates "
+            "as 2006-09-26, or sort the rows"
+        )
     at = [times[part] for part in parts]
     owners = None if ids is None else [ids[part[0]] for part in parts]
     told: list[Choice] = []
@@ -377,7 +388,8 @@ def _in_time(table: Table, x: np.ndarray, features: Sequence[str], ids: np.ndarr
             told.append(Choice(f"{absent:,} time{'s' if absent > 1 else ''} without a row", ""))
     elif count := late(at):
         gaps = f"{count:,} gap{'s' if count > 1 else ''}"
-        told.append(Choice(f"{gaps} in {time!r} closed up, as absent times are no missing steps", "data.every D"))
+        option = f"data.every {shortest(at)}"
+        told.append(Choice(f"{gaps} in {time!r} closed up, as absent times are no missing steps", option))
     if window is not None:
         if owners is not None:
             owners = [name for name, part in zip(owners, parts, strict=True) for _ in range(0, len(part), window)]
@@ -431,6 +443,8 @@ def _written_times(table: Table, names: Sequence[str]) -> list[str]:
         of = {part: int(values[row]) for part, values in found.items()}
         month = of.get("month", 3 * of.get("quarter", 1) - 2)
         try:
+            if not 1000 <= year <= 9999:
+                raise ValueError("a year of four digits")
             date = datetime(int(year), month, of.get("day", 1), of.get("hour", 0), of.get("minute", 0))
             date += timedelta(weeks=of.get("week", 1) - 1)
         except ValueError as error:
@@ -492,7 +506,7 @@ def _inputs(table: Table, names: Sequence[str]) -> np.ndarray:
     if len(missing):
         row, column = missing[0]
         raise ValueError(
-            f"expected inputs in every row of {table.path}, got {len(missing)} missing, the first in line "
+            f"expected inputs in every row of {table.path}, got {len(missing)} missing or infinite, the first in line "
             f"{table.lines[row]}, column {names[column]!r}: fill in"
         )
     return u
@@ -514,7 +528,7 @@ def _csv_labels(table: Table, name: str) -> tuple[Tensor, tuple[str, ...] | None
 
 
 _IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
-_OF_SPLITS = ("train", "training", "test", "testing", "val", "valid", "validation")
+_OF_SPLITS = ("test", "testing", "val", "valid", "validation")  # beside one of the training
 _DECODERS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # none that runs another program
 MOST_PIXELS = 100_000_000  # of one image
 
@@ -554,6 +568,8 @@ def _picture(path: Path, size: tuple[int, int] | None) -> _Picture:
                     if values.min() < 0 or values.max() > 65535:
                         raise ValueError(f"values from {values.min()} to {values.max()} of 32 bits: save them as .npy")
                     return _Picture(np.repeat(values.astype(np.uint16)[..., None], 3, -1), tuple(said))
+                if _bits(path) == 16:
+                    said.append("colours of 16 bits cut to 8")
                 if "A" in upright.getbands() or "transparency" in upright.info:
                     upright = upright.convert("RGBA")
                     if np.asarray(upright.getchannel("A")).min() < 255:
@@ -567,6 +583,13 @@ def _picture(path: Path, size: tuple[int, int] | None) -> _Picture:
         ) from error
 
 
+def _bits(path: Path) -> int:
+    """Of each colour of a PNG, which Pillow cuts to 8."""
+    with path.open("rb") as file:
+        head = file.read(25)
+    return head[24] if head[:8] == b"\x89PNG\r\n\x1a\n" and len(head) == 25 else 8
+
+
 def read_images(folder: Path, size: tuple[int, int] | None, max_gb: float) -> Source:
     def visible(path: Path) -> bool:
         return not any(part.startswith(".") for part in path.relative_to(folder).parts)
@@ -576,11 +599,15 @@ def read_images(folder: Path, size: tuple[int, int] | None, max_gb: float) -> So
     if not paths:
         raise ValueError(f"expected images ({', '.join(_IMAGE_ENDINGS)}) in {folder}, got none: correct the path")
     parts = [path.relative_to(folder).parts for path in paths]
-    if len({p[0] for p in parts}) > 1 and all(len(p) > 2 and p[0].lower() in _OF_SPLITS for p in parts):
+    names = sorted({p[0] for p in parts if len(p) > 1})
+    if {"train", "training"} & {*map(str.lower, names)} and {*_OF_SPLITS} & {*map(str.lower, names)}:
         raise ValueError(
-            f"expected folders of classes in {folder}, got those of splits, {sorted({p[0] for p in parts})}: name one "
-            f"of them, such as {folder / parts[0][0]}"
+            f"expected folders of classes in {folder}, got those of splits, {names}: name one of them, such as "
+            f"{folder / names[0]}"
         )
+    ids = np.array(["/".join(p) for p in parts])
+    while len({p[0] for p in parts}) == 1 and all(len(p) > 2 for p in parts):  # a folder around all classes
+        parts = [p[1:] for p in parts]
     in_folders = [len(p) > 1 for p in parts]
     if any(in_folders) and not all(in_folders):
         stray = paths[in_folders.index(False)]
@@ -607,7 +634,6 @@ def read_images(folder: Path, size: tuple[int, int] | None, max_gb: float) -> So
         arrays = arrays[..., :1]
     eight_bit = arrays.dtype == np.uint8
     x = torch.from_numpy(arrays if eight_bit else (arrays / np.float32(65535))).movedim(-1, 1).contiguous()
-    ids = np.array(["/".join(p) for p in parts])
     labels, classes = _labels(np.array([p[0] for p in parts]), folder) if all(in_folders) else (None, None)
     said = [one for one in dict.fromkeys(one for picture in pictures for one in picture.said)]
     if len(files) > len(paths):
@@ -632,7 +658,9 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
 
 def _from_numpy(array: np.ndarray, where: Path | str) -> Tensor:
     if array.dtype.kind not in "buif":
-        raise ValueError(f"expected numbers in {where}, got dtype {array.dtype}: convert with array.astype('float32')")
+        mends = {"c": "take array.real, or both parts as columns", "V": "put its fields into columns of a frame"}
+        mend = mends.get(array.dtype.kind, "convert with array.astype('float32')")
+        raise ValueError(f"expected numbers in {where}, got dtype {array.dtype}: {mend}")
     if array.dtype in (np.dtype(bool), np.dtype(np.uint8)):
         return torch.from_numpy(np.ascontiguousarray(array, dtype=np.uint8))
     if array.dtype.kind in "ui" and array.itemsize == 8 and array.size and _beyond(array.min(), array.max()):

@@ -31,6 +31,7 @@ ROWS = 2_000  # that are looked at together, likewise
 BREAK, RETURN, TAB, BLANK, QUOTE = b'\n\r\t "'
 DECIMAL_COMMA = re.compile(r"[+-]?(\d+|\d{1,3}(\.\d{3})+),\d+([eE][+-]?\d+)?")
 EITHER = re.compile(r"[+-]?[1-9]\d{0,2}[,.]\d{3}")  # 1,234 is 1234 to some, and 1.234 to others
+IN_GROUPS = re.compile(r"[+-]?[1-9]\d{0,2}(\.\d{3})+")
 WHOLE = re.compile(r"[+-]?\d{1,3}")
 THOUSANDS = ",.' "
 SEPARATOR_LINE = re.compile(rb'"?sep=(.)"?\n')  # as Excel writes above a table
@@ -59,7 +60,7 @@ class Table:
         value: Callable[[str], float],
     ) -> None:
         self.path, self.frame, self.first, self.said, self.lines = path, frame, first, said, lines
-        self._number = value
+        self.value = value  # of a cell
 
     ids: np.ndarray | None = None  # of the rows, where they have names without a column
 
@@ -80,14 +81,14 @@ class Table:
         if self.frame[name].dtype.kind in "fiu":
             return None
         cells = enumerate(self.frame[name])
-        return next((i for i, cell in cells if isinstance(cell, str) and math.isnan(self._number(cell))), None)
+        return next((i for i, cell in cells if isinstance(cell, str) and math.isnan(self.value(cell))), None)
 
     def numbers(self, names: Sequence[str]) -> np.ndarray:
         """(rows, columns), the values of columns without words, NaN where a cell is missing."""
         columns = [self.frame[name] for name in names]
         for j, column in enumerate(columns):
             if column.dtype.kind not in "fiu":  # numbers that are kept as they are written
-                columns[j] = column.map(self._number, na_action="ignore").astype(np.float64)
+                columns[j] = column.map(self.value, na_action="ignore").astype(np.float64)
         values = np.empty((len(self.frame), len(names)))
         arrays = [column.to_numpy() for column in columns]
         for at in range(0, len(values), ROWS):  # as pandas' own way takes the memory twice
@@ -131,8 +132,8 @@ def read_table(
     _check_options(decimal, encoding, comment, thousands)
     given = {"header": header, "separator": separator, "decimal": decimal, "encoding": encoding, "comment": comment}
     separator = None if separator is None else _sign(separator)
-    if decimal is None and thousands is not None:
-        decimal = "," if thousands == "." else "."
+    if decimal is None and thousands in (",", "."):
+        decimal = {",": ".", ".": ","}[thousands]
     said: list[tuple[str, str]] = []
     state, data = _state(path), path.read_bytes()
     content, read_as = _decoded(path, data, encoding)
@@ -148,7 +149,7 @@ def read_table(
     separator, mark = _form(rows, separator, decimal, thousands)
     is_guess, decimal, value = decimal is None, mark, _reader(mark, thousands)
     if is_guess:
-        _check_certain(path, [_split(row, separator) for row in rows[1:] or rows], mark)
+        _check_certain(path, [_split(row, separator) for row in rows[1:] or rows], mark, content, separator)
     if separator != ",":
         said.append((f"separated by {NAMES.get(separator, repr(separator))}", "separator"))
     if decimal == ",":
@@ -188,8 +189,6 @@ def read_table(
     if are_even and (len(frame) != len(lines) - skipped or frame.iloc[:, -1].hasnans):  # a row may be short or blank
         lines = _lines(path, content, separator, len(first))
     _check_nameless(path, frame, left_out)
-    if is_guess and decimal == "." and len(frame) > SAMPLE:
-        _check_certain_later(path, frame, sample[skipped:])
     if left_out:
         frame = frame.drop(columns=left_out)
         said.append((f"{_counted_as(len(left_out), 'nameless column')} of row numbers or nothing left out", "drop"))
@@ -216,10 +215,12 @@ def _empty_at_the_end(frame: Any) -> int:
     return count
 
 
-def _check_certain(path: Path, rows: Sequence[Sequence[str]], mark: str) -> None:
+def _check_certain(path: Path, rows: Sequence[Sequence[str]], mark: str, content: bytes, separator: str) -> None:
     """Raises ValueError where a decimal mark may as well separate thousands: three digits follow it everywhere, and
     points stand beside whole numbers, which decimals would have written as others."""
     marked = [cell for row in rows for cell in row if mark in cell and not math.isnan(_reader(mark, None)(cell))]
+    if not marked and mark == "." and len(rows) >= SAMPLE - 1 and separator != " ":
+        _check_certain_later(path, content, separator)
     if not marked or not all(map(EITHER.fullmatch, marked)):
         return
     columns = [column for column in zip(*rows, strict=False) if any(mark in cell for cell in column)]
@@ -227,17 +228,16 @@ def _check_certain(path: Path, rows: Sequence[Sequence[str]], mark: str) -> None
         raise _uncertain(path, marked[0], mark)
 
 
-def _check_certain_later(path: Path, frame: Any, sample: Sequence[Sequence[str]]) -> None:
-    """Likewise, where the first numbers of a column are whole and less than a thousand, and others come later."""
-    for name, column in zip(frame, zip(*sample, strict=False), strict=False):
-        if frame[name].dtype.kind != "f" or not all(is_missing(cell) or WHOLE.fullmatch(cell) for cell in column):
-            continue
-        values = frame[name].to_numpy()
-        others = np.abs(values[(values % 1 != 0) & np.isfinite(values)])
-        thousandths = np.round(others * 1000)
-        three = np.abs(others * 1000 - thousandths) < 1e-6
-        if len(others) and three.all() and (others > 1).all() and (thousandths % 10 != 0).mean() > 0.5:
-            raise _uncertain(path, f"{others[0]:.3f}", ".")
+def _check_certain_later(path: Path, content: bytes, separator: str) -> None:
+    """Likewise of points that come after the first rows, among which there are none."""
+    first, edge = "", rf"[\n{re.escape(separator)}]"
+    for found in re.finditer(rf'{edge}\s*"?([+-]?[0-9.]*\.[0-9.]*)"?\s*(?={edge}|$)'.encode(), content):
+        cell = found[1].decode()
+        if not IN_GROUPS.fullmatch(cell):
+            return
+        first = first or cell
+    if first:
+        raise _uncertain(path, first, ".")
 
 
 def _uncertain(path: Path, cell: str, mark: str) -> ValueError:
@@ -482,7 +482,12 @@ def _form(rows: Sequence[str], given: str | None, mark: str | None, thousands: s
             continue
         below = [cell for row in sample[1:] or sample for cell in row]
         for decimal in (".", ",") if mark is None else (mark,):
-            if decimal == "," and mark is None and not any(DECIMAL_COMMA.fullmatch(cell) for cell in below):
+            value = _reader(decimal, thousands)
+            if (
+                decimal == ","
+                and mark is None
+                and not any("," in each and not math.isnan(value(each)) for each in below)
+            ):
                 continue
             found.append((below, decimal == ".", -order, separator, decimal))
     if found:

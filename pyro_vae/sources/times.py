@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,17 @@ import numpy as np
 
 from .base import first_line, number
 
-__all__ = ["after", "late", "on_grid", "padded", "read_times", "spacing", "written"]
+__all__ = ["after", "late", "may_be_dates", "on_grid", "padded", "read_times", "shortest", "spacing", "written"]
 
 STEPS = "such as D, B (working days), h, 15min or MS (first of the month), or a number, as the times are"
 MOST_FILLED = 100  # steps of a grid for each time that there is
 LOOKED_AT = 20  # sequences of times that spacings are guessed from
 
 
-def read_times(path: Path | str, column: str, cells: Sequence[str]) -> np.ndarray:
-    """(rows,), float64 where all are numbers, else datetime64[us], those with a zone in UTC."""
+def read_times(
+    path: Path | str, column: str, cells: Sequence[str], number: Callable[[str], float] = number
+) -> np.ndarray:
+    """(rows,), float64 where all are numbers, as `number` reads them, else datetime64[us], those with a zone in UTC."""
     numbers = np.array([number(cell) for cell in cells])
     if not np.isnan(numbers).any():
         compact = _compact(cells)
@@ -46,17 +48,22 @@ def read_times(path: Path | str, column: str, cells: Sequence[str]) -> np.ndarra
 
 QUARTER = re.compile(r"([0-9]{4})[ -]?[qQ]([1-4])")
 YEAR = "(19|20)[0-9]{2}"
-MONTH = "(0?[1-9]|1[0-2])"
-DAY = "(0?[1-9]|[12][0-9]|3[01])"
-ZERO_FIRST = re.compile(r"0[0-9]+\.")  # as in 01.02
-MAY_BE_DATES = [re.compile(each) for each in (rf"{MONTH}\.{YEAR}", rf"{YEAR}\.(0[1-9]|1[0-2])")]
-MAY_BE_DATES += [re.compile(rf"{first}{second}{YEAR}") for first, second in ((DAY, MONTH), (MONTH, DAY))]
+MONTH, DAY = "(0[1-9]|1[0-2])", "(0[1-9]|[12][0-9]|3[01])"  # with their zeros, and with or without:
+ANY_MONTH, ANY_DAY = "(0?[1-9]|1[0-2])", "(0?[1-9]|[12][0-9]|3[01])"
+MAY_BE_DATES = [rf"{ANY_MONTH}\.{YEAR}", rf"{YEAR}\.{MONTH}"]
+MAY_BE_DATES += [rf"{first}{second}{YEAR}" for first, second in ((ANY_DAY, ANY_MONTH), (ANY_MONTH, ANY_DAY))]
+IN_DISORDER = [rf"{ANY_DAY}\.{ANY_MONTH}", rf"{DAY}{MONTH}[0-9]{{2}}", rf"{MONTH}{DAY}[0-9]{{2}}"]  # dates if moved
+WITH_ZEROS = [rf"{DAY}\.{MONTH}", *IN_DISORDER[1:]]  # dates if one begins with 0, which numbers do not
+
+
+def may_be_dates(cells: Sequence[str], forms: Sequence[str] = IN_DISORDER) -> bool:
+    return any(all(re.fullmatch(form, cell.strip()) for cell in cells) for form in forms)
 
 
 def _check_numbers(path: Path | str, column: str, cells: Sequence[str], numbers: np.ndarray) -> None:
     """Raises ValueError where numbers are infinite, or seem dates, whose order would be another."""
-    words = [cell.strip() for cell in cells]
-    may_be = any(all(map(form.fullmatch, words)) for form in MAY_BE_DATES) or any(map(ZERO_FIRST.match, words))
+    with_zeros = any(cell.strip().startswith("0") for cell in cells) and may_be_dates(cells, WITH_ZEROS)
+    may_be = with_zeros or may_be_dates(cells, MAY_BE_DATES)
     odd = None if np.isfinite(numbers).all() else cells[int(np.argmin(np.isfinite(numbers)))]
     if cells and (may_be or odd is not None):
         came = cells[0] if odd is None else odd
@@ -122,9 +129,11 @@ def on_grid(times: np.ndarray, every: str, where: str) -> tuple[np.ndarray, np.n
         places = np.searchsorted(grid, times)
         near = np.isin(times, grid)
     if not near.all():
+        guess = _inferred(times)
+        seems = f", which seems {guess}" if guess is not None else f", {STEPS}"
         raise ValueError(
             f"expected times every {every} from {written(times[0])} on in {where}, got {written(times[~near][0])}: "
-            f"name their step with every= (--data.every), {STEPS}"
+            f"name their step with every= (--data.every){seems}"
         )
     return grid, places
 
@@ -142,6 +151,17 @@ def spacing(sequences: Sequence[np.ndarray]) -> str | None:
     several = [times for times in sequences if len(times) > 1]
     guesses = dict.fromkeys(guess for times in several[:LOOKED_AT] for guess in _guesses(times))
     return next((guess for guess in guesses if all(_is_even(times, guess) for times in several)), None)
+
+
+def shortest(sequences: Sequence[np.ndarray]) -> str:
+    """The shortest step as `every` has it: "h", "15min", a number; "D" of days and all that is longer."""
+    step = min(np.diff(times).min() for times in sequences if len(times) > 1)
+    if not isinstance(step, np.timedelta64):
+        return written(step)
+    import pandas
+
+    longer = step >= np.timedelta64(1, "D")
+    return "D" if longer else str(pandas.tseries.frequencies.to_offset(pandas.Timedelta(step)).freqstr)
 
 
 def padded(sequences: Sequence[np.ndarray], width: int) -> np.ndarray:
@@ -172,12 +192,20 @@ def _guesses(times: np.ndarray) -> list[str]:
     import pandas
 
     days, rest = divmod(shortest, np.timedelta64(1, "D"))
-    found = [f"{days}D" if not rest else pandas.tseries.frequencies.to_offset(pandas.Timedelta(shortest))]
-    if len(times) > 2:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # pandas 3 tells that its next one returns an offset
-            found.insert(0, pandas.infer_freq(pandas.DatetimeIndex(times)))
-    return [getattr(each, "freqstr", each) for each in found if each is not None]
+    of_shortest = f"{days}D" if not rest else pandas.tseries.frequencies.to_offset(pandas.Timedelta(shortest)).freqstr
+    return [each for each in (_inferred(times), of_shortest) if each is not None]
+
+
+def _inferred(times: np.ndarray) -> str | None:
+    """How dates go on, where pandas can tell."""
+    if times.dtype.kind != "M" or len(times) < 3:
+        return None
+    import pandas
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pandas 3 tells that its next one returns an offset
+        found = pandas.infer_freq(pandas.DatetimeIndex(times))
+    return getattr(found, "freqstr", found)
 
 
 def _is_even(times: np.ndarray, every: str) -> bool:
@@ -196,7 +224,7 @@ def _step(every: str, times: np.ndarray) -> Any:
         step = two[1] - two[0]
     elif dated:
         step = 0.0
-    if not step > np.zeros((), np.asarray(step).dtype):
+    if not step > np.zeros((), np.asarray(step).dtype) or (not dated and not np.isfinite(step)):
         kind = "dates" if dated else "numbers"
         raise ValueError(f"expected a step of {kind} as every= (--data.every), got {every!r}: name one, {STEPS}")
     return step
@@ -206,7 +234,9 @@ def _dates(first: Any, every: str, **options: Any) -> np.ndarray:
     import pandas
 
     try:
-        return pandas.date_range(first, freq=every, **options).to_numpy("datetime64[us]")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that "d" is to be written as "D"
+            return pandas.date_range(first, freq=every, **options).to_numpy("datetime64[us]")
     except (ValueError, ZeroDivisionError):
         raise ValueError(
             f"expected a step of dates as every= (--data.every), got {every!r}: name one, {STEPS}"
