@@ -298,7 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with _working_directory_importable():
             code = _dispatch(list(sys.argv[1:] if arguments is None else arguments))
-            sys.stdout.flush()
+            _flush()
             return code
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -313,6 +313,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         line, code = _explained(error)
     print(f"pyro-vae: {' '.join(line.split())}", file=sys.stderr)
     return code
+
+
+def _flush() -> None:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise Stop(f"error: expected to print to stdout, got {error.strerror!r}: the work itself is done", 2) from None
 
 
 def _open_streams() -> None:
@@ -339,18 +349,18 @@ def _in_ascii(error: UnicodeError) -> tuple[str, int]:
 
 
 class _Unbroken:
-    """A stream whose reader may leave before the work is done."""
+    """A stream whose reader may leave, or whose disk may be full, before the work is done."""
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
 
     def write(self, text: str) -> int:
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(OSError):
             return self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(OSError):
             self.stream.flush()
 
     def __getattr__(self, name: str) -> Any:
@@ -361,7 +371,7 @@ def _explained(error: Exception) -> tuple[str, int]:
     """The line and the exit code of an error: the library's own messages say what was expected."""
     message = str(error)
     if isinstance(error, OSError) and error.errno is not None:
-        place = f" at {error.filename}" if error.filename else ""
+        place = f" at {error.filename}" if error.filename else " stdout" if error.errno == errno.ENOSPC else ""
         mend = "free some space" if error.errno == errno.ENOSPC else "name another place"
         return f"error: expected to read and write{place}, got {error.strerror!r}: {mend}", 2
     if isinstance(error, ValueError | OSError | ImportError) and "expected" in message:
@@ -488,6 +498,8 @@ def _fit(options: Options) -> int:
     sizes = ", ".join(f"{split.name} {len(split):,}" for split in (dataset.train, dataset.valid, dataset.test))
     print(f"         {sizes}")
     settings.setdefault("batch_size", batch_size_for(dataset))
+    if resume is not None and "batch_size" not in dict(options):  # fewer rows than there were
+        settings["batch_size"] = min(settings["batch_size"], len(dataset.train))
     programs, reason = programs_for(components, dataset, settings.get("seed", 0))
     dataset = dataset.with_choices(reason)
     other = f" (--{reason.option})" if reason.option else ""

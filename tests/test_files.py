@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from pyro_vae import load_dataset
+from pyro_vae.data import read
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (12, 6, 4, 3), dtype=np.uint8)  # (N, H, W, C)
@@ -184,6 +185,26 @@ def test_what_else_lies_in_a_folder_of_pictures(tmp_path):
         pictures(tmp_path / "flat" / part, [np.full((5, 5, 3), 9, np.uint8)] * 6)
     with pytest.raises(ValueError, match=splits):
         load_dataset(tmp_path / "flat")
+
+
+def test_arrays_have_the_bits_that_they_have(tmp_path):
+    """Whatever those of the training were; true and false are no intensities."""
+    grey = np.arange(12 * 36, dtype=np.uint8).reshape(12, 6, 6)
+    for schema in (load_dataset(grey).schema, load_dataset(grey.astype(np.uint16) * 257).schema):
+        torch.testing.assert_close(read(schema, grey).x[:, 0], torch.from_numpy(grey) / 255)
+        with pytest.raises(ValueError, match="expected intensities from 0 to .*, got 0 to 1"):
+            read(schema, grey > 100)
+    near = 1.7e9 + RNG.integers(0, 3, (20, 4, 4))
+    with pytest.raises(
+        ValueError, match=r"float32 tells apart in array, which has some from 1700000000 to 1700000002, which"
+    ):
+        load_dataset(near)
+    pictures(tmp_path / "deep", [np.full((6, 4), 9000, np.uint16)] * 3)
+    colours = load_dataset(pictures(tmp_path / "im", list(PIXELS))).schema
+    deep = read(colours, tmp_path / "deep").x
+    torch.testing.assert_close(deep, torch.full((3, 3, 6, 4), 9000 / 65535))
+    with pytest.raises(ValueError, match=r"size= \(--data.size 6x4\) resizes them"):
+        read(colours, pictures(tmp_path / "large", [np.full((8, 8, 3), 9, np.uint8)]))
 
 
 def test_colours_of_16_bits_are_told(tmp_path):

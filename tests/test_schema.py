@@ -288,6 +288,21 @@ def test_cells_of_another_kind_are_told_of_other_data(tmp_path):
     for place in (tmp_path / "new.csv", path):
         _, warned = said(run.read, written(place, counts, ["v", "w"]))
         assert warned == [f"{place.stem}: 4 cells of another kind made gaps"]
+    counts[5:8, 0] = [2**24 + 1, 4, 5]
+    _, warned = said(run.read, written(tmp_path / "new.csv", counts, ["v", "w"]))
+    assert "new: whole numbers above 2**24 are rounded by up to 1" in warned
+    odd = trained(tmp_path / "odd", written(tmp_path / "odd.csv", rows(40), ["=a", "b", "c"]))[0]
+    assert main(["sample", str(odd.path), "--out", str(tmp_path / "x.csv")]) == 0
+    assert len(odd.read(tmp_path / "x.csv")) == 64
+
+
+def test_a_resumed_training_has_the_rows_that_it_had(tmp_path, capsys):
+    path = written(tmp_path / "t.csv", rows(60))
+    few = ["--model", "LinearVAE", "--out", str(tmp_path / "run")]
+    assert main(["fit", "--data", str(path), "--epochs", "1", *few]) == 0
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:40]))
+    assert main(["fit", "--resume", str(tmp_path / "run"), "--epochs", "2"]) == 2
+    assert "expected the data that the run was trained on, 48 rows" in capsys.readouterr().err
 
 
 def test_what_is_refused_of_other_data(on_a_table, tmp_path):

@@ -295,6 +295,8 @@ def test_dates_are_not_taken_for_numbers(cells, tmp_path):
         ([f"{1974 + i // 4}-Q{i % 4 + 1}" for i in range(60)], np.datetime64("1974-01-01", "us")),
         ([f"{i:03d}" for i in range(60)], 0.0),
         ([f"{i:06d}" for i in range(60)], 0.0),
+        ([f"{i / 10:.1f}" for i in range(125, 11, -2)], 1.3),
+        (["3.5", "1.5", "2.5", *[f"{i}.{m}" for m in (6, 7) for i in range(1, 31)]], 1.5),
         ([f"{i / 2:06.2f}" for i in range(60)], 0.0),
         ([f"{1 + i / 100:.2f}" for i in range(12)] * 5, None),
         ([f"{1990 + i / 12:.2f}" for i in range(60)], 1990.0),
@@ -324,7 +326,7 @@ def test_times_with_decimal_commas_and_thousands(tmp_path):
 def test_steps_of_dates_are_told_by_what_they_seem(tmp_path, recwarn):
     fridays = pandas.date_range("2020-01-03", periods=60, freq="W-FRI")
     path = write(tmp_path / "x.csv", ["t", "v"], [[t, i % 7] for i, t in enumerate(fridays.strftime("%Y-%m-%d"))])
-    with pytest.raises(ValueError, match=r"times every W from .*, got 2020-01-03: .* which seems W-FRI"):
+    with pytest.raises(ValueError, match=r"times every W in .*, got 2020-01-03: .* which seems W-FRI"):
         load_dataset(path, time="t", window=5, every="W")
     days = write(tmp_path / "y.csv", ["t", "v"], [[t, i % 7] for i, t in enumerate(DAYS.strftime("%Y-%m-%d"))])
     assert len(load_dataset(days, time="t", window=5, every="d").train) == 10 and not recwarn

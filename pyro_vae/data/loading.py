@@ -16,7 +16,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..sources import FORM, NAMED, SIXTEEN_BIT, Arrays, Choice, Columns, Source, column_name, find, is_frame, is_table
+from ..sources import (
+    FORM,
+    NAMED,
+    SIXTEEN_BIT,
+    Arrays,
+    Choice,
+    Columns,
+    Source,
+    column_name,
+    find,
+    for_shell,
+    is_frame,
+    is_table,
+)
 from .containers import Dataset, Split, bernoulli, spans_of
 from .schema import KINDS, Column, Kind, Schema, SchemaWarning, Span, row_checksums
 
@@ -388,6 +401,9 @@ def _read(schema: Schema, data: Any, options: Mapping[str, Any]) -> tuple[str, S
             raise
         raise ValueError(f"{error} (read with {', '.join(given)}, as the file of the training)") from None
     _check_like(schema, source, name, same)
+    as_they_are = source.columns is not None and schema.scale is None and source.x.dtype == torch.float64
+    if as_they_are and not same and (lost := _lost(source.x)) > 0.01:
+        warnings.warn(f"{name}: whole numbers above 2**24 are rounded by up to {lost:g}", SchemaWarning, stacklevel=4)
     kinds = _kinds([each for each in before.get("kind", ()) if source.columns is not None])
     found = [choice.what for choice in (*source.choices, *_of_kinds(source, kinds, name))]
     known = {choice.what for choice in schema.choices}
@@ -443,33 +459,34 @@ def _check_like(schema: Schema, source: Source, name: str, same: bool) -> None:
     """The shape of one datum, and what its values are measured in."""
     shape, of_sequences = tuple(source.x.shape[1:]), source.lengths is not None
     shape = shape[1:] if of_sequences else shape
-    if source.eight_bit and len(shape) == 3 and shape == (1, *schema.event_shape[1:]):
+    known = source.eight_bit or source.values == SIXTEEN_BIT
+    if known and len(shape) == 3 and shape == (1, *schema.event_shape[1:]):
         source.x = source.x.expand(-1, schema.event_shape[0], -1, -1)  # grey pictures among coloured ones
         shape = tuple(source.x.shape[1:])
     if shape != tuple(schema.event_shape) or of_sequences != schema.sequences:
         wanted = f"{tuple(schema.event_shape)}{f' ({_listed(schema.names)})' if schema.names else ''}"
         came = f"{shape}{f' ({_listed(source.columns)})' if source.columns else ''}"
         per = " per step"
+        wanted_size = "x".join(map(str, schema.event_shape[1:])) if len(schema.event_shape) == 3 else ""
         raise ValueError(
             f"expected data of shape {wanted}{per * schema.sequences}, as in the training, got "
-            f"{came}{per * of_sequences} in {name}: name such data"
+            f"{came}{per * of_sequences} in {name}: "
+            + (f"size= (--data.size {wanted_size}) resizes them" if known and wanted_size else "name such data")
         )
     if same:
         return
-    known = source.eight_bit or source.values == SIXTEEN_BIT
     if known and schema.divisor not in OF_BITS:
         raise ValueError(
             f"expected values in the units of the training, got intensities of pictures in {name}: write them as .npy"
         )
-    if (
-        schema.divisor == 1
-        or "divisor" in schema.source
-        or known
-        or (source.x.dtype == torch.uint8 and schema.divisor == 255)
-    ):
+    if schema.divisor == 1 or "divisor" in schema.source or known:
         return
     low, high = _ends(source.x)
-    if low < 0 or high > schema.divisor or (high <= 1 and not _are_whole(source.x)):
+    of_bytes = source.x.dtype == torch.uint8 and schema.divisor in OF_BITS
+    if of_bytes and high != 1:  # not those of true and false
+        source.eight_bit = True  # scaled by their own bits
+        return
+    if of_bytes or low < 0 or high > schema.divisor or (high <= 1 and not _are_whole(source.x)):
         raise ValueError(
             f"expected intensities from 0 to {schema.divisor:g}, as in the training, got {low:g} to {high:g} in "
             f"{name}: scale them so"
@@ -532,12 +549,14 @@ def _learned(
             location, scale = _standardisation(training, source.columns, name)
             values = Choice("real values standardised per column", "data.standardize false")
         elif source.x.dtype == torch.float64:
-            _check_rounding(training / divisor, source.columns, name)
+            _check_rounding(training / divisor, source.columns, kinds, name)
         found = _kinds_of(training / divisor if divisor != 1 else training)
         columns = tuple(
             Column(each, kinds.get(str(each), own), float(a), float(b))
             for each, own, a, b in zip(names, found, location, scale, strict=True)
         )
+    elif source.x.dtype == torch.float64:
+        _check_rounding((training / divisor).reshape(-1, 1), None, {}, name)
     shape = source.x.shape
     return Schema(
         name,
@@ -817,7 +836,7 @@ def _standardisation(train: Tensor, columns: tuple[str, ...] | None, name: str) 
         if unseen:
             wanted, came, why = "to have values", "has none", ""
         also = f" (also {', '.join(column_name(j, columns) for j in odd[1:])})" if odd[1:] else ""
-        mend = f"drop= (--data.drop {','.join(columns[j] for j in odd)})" if columns else "drop it"
+        mend = f"drop= (--data.drop {for_shell([columns[j] for j in odd])})" if columns else "drop it"
         raise ValueError(
             f"expected every column of {name} {wanted}, column {column_name(odd[0], columns)} {came} in the training "
             f"split{why}{also}: {mend}"
@@ -825,17 +844,26 @@ def _standardisation(train: Tensor, columns: tuple[str, ...] | None, name: str) 
     return location, scale
 
 
-def _check_rounding(train: Tensor, columns: tuple[str, ...] | None, name: str) -> None:
+def _check_rounding(train: Tensor, columns: tuple[str, ...] | None, kinds: Mapping[str, Kind], name: str) -> None:
     """Raises ValueError where values that stay as they are lie closer together than float32 tells them apart."""
     for j in range(train.shape[1]):
         column = train[:, j][~train[:, j].isnan()]
-        lost = (column - column.float().double()).abs().amax() if len(column) else torch.zeros(())
-        if len(column) and lost > 0.01 * column.std(correction=0) > 0:
-            mend = f"kind= (--data.kind {columns[j]}=real)" if columns else "subtract their mean, and scale them"
-            raise ValueError(
-                f"expected values that float32 tells apart in {name}, column {column_name(j, columns)} has some from "
-                f"{float(column.min()):g} to {float(column.max()):g}, which it rounds: {mend}"
-            )
+        if not len(column) or column.min() == column.max() or not _lost(column) > 0.01 * column.std(correction=0):
+            continue
+        mend = "subtract their mean, and scale them"
+        if columns is not None:
+            known = kinds.get(columns[j]) == "real"
+            mend = "standardize= (--data.standardize) true" if known else f"kind= (--data.kind {columns[j]}=real)"
+        which = f" column {column_name(j, columns)} has some" if columns is not None else " which has some"
+        raise ValueError(
+            f"expected values that float32 tells apart in {name},{which} from {float(column.min()):.12g} to "
+            f"{float(column.max()):.12g}, which it rounds: {mend}"
+        )
+
+
+def _lost(x: Tensor) -> float:
+    """The largest error of values as float32."""
+    return float((x - x.float().double()).abs().nan_to_num(0.0).max()) if x.numel() else 0.0
 
 
 def _height_and_width(size: int | str | Sequence[int] | None) -> tuple[int, int] | None:

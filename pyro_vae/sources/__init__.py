@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .base import Arrays, Choice, Columns, Source, column_name, kind_of
+from .base import Arrays, Choice, Columns, Source, column_name, for_shell, kind_of
 from .files import (
     OF_STEPS,
     SIXTEEN_BIT,
@@ -40,6 +40,7 @@ __all__ = [
     "Source",
     "column_name",
     "find",
+    "for_shell",
     "holds_sequences",
     "is_frame",
     "is_table",
@@ -106,10 +107,13 @@ def _numbers_of(given: Any) -> np.ndarray:
         masked = isinstance(given, np.ma.MaskedArray)
         return np.ma.filled(given.astype(np.float64), np.nan) if masked else given
     if given.is_nested or given.layout != torch.strided:
-        raise ValueError(f"expected a dense tensor, got {given.layout}: pass x.to_dense(), or x.to_padded_tensor(nan)")
-    if given.is_complex() or given.is_quantized or given.is_meta:
-        what = "a tensor on the meta device, which has no values" if given.is_meta else given.dtype
-        raise ValueError(f"expected real numbers, got {what}: pass torch.view_as_real(x), x.dequantize() or its values")
+        what, mend = ("a nested one", "x.to_padded_tensor") if given.is_nested else (given.layout, "x.to_dense()")
+        raise ValueError(f"expected a dense tensor, got {what}: pass {mend}")
+    if given.is_meta:
+        raise ValueError("expected real numbers, got a tensor on the meta device, which has none: pass its values")
+    if given.is_complex() or given.is_quantized:
+        mend = "x.dequantize()" if given.is_quantized else "torch.view_as_real(x)"
+        raise ValueError(f"expected real numbers, got {given.dtype}: pass {mend}")
     given = given.detach().cpu()
     return (given.float() if given.is_floating_point() and given.itemsize < 4 else given).numpy()
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import shlex
 import shutil
 import tempfile
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +27,7 @@ __all__ = [
     "download_failed",
     "download_file",
     "first_line",
+    "for_shell",
     "kind_of",
     "number",
     "temporary_sibling",
@@ -140,6 +142,11 @@ def download_failed(what: str, folder: Path, problem: object) -> str:
         f"expected to download {what}, got a failure ({first_line(problem)}), nothing was kept: "
         f"try again, or put the files into {folder} yourself"
     )
+
+
+def for_shell(names: Sequence[str]) -> str:
+    """Names as a list that a shell takes as one word."""
+    return shlex.quote(",".join(names))
 
 
 def column_name(j: int, columns: tuple[str, ...] | None) -> str:

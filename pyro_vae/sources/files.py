@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base import Arrays, Choice, Columns, Source, column_name, first_line, kind_of, number
+from .base import Arrays, Choice, Columns, Source, column_name, first_line, for_shell, kind_of, number
 from .frames import is_frame, of_frame
 from .tables import Table, is_missing, read_table
-from .times import late, may_be_dates, on_grid, padded, read_times, shortest, written
+from .times import are_in_order_as_dates, late, on_grid, padded, read_times, shortest, written
 
 __all__ = [
     "OF_STEPS",
@@ -237,7 +237,8 @@ def of_table(table: Table, columns: Columns) -> Source:
 
     others = {table.named(name) for _, name in named if name is not None}
     features = _features(table, columns, others)
-    extra = tuple(name for name in table.names if name not in {*features, *others, *asked}) if columns.expected else ()
+    known = {*map(table.named, features), *others, *asked}
+    extra = tuple(name for name in table.names if name not in known) if columns.expected else ()
     x = _numbers(table, features, bool(columns.expected))
     ids = None if columns.id is None else np.array(_cells(table, columns.id), dtype=str)
     if columns.time is not None:
@@ -343,8 +344,8 @@ def _numbers(table: Table, names: Sequence[str], are_known: bool = False) -> np.
         groups = IN_GROUPS.fullmatch(cell)
         thousands = f"say thousands= (--data.thousands {groups[1]!r}), " if groups else ""
         roles = (
-            f"leave such columns out with drop= (--data.drop {','.join(words)}), name the column of labels with label= "
-            "(--data.label), that of ids with id= (--data.id), of dates with time= (--data.time), or "
+            f"leave such columns out with drop= (--data.drop {for_shell(words)}), name the column of labels with "
+            "label= (--data.label), that of ids with id= (--data.id), of dates with time= (--data.time), or "
         )
         raise ValueError(
             f"expected numbers in column {words[0]!r} of {table.path}, got {cell!r} in line {table.lines[row]}{also}: "
@@ -372,7 +373,8 @@ def _in_time(table: Table, x: np.ndarray, features: Sequence[str], ids: np.ndarr
     times = read_times(table.path, time, written_times, table.value)
     parts = _in_order(table, times, written_times, ids)
     moved = next((part[1:][np.diff(part) < 0] for part in parts if (np.diff(part) < 0).any()), None)
-    if moved is not None and times.dtype.kind == "f" and may_be_dates(written_times):
+    in_file = [[written_times[i] for i in np.sort(part)] for part in parts]
+    if moved is not None and times.dtype.kind == "f" and are_in_order_as_dates(in_file):
         raise ValueError(
             f"expected numbers or ISO dates in column {time!r} of {table.path}, got {written_times[moved[0]]!r} in "
             f"line {table.lines[moved[0]]}, which as a number goes before lines above, and may be a date: write dates "

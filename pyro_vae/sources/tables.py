@@ -72,6 +72,8 @@ class Table:
         """The column of that name; where the file has no header, that whose first cell it is."""
         if name in self.frame:
             return name
+        if f"'{name}" in self.frame:  # as written for spreadsheets, which would run it
+            return f"'{name}"
         if self.first is not None and list(self.first).count(name) == 1:
             return self.names[list(self.first).index(name)]
         return None
@@ -189,7 +191,10 @@ def read_table(
     if are_even and (len(frame) != len(lines) - skipped or frame.iloc[:, -1].hasnans):  # a row may be short or blank
         lines = _lines(path, content, separator, len(first))
     _check_nameless(path, frame, left_out)
+    ids = None
     if left_out:
+        if left_out[0] == frame.columns[0] and not _is_counted(frame[left_out[0]]):  # as R writes row names
+            ids = np.array([str(cell) for cell in frame[left_out[0]]])
         frame = frame.drop(columns=left_out)
         said.append((f"{_counted_as(len(left_out), 'nameless column')} of row numbers or nothing left out", "drop"))
     lines = lines[skipped:]
@@ -204,7 +209,9 @@ def read_table(
     if len(names) == 1 and not comments and bool((np.diff(lines) > 1).any()):
         said.append(("blank lines left out, where NA would be a missing value", ""))
     told = tuple((what, option) for what, option in said if given.get(option) is None)
-    return Table(path, frame, first if not skipped else None, told, lines, value)
+    table = Table(path, frame, first if not skipped else None, told, lines, value)
+    table.ids = None if ids is None else ids[: len(frame)]
+    return table
 
 
 def _empty_at_the_end(frame: Any) -> int:
@@ -649,6 +656,11 @@ def _lines(path: Path, content: bytes, separator: str, width: int) -> np.ndarray
     """(rows,), the line that each row is on, once all are found to have so many cells."""
     counts, lines = _counted(content, separator)
     wrong = np.flatnonzero(counts != width)
+    if len(wrong) and width > 1 and len(counts) > 2 and counts[0] == width and (counts[1:] == counts[1]).all():
+        raise ValueError(
+            f"expected {counts[1]} names in line {lines[0]} of {path}, as many as there are cells in every line below, "
+            f"got {width}: mend that line, or leave it out by comment= (--data.comment), what it begins with"
+        )
     if len(wrong):
         raise ValueError(
             f"expected {width} cells in line {lines[wrong[0]]} of {path}, got {counts[wrong[0]]}: mend that line"
@@ -665,7 +677,9 @@ def _named(path: Path, names: list[str], sample: Sequence[Sequence[str]]) -> tup
         cells = [row[j] for row in sample]
         numbers = [number(cell) for cell in cells]
         counted = all(b - a == 1 for a, b in zip(numbers, numbers[1:], strict=False)) and numbers[:1] in ([0.0], [1.0])
-        if not (counted or all(map(is_missing, cells))):
+        whole = all(math.isnan(each) or each % 1 == 0 for each in numbers)
+        are_names = j == 0 and whole and len({*cells}) == len(cells) > 1 and not any(map(is_missing, cells))  # as of R
+        if not (counted or are_names or all(map(is_missing, cells))):
             raise ValueError(
                 f"expected a name for every column of {path}, got none for column {j + 1}: name it in the header"
             )
@@ -674,12 +688,17 @@ def _named(path: Path, names: list[str], sample: Sequence[Sequence[str]]) -> tup
     return names, left_out
 
 
+def _is_counted(cells: Any) -> bool:
+    return cells.dtype.kind in "fiu" and bool((cells.diff().iloc[1:] == 1).all())
+
+
 def _check_nameless(path: Path, frame: Any, names: Sequence[str]) -> None:
     """Raises ValueError where a nameless column holds something after the rows that its form was told by."""
     for name in names:
         cells = frame[name]
-        counts = cells.dtype.kind in "fiu" and bool((cells.diff().iloc[1:] == 1).all())
-        if not (counts or bool(cells.isna().all())):
+        whole = cells.dtype.kind in "iuO"
+        are_names = name == frame.columns[0] and whole and cells.is_unique and not cells.hasnans
+        if not (_is_counted(cells) or are_names or bool(cells.isna().all())):
             raise ValueError(f"expected a name for every column of {path}, got none for {name}: name it in the header")
 
 

@@ -14,7 +14,17 @@ import numpy as np
 
 from .base import first_line, number
 
-__all__ = ["after", "late", "may_be_dates", "on_grid", "padded", "read_times", "shortest", "spacing", "written"]
+__all__ = [
+    "after",
+    "are_in_order_as_dates",
+    "late",
+    "on_grid",
+    "padded",
+    "read_times",
+    "shortest",
+    "spacing",
+    "written",
+]
 
 STEPS = "such as D, B (working days), h, 15min or MS (first of the month), or a number, as the times are"
 MOST_FILLED = 100  # steps of a grid for each time that there is
@@ -52,18 +62,33 @@ MONTH, DAY = "(0[1-9]|1[0-2])", "(0[1-9]|[12][0-9]|3[01])"  # with their zeros, 
 ANY_MONTH, ANY_DAY = "(0?[1-9]|1[0-2])", "(0?[1-9]|[12][0-9]|3[01])"
 MAY_BE_DATES = [rf"{ANY_MONTH}\.{YEAR}", rf"{YEAR}\.{MONTH}"]
 MAY_BE_DATES += [rf"{first}{second}{YEAR}" for first, second in ((ANY_DAY, ANY_MONTH), (ANY_MONTH, ANY_DAY))]
-IN_DISORDER = [rf"{ANY_DAY}\.{ANY_MONTH}", rf"{DAY}{MONTH}[0-9]{{2}}", rf"{MONTH}{DAY}[0-9]{{2}}"]  # dates if moved
-WITH_ZEROS = [rf"{DAY}\.{MONTH}", *IN_DISORDER[1:]]  # dates if one begins with 0, which numbers do not
+IN_DISORDER = {  # forms of dates whose order as numbers is another, and the groups by which they are in order
+    rf"{ANY_DAY}\.{ANY_MONTH}": (2, 1),
+    rf"{DAY}{MONTH}([0-9]{{2}})": (3, 2, 1),
+    rf"{MONTH}{DAY}([0-9]{{2}})": (3, 1, 2),
+}
+WITH_ZEROS = [rf"{DAY}\.{MONTH}", *[*IN_DISORDER][1:]]  # dates if one begins with 0, which numbers do not
 
 
-def may_be_dates(cells: Sequence[str], forms: Sequence[str] = IN_DISORDER) -> bool:
+def _all_match(forms: Sequence[str], cells: Sequence[str]) -> bool:
     return any(all(re.fullmatch(form, cell.strip()) for cell in cells) for form in forms)
+
+
+def are_in_order_as_dates(sequences: Sequence[Sequence[str]]) -> bool:
+    """Whether the cells of each sequence, as its file has them, go forward as dates of one form."""
+    for form, groups in IN_DISORDER.items():
+        found = [[re.fullmatch(form, cell.strip()) for cell in cells] for cells in sequences]
+        if all(all(each) for each in found):
+            keys = [[tuple(int(each[i]) for i in groups) for each in cells if each] for cells in found]
+            if all(a < b for key in keys for a, b in zip(key, key[1:], strict=False)):
+                return True
+    return False
 
 
 def _check_numbers(path: Path | str, column: str, cells: Sequence[str], numbers: np.ndarray) -> None:
     """Raises ValueError where numbers are infinite, or seem dates, whose order would be another."""
-    with_zeros = any(cell.strip().startswith("0") for cell in cells) and may_be_dates(cells, WITH_ZEROS)
-    may_be = with_zeros or may_be_dates(cells, MAY_BE_DATES)
+    with_zeros = any(cell.strip().startswith("0") for cell in cells) and _all_match(WITH_ZEROS, cells)
+    may_be = with_zeros or _all_match(MAY_BE_DATES, cells)
     odd = None if np.isfinite(numbers).all() else cells[int(np.argmin(np.isfinite(numbers)))]
     if cells and (may_be or odd is not None):
         came = cells[0] if odd is None else odd
@@ -129,10 +154,10 @@ def on_grid(times: np.ndarray, every: str, where: str) -> tuple[np.ndarray, np.n
         places = np.searchsorted(grid, times)
         near = np.isin(times, grid)
     if not near.all():
-        guess = _inferred(times)
+        guess, begin = _inferred(times), f" from {written(times[0])} on" if near[0] else ""
         seems = f", which seems {guess}" if guess is not None else f", {STEPS}"
         raise ValueError(
-            f"expected times every {every} from {written(times[0])} on in {where}, got {written(times[~near][0])}: "
+            f"expected times every {every}{begin} in {where}, got {written(times[~near][0])}: "
             f"name their step with every= (--data.every){seems}"
         )
     return grid, places
