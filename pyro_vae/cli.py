@@ -139,7 +139,8 @@ example:
     "sample": """\
 usage: pyro-vae sample RUN [OPTIONS]
 
-Draw x ~ p(x), in the data's original units; of a model with inputs x ~ p(x | u), u of training sequences.
+Draw x ~ p(x), in the data's original units, pictures from 0 to 1; of a model with inputs x ~ p(x | u), u of
+training sequences.
 
   RUN                the run's directory, such as runs/latest
   --num N            how many (64)                     --mean   E[x | z] in the place of x
@@ -169,7 +170,8 @@ example:
     "encode": """\
 usage: pyro-vae encode RUN [OPTIONS]
 
-q(z | x): means and scales per datum, with ids and labels where the data have them.
+q(z | x): means and scales per datum, with ids and labels where the data have them; of sequences, flows and
+several latent sites those of 100 draws, which hang on the seed and on the other rows.
 
   RUN                the run's directory, such as runs/latest
   --data NAME|PATH   other data, all of their rows     --split train|valid|test|all (test)
@@ -195,7 +197,8 @@ example:
     "scores": """\
 usage: pyro-vae scores RUN [OPTIONS]
 
-A lower bound on log p(x) of each datum, in nats: id, log_prob, and rank, 1 for the least probable.
+A lower bound on log p(x) of each datum, in nats: id, log_prob, and rank, 1 for the least probable; of
+sequences with times the first one, too. With missing values, or fewer steps, it is that of what is there.
 
   RUN                the run's directory, such as runs/latest
   --data NAME|PATH   other data, all of their rows     --split train|valid|test|all (test)
@@ -868,15 +871,25 @@ def _scores(
     device: str = "auto",
     seed: int = 0,
 ) -> int:
+    import numpy as np
+
     from .data import save_table
     from .prediction import scores
+    from .sources.times import written
 
     loaded, part = _opened(run, device, data, split, out, overwrite)
     with _notes():
         found = scores(loaded.model, loaded.guide, part, num_samples=num_samples, seed=seed)
-    save_table(out, {"id": found.ids, "log_prob": found.log_prob, "rank": found.rank}, overwrite=True)
+    columns = {"id": found.ids, "log_prob": found.log_prob, "rank": found.rank}
+    if part.times is not None:
+        columns["begin"] = np.array([written(time) for time in part.times[:, 0]])
+    save_table(out, columns, overwrite=True)
     print(f"wrote    {out}")
     print(f"         {found}")
+    uneven = part.kwargs["lengths"].unique().numel() > 1 if "lengths" in part.kwargs else bool(part.x.isnan().any())
+    if uneven:
+        what = "sequences have different lengths" if "lengths" in part.kwargs else "some values are missing"
+        print(f"note     {what}: log_prob and rank are of what is there", file=sys.stderr)
     return 0
 
 

@@ -191,6 +191,9 @@ def test_a_forecast_with_inputs_to_come(here, driven, capsys):
     of_frame = driven.forecast(whole, inputs=pandas.read_csv("plan.csv"), num_steps=2, num_samples=40)
     assert torch.equal(of_frame.draws, found.draws) and np.array_equal(of_frame.times, found.times)
     x, u = torch.zeros(3, 4, 1), torch.zeros(3, 4, 1)
+    command("scores driven --num_samples 3 --overwrite")
+    assert "sequences have different lengths: log_prob and rank are of what is there" in capsys.readouterr().err
+    assert set(read("scores.csv")[0]) == {"id", "log_prob", "rank", "begin"} and read("scores.csv")[0]["begin"] == "0"
     for wrong in (x, (x, {"u": u[:, :3]}), (torch.zeros(3, 4, 2), {"u": u}), torch.zeros(3, 4)):
         with pytest.raises(ValueError, match=r"expected data of shape \(N, T, 1\), as in the training"):
             driven.encode(wrong)

@@ -330,6 +330,11 @@ def test_missing_cells_are_gaps(tmp_path):
     assert evaluate(model, guide, data.test, num_samples=3, progress=False).per_datum["elbo"].isfinite().all()
 
 
+def test_rows_of_no_value_are_told(tmp_path):
+    data = load_dataset(table(tmp_path, joined([("1.5", ""), ("", ""), *ROWS])))
+    assert "3 missing values (1 row of nothing else)" in data.description
+
+
 def test_ids_and_labels_are_text_as_written(tmp_path):
     rows = [(f"{i:03d}", ["01", "1"][i % 2], *row) for i, row in enumerate(ROWS)]
     data = load_dataset(table(tmp_path, joined(rows, header="id,kind,x,y")), id="id", label="kind")
@@ -738,5 +743,9 @@ def test_a_table_with_gaps_has_a_report(tmp_path, capsys):
     quick = ["--epochs", "2", "--model.latent_dim", "1", "--evaluate.num_samples", "2", "--out", str(tmp_path / "run")]
     assert main(["fit", "--data", str(path), *quick]) == 0
     said = capsys.readouterr().out
-    assert "missing values" in said and "where knowing how each column is distributed" in said
+    assert (
+        "missing values" in said
+        and "nothing else" not in said
+        and "where knowing how each column is distributed" in said
+    )
     assert (tmp_path / "run" / "report.html").exists() and "nan" not in said.partition("khat")[0]

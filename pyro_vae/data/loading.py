@@ -800,7 +800,11 @@ def _gaps_of(source: Source) -> tuple[Choice, ...]:
     if source.x.ndim == 2 and source.x.is_floating_point():
         parts = source.x.split(CHUNK)
         missing = sum(int(some.isnan().sum()) for some in parts if some.sum().isnan())  # a sum is told in less time
-    return (Choice(f"{missing:,} missing value{'s' if missing > 1 else ''}", ""),) if missing else ()
+    if not missing:
+        return ()
+    empty = sum(int(some.isnan().all(1).sum()) for some in source.x.split(CHUNK))
+    none = f" ({empty:,} row{'s' if empty > 1 else ''} of nothing else)" if empty else ""
+    return (Choice(f"{missing:,} missing value{'s' if missing > 1 else ''}{none}", ""),)
 
 
 def _ends(x: Tensor) -> tuple[float, float]:

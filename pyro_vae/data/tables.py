@@ -135,7 +135,8 @@ def _by_step(
         name = str(schema.source.get("time", "time")) if schema is not None else "time"
         while name in rows:
             name = f"time_{name}"
-        rows[name] = times[there]
+        shown = times[there]
+        rows[name] = shown.astype(np.int64) if shown.dtype.kind == "f" and (shown % 1 == 0).all() else shown
     return rows, {name: array[there] for name, array in arrays.items()}
 
 

@@ -239,7 +239,7 @@ def of_table(table: Table, columns: Columns) -> Source:
     features = _features(table, columns, others)
     known = {*map(table.named, features), *others, *asked}
     extra = tuple(name for name in table.names if name not in known) if columns.expected else ()
-    x = _numbers(table, features, bool(columns.expected))
+    x = _numbers(table, features, bool(columns.expected), columns.time is not None)
     ids = None if columns.id is None else np.array(_cells(table, columns.id), dtype=str)
     if columns.time is not None:
         return replace(_in_time(table, x, features, ids, columns), named=ids is not None, extra=extra)
@@ -333,8 +333,9 @@ def _features(table: Table, columns: Columns, apart: set[str | None]) -> list[st
     return features
 
 
-def _numbers(table: Table, names: Sequence[str], are_known: bool = False) -> np.ndarray:
-    """The values of columns, (rows, columns), NaN where one is missing; of those that a run knows or not."""
+def _numbers(table: Table, names: Sequence[str], are_known: bool = False, in_time: bool = False) -> np.ndarray:
+    """The values of columns, (rows, columns), NaN where one is missing; of those that a run knows or not, and of steps
+    or not, which decides what may be the mend of a word."""
     own = [table.named(name) or name for name in names]
     words = [name for name in own if table.row_of_word(name) is not None]
     if words:
@@ -343,10 +344,10 @@ def _numbers(table: Table, names: Sequence[str], are_known: bool = False) -> np.
         also = f" (also in {', '.join(map(repr, words[1:]))})" if words[1:] else ""
         groups = IN_GROUPS.fullmatch(cell)
         thousands = f"say thousands= (--data.thousands {groups[1]!r}), " if groups else ""
-        roles = (
-            f"leave such columns out with drop= (--data.drop {for_shell(words)}), name the column of labels with "
-            "label= (--data.label), that of ids with id= (--data.id), of dates with time= (--data.time), or "
-        )
+        named = "that of ids with id= (--data.id)"
+        if not in_time:  # whose sequences have no labels
+            named = f"the column of labels with label= (--data.label), {named}, of dates with time= (--data.time)"
+        roles = f"leave such columns out with drop= (--data.drop {for_shell(words)}), name {named}, or "
         raise ValueError(
             f"expected numbers in column {words[0]!r} of {table.path}, got {cell!r} in line {table.lines[row]}{also}: "
             f"{thousands}{'' if are_known else roles}correct the cell"
