@@ -338,6 +338,12 @@ def test_steps_of_dates_are_told_by_what_they_seem(tmp_path, recwarn):
         load_dataset(write(tmp_path / "u.csv", ["year", "month", "v"], short), time="year,month", window=5)
 
 
+def test_missing_values_of_steps_are_told(tmp_path):
+    rows = [[t, "" if t in (3, 7) else t % 7, "" if t == 9 else t % 5] for t in range(60)]
+    data = load_dataset(write(tmp_path / "x.csv", ["t", "v", "w"], rows), time="t", window=5)
+    assert "3 missing values" in data.description
+
+
 def test_every_row_has_a_time(tmp_path):
     for cells in ([*range(59), ""], [*MONTHS.strftime("%Y-%m-%d")[:-1], "NA"]):
         path = write(tmp_path / "x.csv", ["t", "v"], [[t, i % 7] for i, t in enumerate(cells)])

@@ -674,10 +674,15 @@ def _kinds_of(training: Tensor) -> list[Kind]:
     return [of_kind[bool(b) if bool(w) else None] for w, b in zip(whole, binary, strict=True)]
 
 
+def _counted_steps(source: Source) -> Tensor:
+    """Which steps of sequences are there, (N, T)."""
+    assert source.lengths is not None
+    return torch.arange(source.x.shape[1]) < source.lengths[:, None]
+
+
 def _counted(source: Source) -> Tensor:
     """Which values of sequences are there and not missing, (N, T, D)."""
-    assert source.lengths is not None
-    there = torch.arange(source.x.shape[1]) < source.lengths[:, None]
+    there = _counted_steps(source)
     return there[..., None].expand(source.x.shape) if source.mask is None else there[..., None] & source.mask
 
 
@@ -796,6 +801,11 @@ def _of_kinds(source: Source, kinds: Mapping[str, Kind], name: str) -> tuple[Cho
 
 
 def _gaps_of(source: Source) -> tuple[Choice, ...]:
+    """What is to be told of missing values; of steps without any, which may be times without a row, nothing is."""
+    if source.lengths is not None and source.mask is not None:
+        steps = source.mask[_counted_steps(source)]  # (M, D)
+        odd = int((~steps[steps.any(-1)]).sum())
+        return (Choice(f"{odd:,} missing value{'s' if odd > 1 else ''}", ""),) if odd else ()
     missing = 0
     if source.x.ndim == 2 and source.x.is_floating_point():
         parts = source.x.split(CHUNK)
