@@ -218,7 +218,7 @@ class Sequences:
         if len(every) < 3:
             return Section("Paths of the states", "The test sequences have too few steps to draw a path of.")
         names = ["z1", "z2"]
-        text = f"The smoothed means of {count} test sequences"
+        text = f"The smoothed means of {count} test sequence{'s' if count > 1 else ''}"
         if every.shape[-1] == 1:
             pairs = [torch.cat([path[:-1], path[1:]], -1) for path in found]
             names = ["z at a step", "z at the next"]
